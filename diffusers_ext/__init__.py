@@ -1,0 +1,46 @@
+"""diffusers-ext: published methods as drop-in plug-ins for any `DiffusionPipeline`.
+
+Names are resolved on first use, so that the command line answers without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "GaussianStats": "diffusers_ext.teleport.gaussian",
+    "TeleportScheduler": "diffusers_ext.teleport.scheduler",
+    "calibrate_skip": "diffusers_ext.teleport.calibrate",
+    "summary": "diffusers_ext.summary",
+    # diffusers looks the base classes up in the package that a component's model_index.json entry names.
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from .summary import summary
+    from .teleport.calibrate import calibrate_skip
+    from .teleport.gaussian import GaussianStats
+    from .teleport.scheduler import TeleportScheduler
+
+__all__ = [
+    "GaussianStats",
+    "ModelMixin",
+    "SchedulerMixin",
+    "TeleportScheduler",
+    "calibrate_skip",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
