@@ -1,0 +1,108 @@
+"""Intervals and paired comparisons, and the tables that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .frechet import FeatureStats, frechet_distance
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def excludes(self, number: float) -> bool:
+        """Whether `number` lies outside the interval."""
+        return not self.low <= number <= self.high
+
+    def format(self, digits: int = 2, scale: float = 1.0) -> str:
+        """As "value [low, high]"."""
+        value, low, high = (f"{scale * x:.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
+
+def proportion(right: np.ndarray) -> Estimate:
+    """Share of True in a boolean array (n,) with Wilson's score interval (Wilson 1927).
+
+    Raises:
+        ValueError: the array is empty.
+    """
+    n, z = len(right), 1.959964
+    if n == 0:
+        raise ValueError("No results to average: give at least one picture.")
+    p = float(np.mean(right))
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    return Estimate(p, min(p, centre - half), max(p, centre + half))
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], n: int, num_resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """Percentile bootstrap of `statistic`, a function of row indices (n,)."""
+    rng = np.random.default_rng(seed)
+    draws = [statistic(rng.integers(n, size=n)) for _ in range(num_resamples)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(statistic(np.arange(n)), float(low), float(high))
+
+
+def paired_difference(ours: np.ndarray, control: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of `ours − control`, two results (n,) on the same prompts and seeds, by bootstrap over the pairs.
+
+    Raises:
+        ValueError: the results do not pair up.
+    """
+    if ours.shape != control.shape or ours.ndim != 1 or len(ours) < 2:
+        raise ValueError(
+            f"A paired comparison needs two results of the same length, at least 2; got shapes {ours.shape}"
+            f" and {control.shape}. Run both on the same prompts and seeds."
+        )
+    difference = ours.astype(np.float64) - control
+    return bootstrap(lambda rows: float(difference[rows].mean()), len(difference), 2000, seed)
+
+
+def paired_frechet_difference(
+    ours: np.ndarray, control: np.ndarray, reference: FeatureStats, num_resamples: int = 100, seed: int = 0
+) -> Estimate:
+    """Fréchet distance of `ours` less that of `control`, features (n, d) on the same seeds, to one reference.
+
+    Resampling raises both distances alike (repeated rows lose rank), so the percentiles are centred on the
+    difference of the whole sets.
+    """
+    if ours.shape != control.shape:
+        raise ValueError(f"A paired comparison needs equal shapes, got {ours.shape} and {control.shape}.")
+
+    def difference(rows: np.ndarray) -> float:
+        a, b = FeatureStats.of(ours[rows]), FeatureStats.of(control[rows])
+        return frechet_distance(a, reference) - frechet_distance(b, reference)
+
+    return _centred(bootstrap(difference, len(ours), num_resamples, seed))
+
+
+def _centred(estimate: Estimate) -> Estimate:
+    half = (estimate.high - estimate.low) / 2
+    return Estimate(estimate.value, estimate.value - half, estimate.value + half)
+
+
+def frechet_interval(
+    features: np.ndarray, reference: FeatureStats, num_resamples: int = 100, seed: int = 0
+) -> Estimate:
+    """Fréchet distance of features (n, d) to a reference, with a bootstrap interval centred on it."""
+
+    def distance(rows: np.ndarray) -> float:
+        return frechet_distance(FeatureStats.of(features[rows]), reference)
+
+    return _centred(bootstrap(distance, len(features), num_resamples, seed))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

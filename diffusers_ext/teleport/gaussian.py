@@ -1,0 +1,629 @@
+"""The Gaussian approximation of a data set, and the exact probability flow it has.
+
+If the data were N(μ, Σ), the noisy state x = a·x₀ + s·ε would be N(aμ, a²Σ + s²I), and the probability-flow ODE
+from one noise level (a, s) to another would have a closed-form solution: every eigendirection of Σ is scaled by the
+ratio of its standard deviations at the two levels. At high noise a trained denoiser behaves as if that were so (Wang
+& Vastola, *The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion Models*, TMLR 2024,
+arXiv:2412.09726), so the first part of a sampling trajectory can be computed without calling the network.
+
+Σ is kept as its `r` leading eigenpairs plus an isotropic complement, Σ = U diag(λ) Uᵀ + s̄² (I − U Uᵀ), where s̄² is
+the mean of the remaining eigenvalues. (The paper's own code takes s̄² = 0; keeping it preserves the total variance.)
+
+A *level* is a pair (a, s): (1, σ) for EDM and other variance-exploding states, (√ᾱ, √(1−ᾱ)) for variance-preserving
+ones, (1−t, t) for flow matching.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers.utils import PushToHubMixin
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .fit import fit_moments
+
+Level = tuple[float, float]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "gaussian_stats.safetensors"
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+# ---------------------------------------------------------------------------------------------------- noise levels
+
+
+def ve_level(sigma: float) -> Level:
+    """(1, σ): variance-exploding states x = x₀ + σε, as Euler and Heun keep them. σ ≥ 0."""
+    return check_level((1.0, sigma), "ve_level")
+
+
+def vp_level(alpha_bar: float) -> Level:
+    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ (`alphas_cumprod`) in [0, 1]."""
+    alpha_bar = float(alpha_bar)
+    if not 0.0 <= alpha_bar <= 1.0:
+        raise ValueError(f"vp_level: alpha_bar must lie in [0, 1], got {alpha_bar}.")
+    return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+
+
+def flow_level(t: float) -> Level:
+    """(1−t, t): flow-matching states, t = 1 pure noise and t = 0 data. t in [0, 1]."""
+    t = float(t)
+    if not 0.0 <= t <= 1.0:
+        raise ValueError(f"flow_level: t must lie in [0, 1], got {t}.")
+    return 1.0 - t, t
+
+
+def check_level(level: Sequence[float], name: str = "level") -> Level:
+    """`level` as a pair of floats, or a ValueError unless a and s are finite, not negative and not both zero."""
+    if len(level) != 2:
+        raise ValueError(f"{name} must be a pair (a, s), got {level!r}.")
+    a, s = float(level[0]), float(level[1])
+    if not (math.isfinite(a) and math.isfinite(s)) or a < 0 or s < 0 or a == s == 0:
+        raise ValueError(
+            f"{name} must be (a, s) with finite a >= 0 and s >= 0 that are not both zero, got ({a}, {s})."
+        )
+    return a, s
+
+
+# ----------------------------------------------------------------------------------------------- the closed form
+
+
+def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast would run the projections in half precision, which loses the small gain differences they carry."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        x = args[0] if args else kwargs["x"]
+        assert isinstance(x, Tensor)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_without_autocast
+def transport(
+    x: Tensor,
+    mean: Tensor,
+    eigenvectors: Tensor,
+    eigenvalues: Tensor,
+    residual: float,
+    start: Level,
+    end: Level,
+) -> Tensor:
+    """Carry `x` from level `start` = (a₀, s₀) to `end` = (a₁, s₁) along the Gaussian's probability flow.
+
+    x₁ = a₁μ + g(s̄²)·d + U[(g(λ) − g(s̄²)) ⊙ Uᵀd], with d = x − a₀μ and g(λ) = √((a₁²λ + s₁²)/(a₀²λ + s₀²)).
+    The map is invertible, so `end` may be noisier than `start`.
+
+    Args:
+        x: (B, D), any float dtype.
+        mean: (D,) or (B, D), in data units.
+        eigenvectors: (D, r) with orthonormal columns. r may be 0.
+        eigenvalues: (r,) variances along the columns, not negative.
+        residual: s̄² ≥ 0, the variance in every direction outside the columns' span (no effect if r = D).
+        start, end: levels (a, s).
+
+    Returns:
+        (B, D), float64 if `x` is float64, else float32.
+
+    Raises:
+        ValueError: on other shapes or invalid levels, and if some direction has no variance at `start`
+            (s₀ = 0 and a zero eigenvalue or residual), where the flow is singular.
+
+    Source: arXiv:2412.09726 (probability flow of a Gaussian), with the isotropic complement added.
+    """
+    (a0, s0), (a1, s1) = check_level(start, "start"), check_level(end, "end")
+    x, mean, eigenvectors, spectrum = _prepare(x, mean, eigenvectors, eigenvalues, residual)
+    variance = _variance(spectrum, a0, s0, "start")
+    gain = ((a1 * a1 * spectrum + s1 * s1) / variance).sqrt()
+    return a1 * mean + _spectral(x - a0 * mean, eigenvectors, gain)
+
+
+@_without_autocast
+def gaussian_denoiser(
+    x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float, level: Level
+) -> Tensor:
+    """E[x₀ | x] at level (a, s): D(x) = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ).
+
+    Arguments, result and errors are those of `transport`.
+    """
+    a, s = check_level(level)
+    x, mean, eigenvectors, spectrum = _prepare(x, mean, eigenvectors, eigenvalues, residual)
+    return mean + _spectral(x - a * mean, eigenvectors, a * spectrum / _variance(spectrum, a, s, "level"))
+
+
+@_without_autocast
+def implied_mean(
+    x: Tensor, denoised: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float, level: Level
+) -> Tensor:
+    """The mean (B, D) for which `gaussian_denoiser` at `level` maps `x` to `denoised`.
+
+    Solving D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) for μ leaves no inverse: μ = D + (a/s²) Σ (aD − x). One call of a
+    conditional denoiser at high noise thus gives its prompt's own mean. At a = 0 that is the denoised sample itself.
+
+    Arguments, result and errors are those of `transport`; `denoised` is (B, D) in data units. Rounding and model
+    error in `denoised` are magnified by 1 + a²λ/s², so choose a level with s²/a² well above the largest eigenvalue.
+
+    Raises:
+        ValueError: also if s = 0, where the denoiser returns x/a for every mean.
+    """
+    a, s = check_level(level)
+    if s == 0:
+        raise ValueError(
+            "implied_mean needs a level with s > 0: without noise the denoiser says nothing of the mean."
+        )
+    x, denoised, eigenvectors, spectrum = _prepare(x, denoised, eigenvectors, eigenvalues, residual)
+    return denoised + _spectral(a * denoised - x, eigenvectors, (a / (s * s)) * spectrum)
+
+
+def _prepare(
+    x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check shapes, bring all to one dtype (float32 or float64), and append s̄² to λ: (r + 1,)."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be a float tensor (batch, dimensions), got {tuple(x.shape)} {x.dtype}.")
+    dimension = x.shape[1]
+    if tuple(mean.shape) not in ((dimension,), (x.shape[0], dimension)):
+        raise ValueError(
+            f"The mean (or denoised sample) must have shape ({dimension},) or {tuple(x.shape)} like x, "
+            f"got {tuple(mean.shape)}."
+        )
+    if tuple(eigenvectors.shape) != (dimension, eigenvalues.numel()):
+        raise ValueError(
+            f"eigenvectors must have shape ({dimension}, {eigenvalues.numel()}): dimensions of x, number of "
+            f"eigenvalues; got {tuple(eigenvectors.shape)}."
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, eigenvectors, eigenvalues = (
+        t.to(device=x.device, dtype=dtype) for t in (mean, eigenvectors, eigenvalues)
+    )
+    # With a full basis there is no complement; a value that can make nothing singular stands in for it.
+    rest = eigenvalues[-1:] if eigenvalues.numel() == dimension else eigenvalues.new_tensor([residual])
+    return x.to(dtype), mean, eigenvectors, torch.cat([eigenvalues, rest])
+
+
+def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:
+    """a²λ + s², refused where it is zero. Only s = 0 needs a look at the values (a wait for the device)."""
+    variance = a * a * spectrum + s * s
+    if s == 0 and bool((variance <= 0).any()):
+        raise ValueError(
+            f"{name}=({a}, {s}) has no noise and the Gaussian has directions without variance, so the flow is "
+            "singular there: use a level with s > 0, or statistics with a positive residual and eigenvalues."
+        )
+    return variance
+
+
+def _spectral(d: Tensor, eigenvectors: Tensor, factors: Tensor) -> Tensor:
+    """f(Σ) d, given f(λ) and, last, f(s̄²): two thin matrix products, 2Dr multiply-adds a sample."""
+    rest = factors[-1]
+    return rest * d + ((d @ eigenvectors) * (factors[:-1] - rest)) @ eigenvectors.T
+
+
+# ----------------------------------------------------------------------------------------------- the statistics
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GaussianStats(PushToHubMixin):
+    """Mean and covariance of a data set in the space that a pipeline denoises, with the maps they give.
+
+    Attributes:
+        mean: (*shape), float32, in data units (pixels in [−1, 1], or scaled latents).
+        eigenvectors: (D, r), float32, orthonormal columns; D is the product of `shape`.
+        eigenvalues: (r,), float32, variances in squared data units, descending.
+        residual: s̄², the variance in every direction outside the eigenvectors' span.
+        num_samples: how many samples were fitted.
+        class_means: (K, *shape), float32, or None. With class means the covariance is the pooled within-class one.
+        class_names: K different names, or None.
+        calibration: free JSON-able notes on where the approximation was found good, e.g. `{"sigma": 9.7}`.
+
+    Instances are immutable; `dataclasses.replace(stats, calibration=...)` makes a changed copy.
+
+    Raises:
+        ValueError: if shapes disagree, a value is not finite, or a variance is negative or out of order.
+    """
+
+    mean: Tensor
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    residual: float
+    num_samples: int
+    class_means: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+    _cache: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("mean", "eigenvectors", "eigenvalues", "class_means"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                put(name, tensor.detach().to(torch.float32).contiguous())
+        put("residual", float(self.residual))
+        put("num_samples", int(self.num_samples))
+        put("class_names", None if self.class_names is None else tuple(self.class_names))
+        try:
+            # A round trip also detaches us from the caller's dict and turns tuples into what a file gives back.
+            put("calibration", json.loads(json.dumps(dict(self.calibration), allow_nan=False)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"calibration must hold finite JSON values only: {error}.") from error
+        _check_fields(self)
+
+    def __repr__(self) -> str:
+        classes = f", classes={len(self.class_names)}" if self.class_names else ""
+        return (
+            f"GaussianStats(shape={self.shape}, rank={self.rank}, total_variance={self.total_variance:.6g}, "
+            f"residual={self.residual:.6g}, num_samples={self.num_samples}{classes})"
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.mean.shape)
+
+    @property
+    def rank(self) -> int:
+        """Number r of eigenpairs kept."""
+        return self.eigenvalues.numel()
+
+    @property
+    def total_variance(self) -> float:
+        """tr Σ = Σλ + (D − r)·s̄²."""
+        return float(self.eigenvalues.double().sum()) + (self.mean.numel() - self.rank) * self.residual
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Iterable[Any],
+        rank: int = 256,
+        *,
+        oversampling: int | None = None,
+        progress: bool = False,
+    ) -> "GaussianStats":
+        """Fit to samples in a single pass.
+
+        Up to D = 2048 dimensions the float64 covariance and its `eigh` are exact. Above, the scatter is kept as
+        `rank + oversampling` orthogonal rows that are updated by blocks of 256 samples, in O(D·(rank + oversampling
+        + 256)) memory; that too is exact as long as N ≤ rank + oversampling. A randomised range finder would be a
+        little more accurate for its size, but needs several passes: batches here may come from a generator, or from
+        a pipeline whose samples nobody wants to store. tr Σ, and with it the residual, is exact in either case.
+
+        Args:
+            batches: tensors (b, *shape) in the scale that the model denoises, or pairs (tensor, b label names).
+                Any float dtype, sizes may differ; the result does not depend on how the samples are cut into
+                batches. A generator will do, as will a `DataLoader` or one tensor with all samples.
+            rank: number of eigenpairs, from 0 (isotropic) to min(D, N − 1), or N − K with K classes.
+            oversampling: rows kept beyond `rank` when D > 2048; default max(64, rank).
+            progress: show a progress bar over the batches.
+
+        Returns:
+            Statistics on the CPU. The covariance is normalised by 1/(N − 1). With labels, `class_means` holds one
+            mean per name, `mean` stays the mean of all samples, and the covariance is the pooled *within-class* one,
+            normalised by 1/(N − K): it belongs to the class means, not to `mean`. It costs K·D more memory.
+
+        Raises:
+            ValueError: no or too few samples, a rank larger than D or the data allow, samples of different shapes,
+                integer data, NaN or infinite values, labels that do not match; the message names the batch.
+        """
+        return cls(**fit_moments(batches, rank, oversampling=oversampling, progress=progress)._asdict())
+
+    def transport(self, x: Tensor, start: Level, end: Level, mean: Tensor | None = None) -> Tensor:
+        """Carry states `x` (B, *shape) from level `start` to `end`; see the function `transport`.
+
+        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. Computed in float32 (float64 for float64),
+        returned in `x`'s dtype and on its device.
+        """
+        flat, parts = self._operands(x, mean)
+        return transport(flat, *parts, self.residual, start, end).to(x.dtype).reshape(x.shape)
+
+    def denoise(self, x: Tensor, level: Level, mean: Tensor | None = None) -> Tensor:
+        """E[x₀ | x] for states `x` (B, *shape) at `level`; `mean` and dtypes as in `transport`."""
+        flat, parts = self._operands(x, mean)
+        return gaussian_denoiser(flat, *parts, self.residual, level).to(x.dtype).reshape(x.shape)
+
+    def implied_mean(self, x: Tensor, denoised: Tensor, level: Level) -> Tensor:
+        """The means (B, *shape) for which `denoise(x, level, mean)` equals `denoised`; see `implied_mean`."""
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"denoised has shape {tuple(denoised.shape)}, x {tuple(x.shape)}: they must be equal."
+            )
+        flat, parts = self._operands(x, denoised)
+        return implied_mean(flat, *parts, self.residual, level).to(x.dtype).reshape(x.shape)
+
+    def sample(
+        self,
+        n: int,
+        level: Level = (1.0, 0.0),
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """`n` states (n, *shape), float32, of the Gaussian at `level`: clean samples by default, around `mean`."""
+        noise = randn_tensor((n, *self.shape), generator=generator, device=self.mean.device)
+        # White noise is the state at (0, 1), so drawing is transporting.
+        return self.transport(noise, (0.0, 1.0), level)
+
+    def class_mean(self, names: str | Sequence[str]) -> Tensor:
+        """Means (B, *shape) of the named classes; one name gives B = 1. ValueError for an unknown name."""
+        wanted = [names] if isinstance(names, str) else [str(name) for name in names]
+        if self.class_means is None or self.class_names is None:
+            raise ValueError("These statistics have no class means: fit them to pairs (tensor, label names).")
+        index = {name: i for i, name in enumerate(self.class_names)}
+        unknown = [name for name in wanted if name not in index]
+        if unknown:
+            known = ", ".join(map(repr, self.class_names[:8])) + (", …" if len(index) > 8 else "")
+            raise ValueError(f"Unknown class {unknown[0]!r}; the {len(index)} known classes are {known}.")
+        return self.class_means[[index[name] for name in wanted]]
+
+    def truncate(self, rank: int) -> "GaussianStats":
+        """The same with `rank` ≤ r eigenpairs; the variance of the dropped ones moves into the residual."""
+        if not 0 <= rank <= self.rank:
+            raise ValueError(f"rank must lie in [0, {self.rank}] (the rank fitted), got {rank}.")
+        dimension = self.mean.numel()
+        left = self.total_variance - float(self.eigenvalues[:rank].double().sum())
+        return replace(
+            self,
+            eigenvectors=self.eigenvectors[:, :rank],
+            eigenvalues=self.eigenvalues[:rank],
+            residual=max(0.0, left) / (dimension - rank) if rank < dimension else 0.0,
+        )
+
+    def isotropic(self) -> "GaussianStats":
+        """The control N(μ, (tr Σ / D)·I): the same mean and total variance, no directions."""
+        return self.truncate(0)
+
+    def to_dict_of_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self._tensors().items()}
+        return {**arrays, "config": np.array(json.dumps(self._config()))}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], source: str = "The arrays") -> "GaussianStats":
+        """The inverse of `to_dict_of_arrays`; `source` is what error messages call their origin."""
+        if "config" not in arrays:
+            raise ValueError(
+                f"{source}: no entry 'config'. Expected what GaussianStats.to_dict_of_arrays gives."
+            )
+        config = _parse_config(str(arrays["config"]), source)
+        tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays if name != "config"}
+        return cls._assemble(tensors, config, source)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> None:
+        """Write `config.json` and `gaussian_stats.safetensors` into a directory, which is created if need be.
+
+        Each file appears whole or not at all, and the configuration, written last, holds the other's digest, so
+        that a save that was cut short is noticed when loading. The other arguments are those that
+        `PushToHubMixin.push_to_hub` passes; ValueError for `safe_serialization=False` (nothing here is pickled).
+        """
+        if not safe_serialization or variant is not None:
+            raise ValueError("GaussianStats are saved as safetensors in float32: no pickle, no variants.")
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = safetensors.torch.save({name: tensor.cpu() for name, tensor in self._tensors().items()})
+        config = {**self._config(), "sha256": hashlib.sha256(weights).hexdigest()}
+        _write_whole(directory / WEIGHTS_NAME, weights)
+        _write_whole(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "GaussianStats":
+        """Load from a directory, which never touches the network, or from a repository on the Hub.
+
+        Raises:
+            OSError: a file is missing, or the repository cannot be reached.
+            ValueError: a file is damaged, comes from another save or class, or holds values that are not finite.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            folder = folder / (subfolder or "")
+            config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+        else:
+            download = functools.partial(
+                hf_hub_download,
+                str(pretrained_model_name_or_path),
+                subfolder=subfolder,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            try:
+                config_path, weights_path = Path(download(CONFIG_NAME)), Path(download(WEIGHTS_NAME))
+            except (OSError, HFValidationError) as error:
+                raise OSError(
+                    f"{str(pretrained_model_name_or_path)!r} is no local directory, and its {CONFIG_NAME} and "
+                    f"{WEIGHTS_NAME} could not be had from the Hub: {error}"
+                ) from error
+        config, weights = _read(config_path), _read(weights_path)
+        return cls._load(config_path, config, weights_path, weights)
+
+    @classmethod
+    def _load(cls, config_path: Path, config: bytes, weights_path: Path, weights: bytes) -> "GaussianStats":
+        values = _parse_config(config.decode(errors="replace"), str(config_path))
+        try:
+            tensors = safetensors.torch.load(weights)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{weights_path} ({len(weights)} bytes) is damaged or no safetensors file: {error}. "
+                "Save or download it again."
+            ) from error
+        digest = values.pop("sha256", None)
+        if digest != hashlib.sha256(weights).hexdigest():
+            raise ValueError(
+                f"{weights_path} is not the file that {config_path} describes (sha256 differs): one of them is "
+                "damaged or from another save. Save or download both again."
+            )
+        return cls._assemble(tensors, values, str(weights_path))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
+        return tensors if self.class_means is None else {**tensors, "class_means": self.class_means}
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "_class_name": type(self).__name__,
+            "shape": list(self.shape),
+            "rank": self.rank,
+            "residual": self.residual,
+            "num_samples": self.num_samples,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "calibration": self.calibration,
+        }
+
+    @classmethod
+    def _assemble(cls, tensors: Mapping[str, Tensor], config: dict[str, Any], source: str) -> "GaussianStats":
+        expected = {"mean", "eigenvectors", "eigenvalues"} | (
+            {"class_means"} if config["class_names"] else set()
+        )
+        if set(tensors) != expected:
+            raise ValueError(
+                f"{source} holds {sorted(tensors)}, expected {sorted(expected)}. Write it with "
+                "GaussianStats.save_pretrained."
+            )
+        fields = {name: config[name] for name in ("residual", "num_samples", "class_names", "calibration")}
+        try:
+            stats = cls(**tensors, **fields)
+            if list(stats.shape) != config["shape"] or stats.rank != config["rank"]:
+                raise ValueError(f"the configuration says shape {config['shape']}, rank {config['rank']}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{source} holds no valid GaussianStats: {error}. Fit and save them again."
+            ) from error
+        return stats
+
+    def _operands(self, x: Tensor, mean: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """`x` as (B, D), and (mean (D,) or (B, D), eigenvectors, eigenvalues) on its device in the dtype to use."""
+        if x.ndim != len(self.shape) + 1 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, these statistics are for (batch, {', '.join(map(str, self.shape))}): "
+                "use statistics fitted at this pipeline's resolution and channels."
+            )
+        if mean is not None and tuple(mean.shape) not in (self.shape, tuple(x.shape)):
+            raise ValueError(
+                f"mean has shape {tuple(mean.shape)}, expected {self.shape} or {tuple(x.shape)}."
+            )
+        own, vectors, values = self._on(
+            x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+        )
+        mean = own if mean is None else mean
+        flat_mean = mean.flatten() if mean.ndim == len(self.shape) else mean.flatten(1)
+        return x.flatten(1), (flat_mean, vectors, values)
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors where they are needed. The latest place is remembered: a sampling loop stays in one."""
+        if self._cache.get("key") != (device, dtype):
+            # Copies made under inference mode could never again take part in a computation with gradients.
+            with torch.inference_mode(False):
+                moved = tuple(
+                    tensor.to(device=device, dtype=dtype)
+                    for tensor in (self.mean, self.eigenvectors, self.eigenvalues)
+                )
+            self._cache.update(key=(device, dtype), tensors=moved)
+        return self._cache["tensors"]
+
+
+def _check_fields(stats: GaussianStats) -> None:
+    """Raise a ValueError unless the fields make a Gaussian."""
+    dimension, rank = stats.mean.numel(), stats.eigenvalues.numel()
+    if stats.mean.ndim == 0 or dimension == 0:
+        raise ValueError(f"mean must have at least one dimension and one element, got shape {stats.shape}.")
+    if stats.eigenvalues.ndim != 1 or tuple(stats.eigenvectors.shape) != (dimension, rank):
+        raise ValueError(
+            f"With a mean of {dimension} elements and eigenvalues of shape {tuple(stats.eigenvalues.shape)}, "
+            f"eigenvectors must have shape ({dimension}, {rank}), got {tuple(stats.eigenvectors.shape)}."
+        )
+    if rank > dimension:
+        raise ValueError(f"rank {rank} is larger than the {dimension} dimensions.")
+    for name, tensor in stats._tensors().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} contains NaN or infinite values.")
+    if not (math.isfinite(stats.residual) and stats.residual >= 0):
+        raise ValueError(f"residual must be finite and not negative, got {stats.residual}.")
+    values = stats.eigenvalues
+    if bool((values < 0).any()) or bool((values[1:] > values[:-1]).any()):
+        raise ValueError("eigenvalues must be variances: not negative, in descending order.")
+    if rank and float((stats.eigenvectors.square().sum(0) - 1).abs().max()) > 1e-3:
+        raise ValueError("eigenvectors must have columns of length 1.")
+    if stats.num_samples < 0:
+        raise ValueError(f"num_samples must not be negative, got {stats.num_samples}.")
+    _check_classes(stats)
+
+
+def _check_classes(stats: GaussianStats) -> None:
+    names, means = stats.class_names, stats.class_means
+    if (names is None) != (means is None):
+        raise ValueError("class_names and class_means must be given together.")
+    if names is None or means is None:
+        return
+    if tuple(means.shape) != (len(names), *stats.shape) or len(set(names)) != len(names) or not names:
+        raise ValueError(
+            f"class_means must have shape (K, {', '.join(map(str, stats.shape))}) with K different class_names, "
+            f"got {tuple(means.shape)} and {len(set(names))} different names."
+        )
+
+
+def _parse_config(text: str, source: str) -> dict[str, Any]:
+    keys = {"_class_name", "shape", "rank", "residual", "num_samples", "class_names", "calibration"}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source}: the configuration is no valid JSON ({error}). Save it again.") from error
+    if not isinstance(config, dict) or config.get("_class_name") != "GaussianStats":
+        found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{source} describes {found!r}, expected 'GaussianStats': is this the right folder?")
+    if not keys <= set(config):
+        raise ValueError(
+            f"{source} lacks {sorted(keys - set(config))}. Save it with GaussianStats.save_pretrained."
+        )
+    return config
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise OSError(
+            f"No file {path}: expected {CONFIG_NAME} and {WEIGHTS_NAME} there, as GaussianStats.save_pretrained "
+            "writes them."
+        ) from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write to a neighbour and rename it, so that nobody ever finds a half-written `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

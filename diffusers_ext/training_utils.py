@@ -1,0 +1,310 @@
+"""What every training script shares: arguments, the loop, checkpoints and the final card.
+
+The data order and all randomness of optimisation step `n` are a pure function of `(seed, n)`: a resumed run
+continues exactly where it stopped, and several processes see together what one process would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the arguments of diffusers' own training examples, with the same names and meanings."""
+    add = parser.add_argument
+    add("--output_dir", required=True, help="where the model, checkpoints and logs go")
+    add("--seed", type=int, default=0)
+    add("--train_batch_size", type=int, default=64, help="per process and accumulation step")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--max_train_steps", type=int, default=1000, help="optimisation steps in all")
+    add("--learning_rate", type=float, default=1e-3)
+    add("--lr_scheduler", default="cosine")
+    add("--lr_warmup_steps", type=int, default=200)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--use_ema", action="store_true")
+    add("--ema_decay", type=float, default=0.999)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int, default=1)
+    add("--resume_from_checkpoint", default=None, help="a checkpoint folder, or 'latest'")
+    add("--validation_steps", type=int, default=0, help="0: only at the end")
+    add("--report_to", default=None, help="an accelerate tracker: tensorboard, wandb, ...")
+    add("--logging_dir", default="logs")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id", default=None)
+    return parser
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator of a run, its folder and its trackers."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)),
+    )
+    set_seed(args.seed)
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if args.report_to:
+        accelerator.init_trackers("diffusers-ext", {k: v for k, v in vars(args).items() if _loggable(v)})
+    return accelerator
+
+
+def _loggable(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one global batch that this process works on, and their randomness.
+
+    Every draw is made for the whole global batch and then sliced, so that it does not depend on how many
+    processes share the work.
+    """
+
+    total: int
+    own: slice
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32 of shape (own rows, *shape)."""
+        return torch.randn(self.total, *shape, generator=self.generator)[self.own]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform float32 in [0, 1) of shape (own rows, *shape)."""
+        return torch.rand(self.total, *shape, generator=self.generator)[self.own]
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform int64 in [0, high) of shape (own rows,)."""
+        return torch.randint(high, (self.total,), generator=self.generator)[self.own]
+
+    def indices(self, num_examples: int) -> Tensor:
+        """Random examples, int64 (own rows,): with replacement, so that no epoch state has to be kept."""
+        return self.integers(num_examples)
+
+
+def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int) -> Rows:
+    """The rows that process `rank` of `world` works on in micro-step `step`; `batch_size` is per process."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    return Rows(world * batch_size, slice(rank * batch_size, (rank + 1) * batch_size), generator)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def resolve_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names, or None to start afresh.
+
+    Raises:
+        ValueError: the named folder is not there.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = list_checkpoints(args.output_dir)
+        return found[-1] if found else None
+    path = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir) / wanted
+    if not path.is_dir():
+        have = ", ".join(p.name for p in list_checkpoints(args.output_dir)) or "none"
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {args.output_dir}: {have}."
+        )
+    return path
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, limit: int | None) -> None:
+    """Writes `checkpoint-<step>` in one rename, so that a killed run leaves no half-written one behind."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(f"partial-checkpoint-{step}")
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in list_checkpoints(output_dir)[: -limit or None] if limit else []:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def train(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: nn.Module,
+    make_batch: Callable[[Rows], Batch],
+    validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Optimises `model`, whose forward turns a batch into a scalar loss; leaves the EMA weights in it.
+
+    Args:
+        accelerator: as from `make_accelerator`.
+        args: as from `add_training_arguments`.
+        model: `model(**batch)` returns the mean loss over the batch's rows.
+        make_batch: the tensors of the given rows, on any device.
+        validate: called with the model (EMA weights in place) and the step; returns what to log.
+
+    Returns:
+        What a model card needs: steps, seconds, hardware, the last loss and the last validation.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
+    clock = _Clock()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    for state in (lr_scheduler, clock, ema):
+        if state is not None:
+            accelerator.register_for_checkpointing(state)
+    checkpoint = resolve_checkpoint(args)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info("resumed from %s", checkpoint)
+    if ema is not None:
+        ema.to(accelerator.device)
+
+    results: dict[str, float] = {}
+    loss_value = float("nan")
+    bar = tqdm(
+        total=args.max_train_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
+    )
+    clock.start()
+    wrapped.train()
+    while clock.step < args.max_train_steps:
+        losses = []
+        for micro in range(args.gradient_accumulation_steps):
+            rows = rows_of_step(
+                args.seed,
+                clock.step * args.gradient_accumulation_steps + micro,
+                accelerator.process_index,
+                accelerator.num_processes,
+                args.train_batch_size,
+            )
+            batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
+            with accelerator.accumulate(wrapped):
+                loss = wrapped(**batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+        lr_scheduler.step()
+        if ema is not None:
+            ema.step(trainable)
+        clock.tick()
+        bar.update()
+        if clock.step % 50 == 0 or clock.step == args.max_train_steps:
+            mean: Any = accelerator.reduce(torch.stack(losses).mean(), "mean")
+            loss_value = float(mean)
+            if not torch.isfinite(mean):
+                raise ValueError(
+                    f"The loss is {loss_value} at step {clock.step}: lower --learning_rate, or check the data."
+                )
+            bar.set_postfix(loss=f"{loss_value:.4f}")
+            accelerator.log({"loss": loss_value, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
+        if clock.step % args.checkpointing_steps == 0 and clock.step < args.max_train_steps:
+            save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+        if validate and args.validation_steps and clock.step % args.validation_steps == 0:
+            results = _validate(accelerator, model, ema, trainable, validate, clock.step)
+            wrapped.train()
+    bar.close()
+    save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+    if ema is not None:
+        ema.copy_to(trainable)
+    model.eval()
+    if validate:
+        results = _validate(accelerator, model, None, trainable, validate, clock.step)
+    if args.report_to:
+        accelerator.end_training()
+    return {
+        "steps": clock.step,
+        "images": clock.step * args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes,
+        "seconds": round(clock.seconds),
+        "hardware": describe_hardware(accelerator),
+        "loss": loss_value,
+        **results,
+    }
+
+
+def _validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    ema: EMAModel | None,
+    trainable: list[nn.Parameter],
+    validate: Callable[[nn.Module, int], dict[str, float]],
+    step: int,
+) -> dict[str, float]:
+    results: dict[str, float] = {}
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.store(trainable)
+            ema.copy_to(trainable)
+        model.eval()
+        with torch.no_grad():
+            results = validate(model, step)
+        if ema is not None:
+            ema.restore(trainable)
+        accelerator.log(results, step=step)
+        logger.info("step %d: %s", step, json.dumps(results))
+    accelerator.wait_for_everyone()
+    return results
+
+
+class _Clock:
+    """Steps done and seconds spent over all resumptions of a run."""
+
+    def __init__(self) -> None:
+        self.step, self.seconds = 0, 0.0
+
+    def start(self) -> None:
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.step, self.seconds, self._last = self.step + 1, self.seconds + now - self._last, now
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """The devices of a run in words, for its model card."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} × {torch.cuda.get_device_name()}"
+    return f"{accelerator.num_processes} process(es), {torch.get_num_threads()} CPU threads each"
