@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GaussianStats": "diffusers_ext.teleport.gaussian",
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
+    "apply_teleport": "diffusers_ext.teleport.inject",
     "calibrate_skip": "diffusers_ext.teleport.calibrate",
+    "remove_teleport": "diffusers_ext.teleport.inject",
     "summary": "diffusers_ext.summary",
     # diffusers looks the base classes up in the package that a component's model_index.json entry names.
     "ModelMixin": "diffusers",
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .summary import summary
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
+    from .teleport.inject import apply_teleport, remove_teleport
     from .teleport.scheduler import TeleportScheduler
 
 __all__ = [
@@ -31,7 +34,9 @@ __all__ = [
     "ModelMixin",
     "SchedulerMixin",
     "TeleportScheduler",
+    "apply_teleport",
     "calibrate_skip",
+    "remove_teleport",
     "summary",
 ]
 

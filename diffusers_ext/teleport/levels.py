@@ -5,6 +5,7 @@ variance-exploding ones, (√ᾱ, √(1−ᾱ)) for the variance-preserving ones
 An *outer step* is one grid interval; second-order schedulers spend two model calls on it (`order == 2`).
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -69,7 +70,7 @@ def is_pndm(scheduler: Any) -> bool:
 
 
 def grid_levels(scheduler: Any) -> list[Level]:
-    """Levels of the N outer steps of the current schedule, noisiest first; the final (clean) point is not listed."""
+    """Levels of the N outer steps of the current schedule, noisiest first, without the final point."""
     kind = family(scheduler)
     if kind == "alphas":
         # PNDM's `timesteps` repeats points for its warm-up; `_timesteps` is the grid itself, ascending.
@@ -88,13 +89,13 @@ def grid_levels(scheduler: Any) -> list[Level]:
 
 
 def noise_to_signal(level: Level) -> float:
-    """σ in variance-exploding units, s/a; infinite where no signal is left (zero terminal SNR, flow at t = 1)."""
+    """σ in variance-exploding units, s/a; infinite where no signal is left (zero-SNR ᾱ, flow t = 1)."""
     a, s = level
     return s / a if a > 0 else math.inf
 
 
 def max_skip(scheduler: Any, count: int) -> int:
-    """How many of `count` outer steps may be skipped: one must remain, four for PNDM's Runge-Kutta warm-up."""
+    """How many of `count` outer steps may be skipped: one must remain, four for PNDM's Runge-Kutta start."""
     if is_pndm(scheduler) and not scheduler.config.skip_prk_steps:
         return max(count - scheduler.pndm_order, 0)
     return count - 1
@@ -121,7 +122,7 @@ def restart_pndm(scheduler: Any, skip: int) -> None:
         multistep = np.concatenate([down[:2], down[1:]])
     else:
         middle = scheduler.config.num_train_timesteps // scheduler.num_inference_steps // 2
-        stages = [(now, nxt + middle, nxt + middle, nxt) for now, nxt in zip(down[:3], down[1:4])]
+        stages = [(now, nxt + middle, nxt + middle, nxt) for now, nxt in itertools.pairwise(down[:4])]
         runge_kutta = np.array(stages).reshape(-1)
         multistep = down[3:]
     device = scheduler.timesteps.device

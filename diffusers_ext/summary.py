@@ -1,0 +1,47 @@
+"""`summary(pipe)`: which methods of this package are on a pipeline now."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is on one pipeline; `str()` of it is the report.
+
+    Attributes:
+        pipeline: class name of the pipeline.
+        methods: one line for every method that is on, by its name; empty for a plain pipeline.
+    """
+
+    pipeline: str
+    methods: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: {text}" for name, text in self.methods.items()] or ["  nothing added"]
+        return "\n".join([self.pipeline, *lines])
+
+
+def summary(pipe: Any) -> Summary:
+    """A small report of the methods on `pipe`; `print(dx.summary(pipe))`."""
+    found = {"teleport": _teleport(pipe)}
+    return Summary(type(pipe).__name__, {name: text for name, text in found.items() if text})
+
+
+def _teleport(pipe: Any) -> str | None:
+    from .teleport.inject import hook_count
+    from .teleport.scheduler import TeleportScheduler
+
+    scheduler = getattr(pipe, "scheduler", None)
+    if not isinstance(scheduler, TeleportScheduler):
+        return None
+    reach = f"skip={scheduler.skip!r}" if scheduler.sigma is None else f"sigma={scheduler.sigma:g}"
+    parts = [
+        type(scheduler.inner).__name__,
+        reach,
+        f"mean from {scheduler.mean_from}",
+        f"rank {len(scheduler.stats.eigenvalues)}",
+        f"{hook_count(pipe)} hook(s)",
+    ]
+    if scheduler.skipped_to is not None:
+        parts.append(f"last run skipped {scheduler.num_skipped_steps} steps to σ={scheduler.skipped_to:.3g}")
+    return ", ".join(parts)

@@ -1,0 +1,415 @@
+"""`TeleportScheduler`: any supported diffusers scheduler, minus its first k steps.
+
+At high noise the learned score is that of a Gaussian, whose probability-flow ODE has a closed form (Wang and
+Vastola, TMLR 2024, arXiv 2412.09726). So the first k steps of the solver are replaced by that map, applied to
+the initial noise, and the wrapped scheduler runs the rest of *its own full* grid: slicing the grid instead
+would change `init_noise_sigma`, the order lists of the singlestep solver and the final-step rules.
+
+Own additions, in neither the paper nor its code: a per-prompt mean (`set_mean`) and a mean read off the first
+guided model call (`mean_from="first_call"`).
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+import diffusers_ext.registration  # noqa: F401  saves then record ["diffusers_ext", "TeleportScheduler"]
+
+from . import levels
+from .gaussian import GaussianStats
+from .saving import SavedWithStats
+
+
+class _Wrapped:
+    """A method of the wrapped scheduler that goes through ours, and exists only where the wrapped one has it.
+
+    Pipelines ask `hasattr(scheduler, "scale_model_input")` and read `inspect.signature(scheduler.step)` to
+    decide what to pass, so both must answer as the wrapped scheduler does.
+    """
+
+    def __init__(self, through: Callable[..., Any]):
+        self.through = through
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        return functools.wraps(getattr(scheduler.inner, self.name))(
+            functools.partial(self.through, scheduler)
+        )
+
+
+class TeleportScheduler(SavedWithStats):
+    """Wraps `scheduler`, replacing its first steps by the closed form of a Gaussian.
+
+    Args:
+        scheduler: a supported diffusers scheduler (`levels.SUPPORTED`); it is kept, not copied, and is given
+            back by `inner`.
+        stats: statistics of the latents the denoiser was trained on, fitted on (C, H, W) or, for Flux, also
+            on packed (tokens, 4C) latents.
+        skip: fraction of the steps to skip, in [0, 1); or `"auto"`: down to `stats.calibration["sigma"]`.
+        sigma: instead of `skip`, go to the last grid point with noise-to-signal ratio s/a ≥ `sigma` (> 0).
+        mean_from: `"stats"`: the map happens before the first model call, with the mean of `stats` or of
+            `set_mean`. `"first_call"`: the first model call is made at full noise, the mean its guided
+            x0-prediction implies replaces that of `stats`, and then the map happens; it costs one call, and
+            fits the prompt on any pipeline.
+
+    At least one step of the wrapped scheduler always remains. With nothing to skip (also one single step in
+    `"first_call"` mode, which would save nothing) every call goes to the wrapped scheduler unchanged.
+
+    Raises:
+        ValueError: an unsupported or already wrapped scheduler, a `skip`, `sigma` or `mean_from` out of
+            range, or `skip="auto"` with uncalibrated `stats`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        stats: GaussianStats,
+        skip: float | str = "auto",
+        sigma: float | None = None,
+        mean_from: str = "stats",
+    ):
+        if isinstance(scheduler, TeleportScheduler):
+            raise ValueError(
+                "This scheduler is a TeleportScheduler already. Wrap what it wraps: "
+                "TeleportScheduler.from_scheduler(scheduler.inner, stats, ...)."
+            )
+        levels.family(scheduler)
+        if not isinstance(stats, GaussianStats):
+            raise ValueError(f"stats must be a GaussianStats, not {type(stats).__name__}.")
+        if mean_from not in ("stats", "first_call"):
+            raise ValueError(f'mean_from must be "stats" or "first_call", not {mean_from!r}.')
+        _check_reach(skip, sigma, stats)
+        self.inner = scheduler
+        self.stats = stats
+        self.skip = skip
+        self.sigma = sigma
+        self.mean_from = mean_from
+        self._mean: torch.Tensor | None = None
+        self._forget_schedule()
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        stats: GaussianStats,
+        skip: float | str = "auto",
+        *,
+        sigma: float | None = None,
+        mean_from: str = "stats",
+    ) -> "TeleportScheduler":
+        """`pipe.scheduler = TeleportScheduler.from_scheduler(pipe.scheduler, stats)`; see the class."""
+        return cls(scheduler, stats, skip, sigma, mean_from)
+
+    # -- the schedule
+
+    def _forget_schedule(self) -> None:
+        self._levels: list[levels.Level] = []
+        self._skipped = 0  # outer steps that the map spans
+        self._offset = 0  # entries of the wrapped grid that the exposed one lacks
+        self._timesteps: torch.Tensor | None = None
+        self._forget_start()
+
+    def _forget_start(self) -> None:
+        self._waiting = False  # the first step has yet to be taken
+        self._input_scaled = False  # the pipeline showed us the first model input itself
+        self._input_mapped = False  # ... or a hook on the denoiser did
+        self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        inner = self.inner
+        inner.set_timesteps(*args, **kwargs)
+        self._forget_schedule()
+        self._levels = levels.grid_levels(inner)
+        skipped = self._steps_to_skip()
+        if skipped <= (1 if self.mean_from == "first_call" else 0):
+            return
+        self._skipped, self._waiting = skipped, True
+        first = inner.timesteps[:1]
+        if levels.is_pndm(inner):
+            levels.restart_pndm(inner, skipped)
+        else:
+            self._offset = skipped * inner.order
+        self._timesteps = inner.timesteps[self._offset :]
+        if self.mean_from == "first_call":
+            self._timesteps = torch.cat([first, inner.timesteps[self._offset :]])
+            self._begin_at(0)
+        else:
+            self._begin_at(self._offset)
+
+    def _steps_to_skip(self) -> int:
+        count = len(self._levels)
+        sigma = self.sigma
+        if sigma is None and self.skip == "auto":
+            sigma = self.stats.calibration["sigma"]
+            if sigma is None:
+                return 0
+        if sigma is None:
+            wanted = math.floor(float(self.skip) * count + 1e-9)
+        else:
+            wanted = levels.steps_to_sigma(self._levels, sigma)
+        return max(min(wanted, levels.max_skip(self.inner, count)), 0)
+
+    def _begin_at(self, index: int) -> None:
+        # DDIM, DDPM and PNDM look their position up by timestep or count calls; the others are told.
+        if hasattr(self.inner, "set_begin_index"):
+            self.inner._step_index = None
+            self.inner.set_begin_index(index)
+
+    def _set_begin_index(self, begin_index: int = 0) -> None:
+        if self._skipped == 0:
+            self.inner.set_begin_index(begin_index)
+        elif begin_index != 0:
+            raise ValueError(
+                f"The pipeline starts at step {begin_index} of the schedule, from a noised image. "
+                "Teleportation starts from pure noise: use it with text-to-image or unconditional pipelines, "
+                "or restore the wrapped scheduler (dx.remove_teleport(pipe) or pipe.scheduler.inner)."
+            )
+
+    set_timesteps = _Wrapped(_set_timesteps)
+    set_begin_index = _Wrapped(_set_begin_index)
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """What the pipeline iterates over: the grid without its skipped part."""
+        return self.inner.timesteps if self._timesteps is None else self._timesteps
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """The wrapped σ grid cut like `timesteps`; AttributeError where the wrapped scheduler has none."""
+        sigmas = self.inner.sigmas
+        kept = sigmas[self._offset :]
+        first_call = self._skipped > 0 and self.mean_from == "first_call"
+        return torch.cat([sigmas[:1], kept]) if first_call else kept
+
+    @property
+    def step_index(self) -> int | None:
+        """Position in the exposed grid, so that `sigmas[step_index]` is the current σ."""
+        index = self.inner.step_index
+        if index is None or self._skipped == 0:
+            return index
+        if self.mean_from == "stats":
+            return index - self._offset
+        return index if self._waiting else index - self._offset + 1
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Outer steps the sampling saves under the current schedule; a `first_call` costs one of them."""
+        return self._skipped - (1 if self._skipped and self.mean_from == "first_call" else 0)
+
+    @property
+    def skipped_to(self) -> float | None:
+        """σ = s/a where the wrapped scheduler takes over; None when nothing is skipped."""
+        return levels.noise_to_signal(self._levels[self._skipped]) if self._skipped else None
+
+    # -- the map
+
+    def set_mean(self, mean: torch.Tensor | None) -> None:
+        """Uses `mean` in place of that of `stats` until it is changed; None goes back to the statistics.
+
+        Args:
+            mean: (*shape), or (B, *shape) with one mean for every image of the batch, float, in x0 units.
+        """
+        if mean is None:
+            self._mean = None
+            return
+        shape = tuple(self.stats.shape)
+        if levels.is_packed(mean.shape[-2:], shape) and mean.ndim in (2, 3):
+            mean = levels.unpack(mean.reshape(-1, *mean.shape[-2:]), shape).reshape(*mean.shape[:-2], *shape)
+        if tuple(mean.shape) != shape and tuple(mean.shape[1:]) != shape:
+            raise ValueError(
+                f"The mean has shape {tuple(mean.shape)}; expected {shape} or (batch, *{shape})."
+            )
+        if not torch.isfinite(mean).all():
+            raise ValueError("The mean holds NaN or infinite values.")
+        self._mean = mean
+
+    def _transport(self, sample: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+        """The closed form from the first grid level to the one where the wrapped scheduler takes over."""
+        start, end = self._levels[0], self._levels[self._skipped]
+        moved = self.stats.transport(self._rows(sample), start, end, mean=mean)
+        if sample.shape[1:] != moved.shape[1:]:
+            moved = levels.pack(moved)
+        return moved.to(sample.dtype)
+
+    def _rows(self, sample: torch.Tensor) -> torch.Tensor:
+        """`sample` as (B, *stats.shape); ValueError where its rows are of another shape."""
+        shape = tuple(self.stats.shape)
+        if tuple(sample.shape[1:]) == shape:
+            return sample
+        if levels.is_packed(sample.shape[1:], shape):
+            return levels.unpack(sample, shape)
+        raise ValueError(
+            f"The latents have shape {tuple(sample.shape[1:])}, the statistics were fitted on {shape}. "
+            "Generate at the size of the statistics, or fit them at this one (GaussianStats.fit)."
+        )
+
+    def _mapped(self, sample: torch.Tensor) -> torch.Tensor:
+        """`sample` (the batch, possibly repeated for guidance) at the level where the solver starts."""
+        if self._cache is not None:
+            before, after = self._cache
+            rows = len(sample)
+            same = (
+                before.shape[1:] == sample.shape[1:] and before.dtype == sample.dtype and rows <= len(before)
+            )
+            if same and torch.equal(before[:rows], sample):
+                return after[:rows]
+        mean = self._mean
+        if mean is not None:
+            mean = mean.to(sample.device)
+            if mean.ndim > len(self.stats.shape):
+                # Guidance repeats the whole batch: rows 0..B−1 again and again.
+                if len(sample) % len(mean):
+                    raise ValueError(
+                        f"set_mean was given {len(mean)} means for a batch of {len(sample)} rows."
+                    )
+                mean = mean.repeat(len(sample) // len(mean), *[1] * (mean.ndim - 1))
+        moved = self._transport(sample, mean)
+        self._cache = (sample.clone(), moved)
+        return moved
+
+    def map_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """What the denoiser must be shown instead of `sample`, where the pipeline skips `scale_model_input`.
+
+        Called by the hook of `apply_teleport`. It changes nothing after the first step, and nothing for a
+        call at another timestep than the first one of this schedule, as a second pipeline that shares the
+        denoiser makes it.
+        """
+        if not self._waiting or self._input_scaled or self.mean_from != "stats":
+            return sample
+        if not _same_time(timestep, float(self.timesteps[0])):
+            return sample
+        self._input_mapped = True
+        return self._mapped(sample)
+
+    def _scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._waiting and self.mean_from == "stats":
+            self._input_scaled = True
+            sample = self._mapped(sample)
+        return self.inner.scale_model_input(sample, *args, **kwargs)
+
+    def _step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._waiting and self.mean_from == "first_call":
+            return self._step_from_first_call(model_output, timestep, sample, *args, **kwargs)
+        if self._waiting:
+            sample = self._first_sample(sample)
+        if isinstance(self.inner, diffusers.LMSDiscreteScheduler):
+            # It takes its order from the step index, which counts skipped steps it has no derivatives of.
+            call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
+            call.apply_defaults()
+            call.arguments["order"] = min(call.arguments["order"], len(self.inner.derivatives) + 1)
+            return self.inner.step(*call.args, **call.kwargs)
+        return self.inner.step(model_output, timestep, sample, *args, **kwargs)
+
+    def _first_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        if not (self._input_scaled or self._input_mapped):
+            raise ValueError(
+                "The first model call saw the initial noise at the timestep of a later step, because this "
+                "pipeline never calls scale_model_input. Use dx.apply_teleport(pipe, stats, ...) (or "
+                "dx.apply_teleport(pipe) if pipe.scheduler is a TeleportScheduler already), which adds a "
+                'hook on its denoiser, or mean_from="first_call", which needs none.'
+            )
+        if self._mean is not None and self._mean.ndim == sample.ndim and len(self._mean) != len(sample):
+            raise ValueError(f"set_mean was given {len(self._mean)} means for {len(sample)} images.")
+        sample = self._mapped(sample)
+        self._forget_start()
+        return sample
+
+    def _step_from_first_call(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
+        clean = levels.predicted_clean(self.inner, model_output, sample, self._levels[0])
+        mean = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
+        moved = self._transport(sample, mean)
+        clean = clean.to(sample.dtype)
+        self._forget_start()
+        self._begin_at(self._offset)
+        if call.arguments.get("return_dict", True):
+            return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=clean)
+        return moved, clean
+
+    def _refuse_noised_start(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        # Inpainting also noises its image after every step; by then the sampling is past the map.
+        if self._waiting:
+            raise ValueError(
+                f"The pipeline calls {name} before the first step: it starts from a noised image, and "
+                "teleportation starts from pure noise. Restore the wrapped scheduler for image-to-image "
+                "(dx.remove_teleport(pipe) or pipe.scheduler.inner)."
+            )
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    def _add_noise(self, *args: Any, **kwargs: Any) -> Any:
+        return self._refuse_noised_start("add_noise", *args, **kwargs)
+
+    def _scale_noise(self, *args: Any, **kwargs: Any) -> Any:
+        return self._refuse_noised_start("scale_noise", *args, **kwargs)
+
+    scale_model_input = _Wrapped(_scale_model_input)
+    step = _Wrapped(_step)
+    add_noise = _Wrapped(_add_noise)
+    scale_noise = _Wrapped(_scale_noise)
+
+    # -- everything else is the wrapped scheduler's
+
+    def __getattr__(self, name: str) -> Any:
+        # Private names stay out: copy and pickle probe them on an instance that has no `inner` yet.
+        if name.startswith("_") or "inner" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def compatibles(self) -> list[Any]:
+        """Classes that `OtherScheduler.from_config(scheduler.config)` works for: the wrapped one's."""
+        return self.inner.compatibles
+
+    @property
+    def _internal_dict(self) -> FrozenDict:
+        # What `config` returns. The class name is the wrapped one, so that OtherScheduler.from_config(config)
+        # drops the wrapped scheduler's own options without a warning; ours are written when saving.
+        return FrozenDict({**self.inner.config, "_class_name": type(self.inner).__name__})
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: dict[str, Any]) -> None:
+        # Stable Diffusion pipelines patch outdated scheduler configs in place; the wrapped one must see it.
+        self.inner._internal_dict = FrozenDict(config)
+
+
+def _check_reach(skip: Any, sigma: Any, stats: GaussianStats) -> None:
+    """Validates how far to skip; see `TeleportScheduler`."""
+    if sigma is not None:
+        if skip != "auto":
+            raise ValueError(f"Give either skip or sigma, not both (skip={skip!r}, sigma={sigma!r}).")
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
+            raise ValueError(f"sigma must be a finite number above 0, not {sigma!r}.")
+    elif skip == "auto":
+        if "sigma" not in stats.calibration:
+            raise ValueError(
+                'skip="auto" needs calibrated statistics: run dx.calibrate_skip, or give skip= (a fraction '
+                "of the steps) or sigma= yourself."
+            )
+    elif isinstance(skip, bool) or not isinstance(skip, int | float) or not 0 <= skip < 1:
+        raise ValueError(f'skip must be "auto" or a fraction of the steps in [0, 1), not {skip!r}.')
+
+
+def _same_time(timestep: Any, expected: float) -> bool:
+    """Whether a denoiser's `timestep` argument is `expected`, also in thousandths and rounded to bfloat16."""
+    if timestep is None:
+        return False
+    value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+    return any(abs(value * unit - expected) <= abs(expected) / 128 + 1e-6 for unit in (1, 1000))
