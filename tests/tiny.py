@@ -1,7 +1,7 @@
 """Tiny random pipelines, built in memory in well under a second each; nothing is downloaded.
 
-`build(name)` gives a pipeline, `inputs(name)` keyword arguments for its call, `LATENT_SHAPES[name]` the row shape
-of its latents before any packing. Weights depend on `seed` alone.
+`build(name)` gives a pipeline, `inputs(name)` keyword arguments for its call, `LATENT_SHAPES[name]` the shape
+of one latent before any packing, `gaussian(shape)` random statistics. Weights depend on `seed` alone.
 """
 
 from typing import Any
@@ -10,6 +10,8 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor
+
+from diffusers_ext import GaussianStats
 
 NAMES = ("sd", "sdxl", "sd3", "flux", "ddpm")
 
@@ -234,8 +236,30 @@ def generators(batch: int, seed: int = 7) -> list[torch.Generator]:
 
 
 def images(pipe: Any, name: str, batch: int = 1, **changes: Any) -> Tensor:
-    """(batch, 8, 8, 3) float pictures of `pipe` with per-image generators; `changes` go to `inputs` or the call."""
+    """(batch, 8, 8, 3) float pictures, one generator an image; `changes` go to `inputs` or to the call."""
     own = {key: changes.pop(key) for key in ("steps", "guided") if key in changes}
     call = {**inputs(name, batch, **own), "generator": generators(batch), **changes}
     with torch.no_grad():
         return torch.as_tensor(pipe(**call).images)
+
+
+def gaussian(
+    shape: tuple[int, ...], top: float = 4.0, rank: int | None = None, **fields: Any
+) -> GaussianStats:
+    """Random statistics with D eigenvalues from `top` down to 0.02, all but `rank` (D − 1) of them pooled."""
+    draw = torch.Generator().manual_seed(11)
+    size = torch.Size(shape).numel()
+    rank = size - 1 if rank is None else rank
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
+    spectrum = torch.logspace(torch.tensor(top).log10().item(), -1.7, size, dtype=torch.float64)
+    given: dict[str, Any] = {
+        "mean": 0.5 * torch.randn(shape, generator=draw),
+        "eigenvectors": basis[:, :rank].float().contiguous(),
+        "eigenvalues": spectrum[:rank].float(),
+        "residual": float(spectrum[rank:].mean()),
+        "num_samples": 1000,
+        "class_means": None,
+        "class_names": None,
+        "calibration": {},
+    }
+    return GaussianStats(**{**given, **fields})
