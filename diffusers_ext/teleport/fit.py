@@ -1,10 +1,10 @@
 """Mean, leading eigenvectors and total variance of a stream of samples, in a single pass.
 
-Everything rests on one identity (Chan, Golub & LeVeque 1983): when a block of `m` samples joins `n` earlier ones,
-the scatter `Σ (x − mean)(x − mean)ᵀ` grows by the scatter of the block about its own mean plus
-`n·m/(n + m) · δ δᵀ`, where `δ` is the difference of the two means. Both terms are a Gram matrix of rows, so a block
-is summed up by "its centred rows, and one correction row". Doing so class by class gives the pooled within-class
-scatter just as exactly.
+Everything rests on one identity (Chan, Golub & LeVeque 1983): when a block of `m` samples joins `n` earlier
+ones, the scatter `Σ (x − mean)(x − mean)ᵀ` grows by the scatter of the block about its own mean plus
+`n·m/(n + m) · δ δᵀ`, where `δ` is the difference of the two means. Both terms are a Gram matrix of rows, so a
+block is summed up by its centred rows and one correction row. Doing so class by class gives the pooled
+within-class scatter just as exactly.
 """
 
 import operator
@@ -43,8 +43,8 @@ def fit_moments(
 ) -> Moments:
     """Fit a mean and a rank-`rank` plus isotropic covariance; the contract is that of `GaussianStats.fit`.
 
-    `exact_up_to` is the largest dimension D whose D × D float64 scatter matrix is held in memory; above it the
-    scatter is kept as `rank + oversampling` rows.
+    `exact_up_to` is the largest dimension D whose D × D float64 scatter matrix is held in memory; above it
+    the scatter is kept as `rank + oversampling` rows.
     """
     rank = operator.index(rank)
     extra = max(64, rank) if oversampling is None else operator.index(oversampling)
@@ -58,7 +58,7 @@ def fit_moments(
             dimension = block.shape[1]
             if rank > dimension:
                 raise ValueError(
-                    f"rank={rank} is larger than the {dimension} dimensions of a sample of shape {reader.shape}: "
+                    f"rank={rank} is larger than the {dimension} dimensions of shape {reader.shape}: "
                     f"pass rank={dimension} or less."
                 )
             scatter = (
@@ -79,7 +79,7 @@ def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int) -> Moments:
     groups = f" in {classes} classes" if reader.names is not None else ""
     if samples < 2 or freedom < 1:
         raise ValueError(
-            f"A covariance needs at least 2 samples (with labels: 2 in at least one class), got {samples}{groups}."
+            f"A covariance needs at least 2 samples (with labels: 2 of one class), got {samples}{groups}."
         )
     if rank > freedom:
         raise ValueError(
@@ -117,8 +117,8 @@ def _fix_signs(vectors: Tensor) -> Tensor:
 class _BlockReader:
     """Checks batches and regroups them into blocks of `BLOCK_ROWS` rows: (rows (m, D), class indices (m,)).
 
-    The blocks, and so the result, do not depend on how the caller cut the batches. A yielded block is a view of a
-    buffer that the next one overwrites.
+    The blocks, and so the result, do not depend on how the caller cut the batches. A yielded block is a view
+    of a buffer that the next one overwrites.
     """
 
     def __init__(self, batches: Iterable[Any], *, progress: bool):
@@ -167,7 +167,7 @@ class _BlockReader:
             self._index = None if labels is None else {}
         if x.shape[0] and tuple(x.shape[1:]) != self.shape:
             raise ValueError(
-                f"Batch {position} has samples of shape {tuple(x.shape[1:])}, the batches before it {self.shape}: "
+                f"Batch {position} has samples of shape {tuple(x.shape[1:])}, before it {self.shape}: "
                 "all samples of a fit must have the same shape."
             )
         if not torch.isfinite(x).all():
@@ -194,15 +194,15 @@ def _split_batch(position: int, batch: Any) -> tuple[Tensor, list[str] | None]:
         raise ValueError(f"Batch {position} must have shape (batch, *shape), got {tuple(batch.shape)}.")
     if not batch.is_floating_point():
         raise ValueError(
-            f"Batch {position} has dtype {batch.dtype}: pass floating point values in the scale that the model "
-            "denoises (pixels in [-1, 1], or scaled latents)."
+            f"Batch {position} has dtype {batch.dtype}: pass floating point values in the scale that the "
+            "model denoises (pixels in [-1, 1], or scaled latents)."
         )
     if labels is None:
         return batch, None
     names = [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
     if isinstance(labels, str) or len(names) != batch.shape[0]:
         raise ValueError(
-            f"Batch {position} has {batch.shape[0]} samples and needs a list of as many label names, got {labels!r}."
+            f"Batch {position} has {batch.shape[0]} samples and needs as many label names, got {labels!r}."
         )
     return batch, names
 
@@ -277,9 +277,10 @@ class _DenseScatter(_Scatter):
 class _LowRankScatter(_Scatter):
     """At most `size` orthogonal rows (σ_i v_iᵀ) whose Gram matrix over the columns approximates the scatter.
 
-    Each block is stacked under the rows, and the stack is rotated (by the eigenvectors of its small Gram matrix in
-    float64) and cut back to `size` rows. Nothing is lost until more than `size` rows have come. What is cut is a
-    tail of small variance; the trace is kept apart, so it is exact and the loss ends up in the isotropic residual.
+    Each block is stacked under the rows, and the stack is rotated (by the eigenvectors of its small Gram
+    matrix in float64) and cut back to `size` rows. Nothing is lost until more than `size` rows have come.
+    What is cut is a tail of small variance; the trace is kept apart, so it is exact and the loss ends up in
+    the isotropic residual.
     """
 
     def __init__(self, dimension: int, device: torch.device, size: int):
@@ -309,8 +310,8 @@ class _LowRankScatter(_Scatter):
 
     def _close(self) -> None:
         self._trace += float(self._own.trace())
-        # The kept rows are orthogonal already. Rounding in that only makes the cut slightly less than optimal: the
-        # rotation is orthogonal whatever it was computed from, so it changes no variance.
+        # The kept rows are orthogonal already. Rounding in that only makes the cut slightly less than
+        # optimal: the rotation is orthogonal whatever it was computed from, so it changes no variance.
         gram = torch.cat(
             [
                 torch.cat([self._squares.diag(), self._cross.T], dim=1),
@@ -336,7 +337,7 @@ class _LowRankScatter(_Scatter):
             gram.addmm_(chunk, chunk.T)
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-        # Below this a direction is float32 rounding of the rows; QR then fills its column with any orthogonal one.
+        # Below this a direction is float32 rounding of the rows; QR fills in any orthogonal column for it.
         real = values > 1e-12 * values[:1]
         values = torch.where(real, values, 0.0)
         scaled = vectors * torch.where(real, values, torch.inf).rsqrt()

@@ -1,16 +1,18 @@
 """The Gaussian approximation of a data set, and the exact probability flow it has.
 
-If the data were N(μ, Σ), the noisy state x = a·x₀ + s·ε would be N(aμ, a²Σ + s²I), and the probability-flow ODE
-from one noise level (a, s) to another would have a closed-form solution: every eigendirection of Σ is scaled by the
-ratio of its standard deviations at the two levels. At high noise a trained denoiser behaves as if that were so (Wang
-& Vastola, *The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion Models*, TMLR 2024,
-arXiv:2412.09726), so the first part of a sampling trajectory can be computed without calling the network.
+If the data were N(μ, Σ), the noisy state x = a·x₀ + s·ε would be N(aμ, a²Σ + s²I), and the probability-flow
+ODE from one noise level (a, s) to another would have a closed-form solution: every eigendirection of Σ is
+scaled by the ratio of its standard deviations at the two levels. At high noise a trained denoiser behaves as
+if that were so (Wang & Vastola, *The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion
+Models*, TMLR 2024, arXiv:2412.09726), so the first part of a sampling trajectory can be computed without
+calling the network.
 
-Σ is kept as its `r` leading eigenpairs plus an isotropic complement, Σ = U diag(λ) Uᵀ + s̄² (I − U Uᵀ), where s̄² is
-the mean of the remaining eigenvalues. (The paper's own code takes s̄² = 0; keeping it preserves the total variance.)
+Σ is kept as its `r` leading eigenpairs plus an isotropic complement, Σ = U diag(λ) Uᵀ + s̄² (I − U Uᵀ), where
+s̄² is the mean of the remaining eigenvalues. (The paper's own code takes s̄² = 0; keeping it preserves the
+total variance.)
 
-A *level* is a pair (a, s): (1, σ) for EDM and other variance-exploding states, (√ᾱ, √(1−ᾱ)) for variance-preserving
-ones, (1−t, t) for flow matching.
+A *level* is a pair (a, s): (1, σ) for EDM and other variance-exploding states, (√ᾱ, √(1−ᾱ)) for
+variance-preserving ones, (1−t, t) for flow matching.
 """
 
 import functools
@@ -44,23 +46,23 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-# ---------------------------------------------------------------------------------------------------- noise levels
+# --- noise levels ---
 
 
-def ve_level(sigma: float) -> Level:
+def ve_level(sigma: float | Tensor) -> Level:
     """(1, σ): variance-exploding states x = x₀ + σε, as Euler and Heun keep them. σ ≥ 0."""
-    return check_level((1.0, sigma), "ve_level")
+    return check_level((1.0, float(sigma)), "ve_level")
 
 
-def vp_level(alpha_bar: float) -> Level:
-    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ (`alphas_cumprod`) in [0, 1]."""
+def vp_level(alpha_bar: float | Tensor) -> Level:
+    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ lies in [0, 1]."""
     alpha_bar = float(alpha_bar)
     if not 0.0 <= alpha_bar <= 1.0:
         raise ValueError(f"vp_level: alpha_bar must lie in [0, 1], got {alpha_bar}.")
     return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
 
 
-def flow_level(t: float) -> Level:
+def flow_level(t: float | Tensor) -> Level:
     """(1−t, t): flow-matching states, t = 1 pure noise and t = 0 data. t in [0, 1]."""
     t = float(t)
     if not 0.0 <= t <= 1.0:
@@ -69,7 +71,7 @@ def flow_level(t: float) -> Level:
 
 
 def check_level(level: Sequence[float], name: str = "level") -> Level:
-    """`level` as a pair of floats, or a ValueError unless a and s are finite, not negative and not both zero."""
+    """`level` as two floats; ValueError unless both are finite, neither is negative and one is positive."""
     if len(level) != 2:
         raise ValueError(f"{name} must be a pair (a, s), got {level!r}.")
     a, s = float(level[0]), float(level[1])
@@ -80,11 +82,11 @@ def check_level(level: Sequence[float], name: str = "level") -> Level:
     return a, s
 
 
-# ----------------------------------------------------------------------------------------------- the closed form
+# --- the closed form ---
 
 
 def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Autocast would run the projections in half precision, which loses the small gain differences they carry."""
+    """Autocast would run the projections in half precision, too coarse for states tens of units large."""
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -155,19 +157,19 @@ def implied_mean(
     """The mean (B, D) for which `gaussian_denoiser` at `level` maps `x` to `denoised`.
 
     Solving D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) for μ leaves no inverse: μ = D + (a/s²) Σ (aD − x). One call of a
-    conditional denoiser at high noise thus gives its prompt's own mean. At a = 0 that is the denoised sample itself.
+    conditional denoiser at high noise thus gives its prompt's own mean. At a = 0 that is the denoised sample
+    itself.
 
-    Arguments, result and errors are those of `transport`; `denoised` is (B, D) in data units. Rounding and model
-    error in `denoised` are magnified by 1 + a²λ/s², so choose a level with s²/a² well above the largest eigenvalue.
+    Arguments, result and errors are those of `transport`; `denoised` is (B, D) in data units. Rounding and
+    model error in `denoised` are magnified by 1 + a²λ/s², so choose a level with s²/a² well above the largest
+    eigenvalue.
 
     Raises:
         ValueError: also if s = 0, where the denoiser returns x/a for every mean.
     """
     a, s = check_level(level)
     if s == 0:
-        raise ValueError(
-            "implied_mean needs a level with s > 0: without noise the denoiser says nothing of the mean."
-        )
+        raise ValueError("implied_mean needs a level with s > 0: without noise no mean is implied.")
     x, denoised, eigenvectors, spectrum = _prepare(x, denoised, eigenvectors, eigenvalues, residual)
     return denoised + _spectral(a * denoised - x, eigenvectors, (a / (s * s)) * spectrum)
 
@@ -203,8 +205,8 @@ def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:
     variance = a * a * spectrum + s * s
     if s == 0 and bool((variance <= 0).any()):
         raise ValueError(
-            f"{name}=({a}, {s}) has no noise and the Gaussian has directions without variance, so the flow is "
-            "singular there: use a level with s > 0, or statistics with a positive residual and eigenvalues."
+            f"{name}=({a}, {s}) has no noise and the Gaussian has directions without variance, so a²λ + s² "
+            "is 0 there: use a level with s > 0, or statistics with a positive residual and eigenvalues."
         )
     return variance
 
@@ -215,7 +217,7 @@ def _spectral(d: Tensor, eigenvectors: Tensor, factors: Tensor) -> Tensor:
     return rest * d + ((d @ eigenvectors) * (factors[:-1] - rest)) @ eigenvectors.T
 
 
-# ----------------------------------------------------------------------------------------------- the statistics
+# --- the statistics ---
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,7 +230,7 @@ class GaussianStats(PushToHubMixin):
         eigenvalues: (r,), float32, variances in squared data units, descending.
         residual: s̄², the variance in every direction outside the eigenvectors' span.
         num_samples: how many samples were fitted.
-        class_means: (K, *shape), float32, or None. With class means the covariance is the pooled within-class one.
+        class_means: (K, *shape), float32, or None. With them the covariance is the pooled within-class one.
         class_names: K different names, or None.
         calibration: free JSON-able notes on where the approximation was found good, e.g. `{"sigma": 9.7}`.
 
@@ -260,7 +262,7 @@ class GaussianStats(PushToHubMixin):
         put("num_samples", int(self.num_samples))
         put("class_names", None if self.class_names is None else tuple(self.class_names))
         try:
-            # A round trip also detaches us from the caller's dict and turns tuples into what a file gives back.
+            # A round trip also cuts the tie to the caller's dict, and makes of tuples what a file gives back.
             put("calibration", json.loads(json.dumps(dict(self.calibration), allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration must hold finite JSON values only: {error}.") from error
@@ -299,14 +301,17 @@ class GaussianStats(PushToHubMixin):
     ) -> "GaussianStats":
         """Fit to samples in a single pass.
 
-        Up to D = 2048 dimensions the float64 covariance and its `eigh` are exact. Above, the scatter is kept as
-        `rank + oversampling` orthogonal rows that are updated by blocks of 256 samples, in O(D·(rank + oversampling
-        + 256)) memory; that too is exact as long as N ≤ rank + oversampling. A randomised range finder would be a
-        little more accurate for its size, but needs several passes: batches here may come from a generator, or from
-        a pipeline whose samples nobody wants to store. tr Σ, and with it the residual, is exact in either case.
+        Up to D = 2048 dimensions the float64 covariance and its `eigh` are exact. Above, the scatter is kept
+        as `rank + oversampling` orthogonal rows that are updated by blocks of 256 samples, in O(D·(rank +
+        oversampling + 256)) memory; that too is exact as long as N ≤ rank + oversampling. (A randomised range
+        finder would be more accurate for its size, but needs several passes, and batches here may come from a
+        generator, or from a pipeline whose samples nobody wants to store.) What is cut makes the eigenvalues
+        a little too small: with a spectrum as flat as 1/k, D = 65,536 and rank 256, by under 0.7% for the
+        first half and by up to 2.1% for the last. tr Σ is exact in either case, and the residual takes up
+        the difference.
 
         Args:
-            batches: tensors (b, *shape) in the scale that the model denoises, or pairs (tensor, b label names).
+            batches: tensors (b, *shape) in the scale that the model denoises, or pairs (tensor, b names).
                 Any float dtype, sizes may differ; the result does not depend on how the samples are cut into
                 batches. A generator will do, as will a `DataLoader` or one tensor with all samples.
             rank: number of eigenpairs, from 0 (isotropic) to min(D, N − 1), or N − K with K classes.
@@ -314,12 +319,13 @@ class GaussianStats(PushToHubMixin):
             progress: show a progress bar over the batches.
 
         Returns:
-            Statistics on the CPU. The covariance is normalised by 1/(N − 1). With labels, `class_means` holds one
-            mean per name, `mean` stays the mean of all samples, and the covariance is the pooled *within-class* one,
-            normalised by 1/(N − K): it belongs to the class means, not to `mean`. It costs K·D more memory.
+            Statistics on the CPU. The covariance is normalised by 1/(N − 1). With labels, `class_means` holds
+            one mean per name, `mean` stays the mean of all samples, and the covariance is the pooled
+            *within-class* one, normalised by 1/(N − K): it belongs to the class means, not to `mean`. It
+            costs K·D more memory.
 
         Raises:
-            ValueError: no or too few samples, a rank larger than D or the data allow, samples of different shapes,
+            ValueError: no or too few samples, a rank larger than D or the data allow, different shapes,
                 integer data, NaN or infinite values, labels that do not match; the message names the batch.
         """
         return cls(**fit_moments(batches, rank, oversampling=oversampling, progress=progress)._asdict())
@@ -327,8 +333,8 @@ class GaussianStats(PushToHubMixin):
     def transport(self, x: Tensor, start: Level, end: Level, mean: Tensor | None = None) -> Tensor:
         """Carry states `x` (B, *shape) from level `start` to `end`; see the function `transport`.
 
-        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. Computed in float32 (float64 for float64),
-        returned in `x`'s dtype and on its device.
+        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. Computed in float32 (float64 for
+        float64), returned in `x`'s dtype and on its device.
         """
         flat, parts = self._operands(x, mean)
         return transport(flat, *parts, self.residual, start, end).to(x.dtype).reshape(x.shape)
@@ -339,7 +345,7 @@ class GaussianStats(PushToHubMixin):
         return gaussian_denoiser(flat, *parts, self.residual, level).to(x.dtype).reshape(x.shape)
 
     def implied_mean(self, x: Tensor, denoised: Tensor, level: Level) -> Tensor:
-        """The means (B, *shape) for which `denoise(x, level, mean)` equals `denoised`; see `implied_mean`."""
+        """The means (B, *shape) for which `denoise(x, level, mean)` gives `denoised`; see `implied_mean`."""
         if denoised.shape != x.shape:
             raise ValueError(
                 f"denoised has shape {tuple(denoised.shape)}, x {tuple(x.shape)}: they must be equal."
@@ -353,7 +359,7 @@ class GaussianStats(PushToHubMixin):
         level: Level = (1.0, 0.0),
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """`n` states (n, *shape), float32, of the Gaussian at `level`: clean samples by default, around `mean`."""
+        """`n` states (n, *shape), float32, at `level`: by default clean samples. Device: the mean's."""
         noise = randn_tensor((n, *self.shape), generator=generator, device=self.mean.device)
         # White noise is the state at (0, 1), so drawing is transporting.
         return self.transport(noise, (0.0, 1.0), level)
@@ -412,9 +418,10 @@ class GaussianStats(PushToHubMixin):
     ) -> None:
         """Write `config.json` and `gaussian_stats.safetensors` into a directory, which is created if need be.
 
-        Each file appears whole or not at all, and the configuration, written last, holds the other's digest, so
-        that a save that was cut short is noticed when loading. The other arguments are those that
-        `PushToHubMixin.push_to_hub` passes; ValueError for `safe_serialization=False` (nothing here is pickled).
+        Each file appears whole or not at all, and the configuration, written last, holds the other's digest,
+        so that a save that was cut short is noticed when loading. The other arguments are those that
+        `PushToHubMixin.push_to_hub` passes; ValueError for `safe_serialization=False` (nothing here is
+        pickled).
         """
         if not safe_serialization or variant is not None:
             raise ValueError("GaussianStats are saved as safetensors in float32: no pickle, no variants.")
@@ -432,7 +439,7 @@ class GaussianStats(PushToHubMixin):
         *,
         subfolder: str | None = None,
         revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
@@ -441,29 +448,33 @@ class GaussianStats(PushToHubMixin):
 
         Raises:
             OSError: a file is missing, or the repository cannot be reached.
-            ValueError: a file is damaged, comes from another save or class, or holds values that are not finite.
+            ValueError: a file is damaged, is from another save or class, or holds non-finite values.
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
             folder = folder / (subfolder or "")
             config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
         else:
-            download = functools.partial(
-                hf_hub_download,
-                str(pretrained_model_name_or_path),
-                subfolder=subfolder,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
             try:
-                config_path, weights_path = Path(download(CONFIG_NAME)), Path(download(WEIGHTS_NAME))
+                config_path, weights_path = (
+                    Path(
+                        hf_hub_download(
+                            str(pretrained_model_name_or_path),
+                            name,
+                            subfolder=subfolder,
+                            revision=revision,
+                            cache_dir=cache_dir,
+                            token=token,
+                            local_files_only=local_files_only,
+                            force_download=force_download,
+                        )
+                    )
+                    for name in (CONFIG_NAME, WEIGHTS_NAME)
+                )
             except (OSError, HFValidationError) as error:
                 raise OSError(
-                    f"{str(pretrained_model_name_or_path)!r} is no local directory, and its {CONFIG_NAME} and "
-                    f"{WEIGHTS_NAME} could not be had from the Hub: {error}"
+                    f"{str(pretrained_model_name_or_path)!r} is no local directory, and its {CONFIG_NAME} "
+                    f"and {WEIGHTS_NAME} could not be had from the Hub: {error}"
                 ) from error
         config, weights = _read(config_path), _read(weights_path)
         return cls._load(config_path, config, weights_path, weights)
@@ -481,7 +492,7 @@ class GaussianStats(PushToHubMixin):
         digest = values.pop("sha256", None)
         if digest != hashlib.sha256(weights).hexdigest():
             raise ValueError(
-                f"{weights_path} is not the file that {config_path} describes (sha256 differs): one of them is "
+                f"{weights_path} is not the file that {config_path} describes (sha256 differs): one is "
                 "damaged or from another save. Save or download both again."
             )
         return cls._assemble(tensors, values, str(weights_path))
@@ -523,10 +534,10 @@ class GaussianStats(PushToHubMixin):
         return stats
 
     def _operands(self, x: Tensor, mean: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """`x` as (B, D), and (mean (D,) or (B, D), eigenvectors, eigenvalues) on its device in the dtype to use."""
+        """`x` as (B, D), and the mean (D,) or (B, D), eigenvectors and eigenvalues on its device."""
         if x.ndim != len(self.shape) + 1 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, these statistics are for (batch, {', '.join(map(str, self.shape))}): "
+                f"x has shape {tuple(x.shape)}, these statistics are for (batch, *{self.shape}): "
                 "use statistics fitted at this pipeline's resolution and channels."
             )
         if mean is not None and tuple(mean.shape) not in (self.shape, tuple(x.shape)):
@@ -588,7 +599,7 @@ def _check_classes(stats: GaussianStats) -> None:
         return
     if tuple(means.shape) != (len(names), *stats.shape) or len(set(names)) != len(names) or not names:
         raise ValueError(
-            f"class_means must have shape (K, {', '.join(map(str, stats.shape))}) with K different class_names, "
+            f"class_means must have shape (K, *{stats.shape}) with K different class_names, "
             f"got {tuple(means.shape)} and {len(set(names))} different names."
         )
 
@@ -614,8 +625,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise OSError(
-            f"No file {path}: expected {CONFIG_NAME} and {WEIGHTS_NAME} there, as GaussianStats.save_pretrained "
-            "writes them."
+            f"No file {path}: expected {CONFIG_NAME} and {WEIGHTS_NAME} there, as written by "
+            "GaussianStats.save_pretrained."
         ) from error
 
 
