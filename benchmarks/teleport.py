@@ -1,0 +1,308 @@
+"""Teleportation against its controls on the embedded models, at the same seeds.
+
+    python benchmarks/teleport.py ddpm   --output_dir benchmarks/teleport
+    python benchmarks/teleport.py scenes --output_dir benchmarks/teleport
+
+Every run is kept in `--cache_dir`, so an interrupted benchmark goes on where it stopped. Writes a Markdown
+table and a plot per model. Fréchet distances are on the small grader's features and are not FID.
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import matplotlib
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+import diffusers_ext as dx
+from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
+from diffusers_ext.evaluation.report import (
+    frechet_interval,
+    markdown_table,
+    paired_difference,
+    paired_frechet_difference,
+    proportion,
+)
+from diffusers_ext.evaluation.testbed import Run, held_out_prompts, load_reference, run_garments, run_scenes
+from diffusers_ext.resources import resource_dir
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of the benchmark: a solver, its steps, and what replaces the first of them.
+
+    `variant` is "plain" (the solver at `steps`), "teleport" (the unconditional map), "prompt mean" (the
+    prompt's own mean, from one call), "first call" (the same inside the run), "isotropic" (same mean and total
+    variance, no directions) or "noise" (plain noise at σ_skip).
+    """
+
+    solver: str
+    steps: int
+    variant: str = "plain"
+    skip: int = 0
+    guidance: float = 1.0
+
+
+def main() -> None:
+    """Runs what is missing in the cache and writes table and plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=["ddpm", "scenes"])
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/teleport"))
+    parser.add_argument("--cache_dir", type=Path, default=Path("runs/teleport"))
+    parser.add_argument("--num_images", type=int, default=500, help="per seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
+    parser.add_argument("--steps", type=int, nargs="+", default=None)
+    parser.add_argument("--skips", type=float, nargs="+", default=None, help="fractions of the steps")
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_grad_enabled(False)
+    points = ddpm_points(args) if args.model == "ddpm" else scene_points(args)
+    bench = Bench(args)
+    runs = {point: bench.run(point) for point in tqdm(points, desc=args.model)}
+    report(args, runs)
+
+
+def ddpm_points(args: argparse.Namespace) -> list[Point]:
+    points = []
+    for solver in args.solvers:
+        for steps in args.steps or [20]:
+            points.append(Point(solver, steps))
+            skips = sorted({round(s * steps) for s in args.skips or (0.15, 0.25, 0.35)})
+            for skip in skips:
+                points += [Point(solver, steps - skip), Point(solver, steps, "teleport", skip)]
+            points += [Point(solver, steps, v, skips[len(skips) // 2]) for v in ("isotropic", "noise")]
+    return list(dict.fromkeys(points))
+
+
+def scene_points(args: argparse.Namespace) -> list[Point]:
+    w = args.guidance_scale
+    points = []
+    for solver in args.solvers:
+        for steps in args.steps or [6, 8, 12, 20, 30]:
+            points.append(Point(solver, steps, guidance=w))
+            for skip in sorted({max(1, round(s * steps)) for s in args.skips or (0.1, 0.3)}):
+                points += [
+                    Point(solver, steps - skip, guidance=w),
+                    Point(solver, steps, "teleport", skip, w),
+                    Point(solver, steps, "prompt mean", skip, w),
+                    Point(solver, steps, "first call", skip + 1, w),
+                ]
+    return list(dict.fromkeys(points))
+
+
+class Bench:
+    """The model of a benchmark, its statistics, and the cache of its runs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folder = resource_dir("model_cards") / f"fashion-{args.model}"
+        self.pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.base = self.pipe.scheduler
+        self.stats = dx.GaussianStats.from_pretrained(self.folder / "gaussian")
+        within = self.folder / "gaussian-within-prompt"
+        self.within = dx.GaussianStats.from_pretrained(within) if within.is_dir() else None
+        self.prompt_mean_cache: dict[str, torch.Tensor] = {}
+
+    def run(self, point: Point) -> list[Run]:
+        """One run per seed."""
+        return [self._cached(point, seed) for seed in self.args.seeds]
+
+    def _cached(self, point: Point, seed: int) -> Run:
+        identity = {**asdict(point), "seed": seed, "n": self.args.num_images, "model": self.args.model}
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.args.cache_dir / f"{name}.npz"
+        if not path.is_file():
+            run = self._sample(point, seed)
+            partial = path.with_suffix(".partial.npz")
+            np.savez_compressed(
+                partial,
+                pictures=np.rint(run.pictures[:64] * 255).astype(np.uint8),
+                features=run.features,
+                calls=run.calls,
+                seconds=run.seconds,
+                **{f"grade_{k}": v for k, v in run.grades.items()},
+            )
+            partial.replace(path)
+        saved = np.load(path)
+        grades = {k.removeprefix("grade_"): saved[k] for k in saved.files if k.startswith("grade_")}
+        return Run(
+            saved["pictures"], saved["features"], grades, float(saved["calls"]), float(saved["seconds"])
+        )
+
+    def _sample(self, point: Point, seed: int) -> Run:
+        name, options = SOLVERS[point.solver]
+        self.pipe.scheduler = getattr(diffusers, name).from_config(self.base.config, **options)
+        stats = self._stats(point)
+        if stats is not None:
+            mean_from = "first_call" if point.variant == "first call" else "stats"
+            dx.apply_teleport(self.pipe, stats, skip=(point.skip + 0.5) / point.steps, mean_from=mean_from)
+        try:
+            if self.args.model == "ddpm":
+                return run_garments(
+                    self.pipe, self.args.num_images, seed=seed, num_inference_steps=point.steps
+                )
+            return self._sample_scenes(point, seed)
+        finally:
+            dx.remove_teleport(self.pipe)
+
+    def _stats(self, point: Point) -> dx.GaussianStats | None:
+        if point.variant == "plain":
+            return None
+        if point.variant in ("prompt mean", "first call"):
+            return self.within
+        if point.variant == "isotropic":
+            return self.stats.isotropic()
+        if point.variant == "noise":
+            return _white(self.stats)
+        return self.stats
+
+    def _sample_scenes(self, point: Point, seed: int) -> Run:
+        prompts = held_out_prompts(self.args.num_images, seed)
+        kwargs = {"num_inference_steps": point.steps, "guidance_scale": point.guidance}
+        if point.variant != "prompt mean":
+            return run_scenes(self.pipe, prompts, seed=seed, **kwargs)
+        teleport, size, parts = self.pipe.scheduler, 64, []
+        for low in range(0, len(prompts), size):
+            chunk = prompts[low : low + size]
+            dx.remove_teleport(self.pipe)
+            means = self._prompt_means(chunk)
+            self.pipe.scheduler = teleport
+            teleport.set_mean(means)
+            part = run_scenes(self.pipe, chunk, seed=seed, offset=low, **kwargs)
+            parts.append(part)
+        # The mean's own call is without guidance, so it costs half a guided step.
+        extra = 1.0 if point.guidance <= 1 else 0.5
+        return Run.join(parts, extra_calls=extra)
+
+    def _prompt_means(self, prompts: list[str]) -> torch.Tensor:
+        assert self.within is not None
+        missing = sorted(set(prompts) - set(self.prompt_mean_cache))
+        if missing:
+            means = dx.prompt_means(self.pipe, self.within, missing, height=32, width=64)
+            self.prompt_mean_cache |= dict(zip(missing, means))
+        return torch.stack([self.prompt_mean_cache[p] for p in prompts])
+
+
+def _white(stats: dx.GaussianStats) -> dx.GaussianStats:
+    """Statistics whose map only rescales the noise: nothing of the data but pure noise at the new level."""
+    r = torch.zeros(stats.mean.numel(), 0)
+    return dx.GaussianStats(torch.zeros_like(stats.mean), r, torch.zeros(0), 0.0, stats.num_samples)
+
+
+def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
+    """Writes `<model>.md` and `<model>.png`."""
+    reference = load_reference("garments-test" if args.model == "ddpm" else "scenes-test")
+    kind = "garments" if args.model == "ddpm" else "scenes"
+    floor = frechet_distance(load_reference(f"{kind}-train"), reference)
+    features = {p: np.concatenate([run.features for run in r]) for p, r in runs.items()}
+    calls = {p: float(np.mean([run.calls for run in r])) for p, r in runs.items()}
+    distances = {p: frechet_interval(f, reference) for p, f in features.items()}
+    header = [
+        "solver",
+        "steps",
+        "variant",
+        "calls an image",
+        "Fréchet distance",
+        "less the respaced solver's",
+    ]
+    header += ["every word right, %", "less the respaced solver's"] if args.model == "scenes" else []
+    rows = []
+    for p in runs:
+        row = [p.solver, str(p.steps), p.variant, f"{calls[p]:g}", distances[p].format(2)]
+        control = _respaced(p, runs)
+        row.append(_difference(features[p], features[control], reference) if control else "")
+        if args.model == "scenes":
+            right = _aligned(runs[p])
+            row.append(proportion(right).format(1, 100))
+            row.append(
+                paired_difference(right.astype(float), _aligned(runs[control]).astype(float)).format(1, 100)
+                if control
+                else ""
+            )
+        rows.append(row)
+    n = args.num_images * len(args.seeds)
+    note = (
+        f"\n\n{n} images a row ({len(args.seeds)} seeds), the same noise"
+        f"{' and prompts' if args.model == 'scenes' else ''} in every row; 95% bootstrap intervals;"
+        f" floor (real train against real test pictures) {floor:.2f}."
+    )
+    table = markdown_table(header, rows) + note + "\n"
+    (args.output_dir / f"{args.model}.md").write_text(table)
+    print(table)
+    plot(args, runs, calls, distances, floor)
+
+
+def _aligned(runs: list[Run]) -> np.ndarray:
+    return np.concatenate([run.grades["aligned"] for run in runs])
+
+
+def _respaced(point: Point, runs: dict[Point, list[Run]]) -> Point | None:
+    saved = point.skip - (1 if point.variant == "first call" else 0)
+    control = Point(point.solver, point.steps - saved, guidance=point.guidance)
+    return control if point.variant != "plain" and control in runs else None
+
+
+def _difference(ours: np.ndarray, control: np.ndarray, reference: FeatureStats) -> str:
+    estimate = paired_frechet_difference(ours, control, reference)
+    text = estimate.format(2)
+    return f"**{text}**" if estimate.excludes(0) else text
+
+
+def plot(
+    args: argparse.Namespace,
+    runs: dict[Point, list[Run]],
+    calls: dict[Point, float],
+    distances: dict[Point, Any],
+    floor: float,
+) -> None:
+    """One panel per solver: Fréchet distance against calls, a line per variant."""
+    solvers = list(dict.fromkeys(p.solver for p in runs))
+    figure, axes = plt.subplots(1, len(solvers), figsize=(4 * len(solvers), 3.6), sharey=True, squeeze=False)
+    styles = {"plain": ("k", "o"), "teleport": ("tab:red", "s"), "prompt mean": ("tab:blue", "^")}
+    styles |= {"first call": ("tab:green", "v"), "isotropic": ("tab:orange", "x"), "noise": ("tab:gray", "+")}
+    for axis, solver in zip(axes[0], solvers):
+        for variant, (color, marker) in styles.items():
+            chosen = sorted(
+                (p for p in runs if p.solver == solver and p.variant == variant), key=calls.__getitem__
+            )
+            if not chosen:
+                continue
+            x = [calls[p] for p in chosen]
+            y = [distances[p].value for p in chosen]
+            error = [(d.value - d.low) for d in (distances[p] for p in chosen)]
+            line = "-" if variant == "plain" else "none"
+            axis.errorbar(x, y, error, color=color, marker=marker, linestyle=line, label=variant, capsize=2)
+        axis.axhline(floor, color="0.7", linestyle=":", label="floor")
+        axis.set(title=solver, xlabel="denoiser calls an image", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("small-feature Fréchet distance")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(args.output_dir / f"{args.model}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Runs the testbed's models on fixed prompts and noise, and measures what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data import fashion_scenes
+from ..resources import resource_dir
+from .frechet import FeatureStats
+from .grader import GarmentClassifier, garment_features, grade, scene_features
+
+REFERENCES = ("scenes-train", "scenes-test", "garments-train", "garments-test")
+
+
+@lru_cache(maxsize=1)
+def load_grader() -> GarmentClassifier:
+    """The embedded grader, in float32."""
+    folder = resource_dir("model_cards") / "fashion-grader"
+    return GarmentClassifier.from_pretrained(folder, torch_dtype=torch.float32).eval()  # type: ignore[return-value]
+
+
+def load_reference(name: str) -> FeatureStats:
+    """Feature statistics of real pictures; `name` is one of `REFERENCES`."""
+    return FeatureStats.load(resource_dir("model_cards") / "fashion-grader" / f"{name}.safetensors")
+
+
+@dataclass
+class Run:
+    """What a pipeline made of a list of prompts (or of nothing), and what it cost.
+
+    Attributes:
+        pictures: float32 (n, h, w[, 3]) in [0, 1].
+        features: (n, d), for the Fréchet distance.
+        grades: boolean arrays (n,), see `grade`; empty without prompts.
+        calls: denoiser evaluations per image, a guided step counting once.
+        seconds: wall-clock time of the sampling.
+    """
+
+    pictures: np.ndarray
+    features: np.ndarray
+    grades: dict[str, np.ndarray] = field(default_factory=dict)
+    calls: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def join(cls, parts: Sequence[Run], extra_calls: float = 0.0) -> Run:
+        """The parts as one run; `extra_calls` were spent on every image outside the pipeline."""
+        return cls(
+            np.concatenate([p.pictures for p in parts]),
+            np.concatenate([p.features for p in parts]),
+            {k: np.concatenate([p.grades[k] for p in parts]) for k in parts[0].grades},
+            float(np.mean([p.calls for p in parts])) + extra_calls,
+            sum(p.seconds for p in parts),
+        )
+
+
+def held_out_prompts(num_prompts: int, seed: int = 0) -> list[str]:
+    """Prompts of the test split: two-garment combinations never trained on, and a quarter singles."""
+    return [fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", num_prompts, seed)]
+
+
+def _count_calls(module: nn.Module, counter: list[int]) -> Any:
+    return module.register_forward_pre_hook(lambda *_: counter.append(1))
+
+
+def run_scenes(
+    pipe: Any, prompts: list[str], *, seed: int = 0, offset: int = 0, batch_size: int = 64, **call_kwargs: Any
+) -> Run:
+    """Generates one scene per prompt; image i starts from the noise of (seed, offset + i) in any batch size."""
+    counter: list[int] = []
+    handle = _count_calls(pipe.unet, counter)
+    pictures, start = [], time.perf_counter()
+    for low in range(0, len(prompts), batch_size):
+        chunk = prompts[low : low + batch_size]
+        generators = [
+            torch.Generator().manual_seed(1_000_000 * seed + offset + low + i) for i in range(len(chunk))
+        ]
+        images = pipe(
+            chunk, height=32, width=64, generator=generators, output_type="np", **call_kwargs
+        ).images
+        pictures.append(images)
+    seconds = time.perf_counter() - start
+    handle.remove()
+    batches = len(pictures)
+    stacked = np.concatenate(pictures).astype(np.float32)
+    grader = load_grader()
+    return Run(
+        stacked,
+        scene_features(grader, stacked),
+        grade(grader, stacked, prompts),
+        len(counter) / batches,
+        seconds,
+    )
+
+
+def run_garments(
+    pipe: Any, num_images: int, *, seed: int = 0, batch_size: int = 250, **call_kwargs: Any
+) -> Run:
+    """Generates grey garments; image i starts from the noise of seed (seed, i)."""
+    counter: list[int] = []
+    handle = _count_calls(pipe.unet, counter)
+    pictures, start = [], time.perf_counter()
+    for low in range(0, num_images, batch_size):
+        size = min(batch_size, num_images - low)
+        generators = [torch.Generator().manual_seed(1_000_000 * seed + low + i) for i in range(size)]
+        pictures.append(pipe(batch_size=size, generator=generators, output_type="np", **call_kwargs).images)
+    seconds = time.perf_counter() - start
+    handle.remove()
+    stacked = np.concatenate(pictures).astype(np.float32)
+    calls = len(counter) / len(pictures)
+    return Run(stacked, garment_features(load_grader(), stacked), {}, calls, seconds)
