@@ -22,6 +22,6 @@ def resource_dir(name: str) -> Path:
         if place.is_dir():
             return place
     raise FileNotFoundError(
-        f"The folder {name!r} of diffusers-ext is neither at {places[0]} nor at {places[1]}: install the wheel"
-        " again, or run from a whole checkout."
+        f"The folder {name!r} of diffusers-ext is neither at {places[0]} nor at {places[1]}: install the"
+        " wheel again, or run from a whole checkout."
     )

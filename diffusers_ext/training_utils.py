@@ -1,4 +1,4 @@
-"""What every training script shares: arguments, the loop, checkpoints and the final card.
+"""What every training script shares: the arguments and the loop.
 
 The data order and all randomness of optimisation step `n` are a pure function of `(seed, n)`: a resumed run
 continues exactly where it stopped, and several processes see together what one process would see.
@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from .checkpoints import resolve_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)),
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
     )
     set_seed(args.seed)
     if accelerator.is_main_process:
@@ -114,47 +115,6 @@ def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int) -
     return Rows(world * batch_size, slice(rank * batch_size, (rank + 1) * batch_size), generator)
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints in a run's folder, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def resolve_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names, or None to start afresh.
-
-    Raises:
-        ValueError: the named folder is not there.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        found = list_checkpoints(args.output_dir)
-        return found[-1] if found else None
-    path = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir) / wanted
-    if not path.is_dir():
-        have = ", ".join(p.name for p in list_checkpoints(args.output_dir)) or "none"
-        raise ValueError(
-            f"--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {args.output_dir}: {have}."
-        )
-    return path
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, limit: int | None) -> None:
-    """Writes `checkpoint-<step>` in one rename, so that a killed run leaves no half-written one behind."""
-    final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f"partial-checkpoint-{step}")
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in list_checkpoints(output_dir)[: -limit or None] if limit else []:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
 def train(
     accelerator: Accelerator,
     args: argparse.Namespace,
@@ -163,6 +123,8 @@ def train(
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Optimises `model`, whose forward turns a batch into a scalar loss; leaves the EMA weights in it.
+
+    It ends the accelerator's trackers and process group: call it last.
 
     Args:
         accelerator: as from `make_accelerator`.
@@ -173,6 +135,10 @@ def train(
 
     Returns:
         What a model card needs: steps, seconds, hardware, the last loss and the last validation.
+
+    Raises:
+        ValueError: the loss is not finite (looked at every 50 steps and before each checkpoint), or
+            `--resume_from_checkpoint` and the run's folder do not go together.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
@@ -189,74 +155,95 @@ def train(
         if state is not None:
             accelerator.register_for_checkpointing(state)
     checkpoint = resolve_checkpoint(args)
+    accelerator.wait_for_everyone()  # before any process writes the first checkpoint
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info("resumed from %s", checkpoint)
     if ema is not None:
         ema.to(accelerator.device)
 
+    last = args.max_train_steps
+    saved = clock.step if checkpoint is not None else None
     results: dict[str, float] = {}
     loss_value = float("nan")
-    bar = tqdm(
-        total=args.max_train_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
-    )
+    bar = tqdm(total=last, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5)
     clock.start()
     wrapped.train()
-    while clock.step < args.max_train_steps:
-        losses = []
-        for micro in range(args.gradient_accumulation_steps):
-            rows = rows_of_step(
-                args.seed,
-                clock.step * args.gradient_accumulation_steps + micro,
-                accelerator.process_index,
-                accelerator.num_processes,
-                args.train_batch_size,
-            )
-            batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
-            with accelerator.accumulate(wrapped):
-                loss = wrapped(**batch)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
+    while clock.step < last:
+        loss = _optimization_step(accelerator, args, wrapped, optimizer, trainable, make_batch, clock.step)
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
         clock.tick()
         bar.update()
-        if clock.step % 50 == 0 or clock.step == args.max_train_steps:
-            mean: Any = accelerator.reduce(torch.stack(losses).mean(), "mean")
-            loss_value = float(mean)
-            if not torch.isfinite(mean):
-                raise ValueError(
-                    f"The loss is {loss_value} at step {clock.step}: lower --learning_rate, or check the data."
-                )
+        save_now = clock.step % args.checkpointing_steps == 0 or clock.step == last
+        if clock.step % 50 == 0 or save_now:
+            loss_value = _checked_loss(accelerator, loss, clock.step)
             bar.set_postfix(loss=f"{loss_value:.4f}")
             accelerator.log({"loss": loss_value, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
-        if clock.step % args.checkpointing_steps == 0 and clock.step < args.max_train_steps:
+        if save_now and clock.step < last:
             save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
             results = _validate(accelerator, model, ema, trainable, validate, clock.step)
             wrapped.train()
     bar.close()
-    save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+    if clock.step != saved:
+        save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
     if ema is not None:
         ema.copy_to(trainable)
     model.eval()
     if validate:
         results = _validate(accelerator, model, None, trainable, validate, clock.step)
-    if args.report_to:
-        accelerator.end_training()
+    accelerator.end_training()
+    batch_size = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     return {
         "steps": clock.step,
-        "images": clock.step * args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes,
+        "images": clock.step * batch_size,
         "seconds": round(clock.seconds),
         "hardware": describe_hardware(accelerator),
         "loss": loss_value,
         **results,
     }
+
+
+def _optimization_step(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    wrapped: nn.Module,
+    optimizer: Any,
+    trainable: list[nn.Parameter],
+    make_batch: Callable[[Rows], Batch],
+    step: int,
+) -> Tensor:
+    """One optimizer step over all accumulation steps; returns this process's mean loss."""
+    losses = []
+    for micro in range(args.gradient_accumulation_steps):
+        rows = rows_of_step(
+            args.seed,
+            step * args.gradient_accumulation_steps + micro,
+            accelerator.process_index,
+            accelerator.num_processes,
+            args.train_batch_size,
+        )
+        batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(**batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def _checked_loss(accelerator: Accelerator, loss: Tensor, step: int) -> float:
+    mean: Any = accelerator.reduce(loss, "mean")
+    if not torch.isfinite(mean):
+        raise ValueError(
+            f"The loss is {float(mean)} at step {step}: lower --learning_rate, or check the data."
+        )
+    return float(mean)
 
 
 def _validate(

@@ -23,5 +23,5 @@ def test_errors_name_what_is_missing_and_where(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'weights': expected 'pipelines' or 'model_cards'"):
         resource_dir("weights")
     monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "diffusers_ext")
-    with pytest.raises(FileNotFoundError, match="neither at .*_share.* nor at .*: install the wheel again"):
+    with pytest.raises(FileNotFoundError, match=r"neither at .*_share.* nor at .*: install the wheel again"):
         resource_dir("pipelines")

@@ -68,7 +68,9 @@ def build_vae(channels: Sequence[int] = (24, 48, 64)) -> AutoencoderKL:
     )
 
 
-def build_unet(channels: Sequence[int] = (64, 96, 128), layers_per_block: int = 1, width: int = 96) -> UNet2DConditionModel:
+def build_unet(
+    channels: Sequence[int] = (64, 96, 128), layers_per_block: int = 1, width: int = 96
+) -> UNet2DConditionModel:
     """Stable Diffusion's UNet in small: three levels, attention on the first two, a mid block."""
     return UNet2DConditionModel(
         sample_size=(8, 16),
@@ -112,7 +114,7 @@ def stable_diffusion_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 256) -> None:
-    """Folds an affine map into the VAE's 1 × 1 latent layers, so that each latent channel has mean 0, variance 1.
+    """Gives each latent channel mean 0 and variance 1, by an affine map folded into the 1 × 1 latent layers.
 
     `StableDiffusionPipeline` knows only a scaling factor; a shift would have nowhere else to live.
 
@@ -122,8 +124,12 @@ def standardise_latents(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 
     """
     latents = torch.cat([encode(vae, p) for p in pictures.split(batch_size)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    assert vae.quant_conv is not None and vae.post_quant_conv is not None
     into, back, n = vae.quant_conv, vae.post_quant_conv, len(mean)
+    if into is None or back is None:
+        raise ValueError(
+            "This AutoencoderKL has no 1 × 1 latent layers: build it with use_quant_conv=True and"
+            " use_post_quant_conv=True, the default."
+        )
     back.bias.add_(back.weight[:, :, 0, 0] @ mean)
     back.weight.mul_(std[None, :, None, None])
     into.weight[:n].div_(std[:, None, None, None])

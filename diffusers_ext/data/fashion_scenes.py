@@ -121,7 +121,9 @@ def _read_idx(path: Path) -> np.ndarray:
     with gzip.open(path) as handle:
         data = handle.read()
     rank = data[3] if len(data) > 3 else 0
-    shape = np.frombuffer(data, ">i4", count=rank, offset=4) if len(data) >= 4 + 4 * rank else np.zeros(0, int)
+    shape = (
+        np.frombuffer(data, ">i4", count=rank, offset=4) if len(data) >= 4 + 4 * rank else np.zeros(0, int)
+    )
     body = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * rank))
     if data[:3] != b"\x00\x00\x08" or body.size != int(np.prod(shape)):
         raise ValueError(f"{path} is not a whole idx file of unsigned bytes: download it again.")
@@ -167,7 +169,9 @@ def draw_scenes(split: Split, num_scenes: int, seed: int) -> list[Scene]:
     rng = np.random.default_rng([seed, 1])
     singles, pairs = single_scenes(), scenes(split)
     return [
-        singles[rng.integers(len(singles))] if rng.random() < SINGLE_SHARE else pairs[rng.integers(len(pairs))]
+        singles[rng.integers(len(singles))]
+        if rng.random() < SINGLE_SHARE
+        else pairs[rng.integers(len(pairs))]
         for _ in range(num_scenes)
     ]
 

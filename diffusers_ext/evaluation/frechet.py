@@ -27,7 +27,7 @@ class FeatureStats:
         """
         if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
             raise ValueError(
-                f"Expected at least two rows of finite features (n, d), got an array of shape {features.shape}"
+                f"Expected at least two rows of finite features (n, d), got shape {features.shape}"
                 f" with {int((~np.isfinite(features)).sum())} values that are not finite."
             )
         features = features.astype(np.float64)
@@ -49,11 +49,15 @@ class FeatureStats:
             arrays = load_file(path)
             return cls(arrays["mean"], arrays["covariance"], int(arrays["num_samples"]))
         except (OSError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{path} is not a whole file of feature statistics ({error}): make it again.") from error
+            raise ValueError(
+                f"{path} is not a whole file of feature statistics ({error}): make it again."
+            ) from error
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½): two Gaussians' squared 2-Wasserstein distance.
+
+    Dowson & Landau 1982.
 
     Raises:
         ValueError: the features have different sizes.

@@ -69,7 +69,7 @@ def to_tensor(pictures: np.ndarray | Tensor) -> Tensor:
         array = np.asarray(pictures)
         x = torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1))
         x = x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
-    if x.ndim != 4 or not torch.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+    if x.ndim != 4 or x.numel() == 0 or not torch.isfinite(x).all() or x.min() < 0 or x.max() > 1:
         raise ValueError(
             f"Expected pictures as (n, height, width[, channels]) in [0, 1] or uint8, without NaN; got shape"
             f" {tuple(pictures.shape)} of {pictures.dtype}."
@@ -98,7 +98,10 @@ def color_indices(crops: Tensor) -> Tensor:
 
 @torch.no_grad()
 def grade(
-    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, prompts: Sequence[str], batch_size: int = 512
+    classifier: GarmentClassifier,
+    pictures: np.ndarray | Tensor,
+    prompts: Sequence[str],
+    batch_size: int = 512,
 ) -> dict[str, np.ndarray]:
     """Which words of the prompts the pictures show.
 
@@ -108,10 +111,10 @@ def grade(
         prompts: n captions of Fashion Scenes.
 
     Returns:
-        Boolean arrays (n,): `item` and `color` (every item, every colour right) and `aligned` (every word right).
+        Boolean arrays (n,): `item` and `color` (every item, every colour right) and `aligned` (both).
 
     Raises:
-        ValueError: the counts differ, a picture has another size, or a prompt is not a Fashion Scenes caption.
+        ValueError: the counts differ, a picture has another size, or a prompt is no Fashion Scenes caption.
     """
     x = _scene_tensor(pictures)
     if len(x) != len(prompts):
@@ -166,7 +169,7 @@ def garment_features(
 
 
 def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifts, blurs, dims and adds noise to (n, 1, 32, 32) in [0, 1], as generated pictures differ from real ones."""
+    """Shifts, blurs and dims (n, 1, 32, 32) in [0, 1] and adds noise, as generated pictures differ from real."""
     n = len(grey)
     shift = torch.randint(-2, 3, (n, 2), generator=generator)
     rows = (torch.arange(SIZE)[None] + shift[:, :1]).clamp(0, SIZE - 1)

@@ -1,0 +1,78 @@
+"""Checkpoints of a training run: whole or not there at all."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if _is_checkpoint(p)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
+def resolve_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names, or None to start afresh.
+
+    Raises:
+        ValueError: no such checkpoint, or a fresh run would mix its own with those of an earlier one.
+    """
+    wanted, found = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    if wanted is None and found:
+        raise ValueError(
+            f"{args.output_dir} holds {found[-1].name} of an earlier run: continue it with"
+            " --resume_from_checkpoint latest, delete its checkpoints, or choose another --output_dir."
+        )
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        if not found:
+            logger.info("no checkpoint in %s yet: starting afresh", args.output_dir)
+        return found[-1] if found else None
+    for path in (Path(wanted), Path(args.output_dir) / wanted):
+        if _is_checkpoint(path):
+            return path
+    have = ", ".join(p.name for p in found) or "none"
+    raise ValueError(
+        f"--resume_from_checkpoint {wanted}: not a whole checkpoint, a folder called checkpoint-STEP."
+        f" Checkpoints in {args.output_dir}: {have}."
+    )
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, limit: int | None) -> None:
+    """Writes `checkpoint-<step>` in one rename, so that a killed run leaves no half-written one behind."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(f"partial-{final.name}")
+    if accelerator.is_main_process:
+        for stale in Path(output_dir).glob("partial-checkpoint-*"):
+            shutil.rmtree(stale)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if final.exists():
+            _remove(final)
+        os.replace(partial, final)
+        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+            _remove(old)
+    accelerator.wait_for_everyone()
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: half a checkpoint must not bear the name of a whole one.
+    doomed = checkpoint.with_name(f"partial-{checkpoint.name}-removed")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
