@@ -38,6 +38,8 @@ def apply_teleport(
     Returns:
         `pipe` itself.
 
+    Pipelines that share one denoiser may take turns, but must not sample at the same time.
+
     Raises:
         ValueError: teleportation is on this pipeline already, or what `TeleportScheduler` refuses.
     """

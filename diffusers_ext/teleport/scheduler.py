@@ -124,6 +124,7 @@ class TeleportScheduler(SavedWithStats):
         self._waiting = False  # the first step has yet to be taken
         self._input_scaled = False  # the pipeline showed us the first model input itself
         self._input_mapped = False  # ... or a hook on the denoiser did
+        self._disarmed = False  # ... or that hook saw the call of another pipeline first
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -287,7 +288,10 @@ class TeleportScheduler(SavedWithStats):
         """
         if not self._waiting or self._input_scaled or self.mean_from != "stats":
             return sample
-        if not _same_time(timestep, float(self.timesteps[0])):
+        if self._disarmed or not _same_time(timestep, float(self.timesteps[0])):
+            # An unstarted sampling was abandoned, and a pipeline that shares the denoiser is running: it will
+            # come past our first timestep too.
+            self._disarmed = not self._input_mapped
             return sample
         self._input_mapped = True
         return self._mapped(sample)
@@ -323,6 +327,12 @@ class TeleportScheduler(SavedWithStats):
             )
         if self._mean is not None and self._mean.ndim == sample.ndim and len(self._mean) != len(sample):
             raise ValueError(f"set_mean was given {len(self._mean)} means for {len(sample)} images.")
+        shown = self._cache[0][: len(sample)] if self._cache else sample
+        if not torch.equal(shown, sample.to(shown.dtype)):
+            raise ValueError(
+                "The first model call saw other latents than the ones handed to step, so the map would be "
+                'applied to one of them only. Use mean_from="first_call" with this pipeline.'
+            )
         sample = self._mapped(sample)
         self._forget_start()
         return sample

@@ -1,0 +1,252 @@
+"""What every plug-in promises, on every kind of tiny pipeline it applies to.
+
+A method joins by adding a `Method` to `METHODS`: how to put it on, how to take it off, and where it applies.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import diffusers_ext as dx
+from tests import tiny
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the contract.
+
+    Attributes:
+        apply: puts the method on a pipeline, given its `tiny` name.
+        remove: takes it off again.
+        rearm: what a user calls after loading a saved pipeline; nothing for most methods.
+        twice: what a second `apply` does: the start of the error message, or "" where it changes nothing.
+        pipelines: the `tiny` names it applies to.
+        saves: whether `pipe.save_pretrained` keeps the method.
+    """
+
+    apply: Callable[[Any, str], Any]
+    remove: Callable[[Any], Any]
+    rearm: Callable[[Any], Any] = lambda pipe: pipe
+    twice: str = ""
+    pipelines: tuple[str, ...] = tiny.NAMES
+    saves: bool = True
+
+
+def _teleport(mean_from: str) -> Callable[[Any, str], Any]:
+    def apply(pipe: Any, name: str) -> Any:
+        stats = tiny.gaussian(tiny.LATENT_SHAPES[name], rank=6)
+        return dx.apply_teleport(pipe, stats, skip=0.4, mean_from=mean_from)
+
+    return apply
+
+
+METHODS = {
+    "teleport": Method(
+        _teleport("stats"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
+    ),
+    "teleport-first-call": Method(
+        _teleport("first_call"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
+    ),
+}
+CASES = [pytest.param(METHODS[m], name, id=f"{m}-{name}") for m in METHODS for name in METHODS[m].pipelines]
+GUIDED = [case for case in CASES if case.values[1] != "ddpm"]
+each = pytest.mark.parametrize(("method", "name"), CASES)
+
+
+def on(method: Method, name: str, **options: Any) -> Any:
+    return method.apply(tiny.build(name, **options), name)
+
+
+def traces(pipe: Any) -> dict[str, Any]:
+    """What a plug-in could leave behind: attributes, hooks and class of every component."""
+    found: dict[str, Any] = {"classes": {key: type(value) for key, value in pipe.components.items()}}
+    for key, value in pipe.components.items():
+        if isinstance(value, torch.nn.Module):
+            found[key] = [
+                (path, sorted(vars(part)), len(part._forward_hooks), len(part._forward_pre_hooks))
+                for path, part in value.named_modules()
+            ]
+    return {**found, "config": {key: pipe.config[key] for key in pipe.components}}
+
+
+@each
+def test_apply_changes_the_pictures_and_remove_restores_them(method: Method, name: str) -> None:
+    pipe = tiny.build(name)
+    plain, before, scheduler = tiny.images(pipe, name, 2), traces(pipe), pipe.scheduler
+    method.apply(pipe, name)
+    changed = tiny.images(pipe, name, 2)
+    assert not torch.equal(changed, plain)
+    assert torch.isfinite(changed).all()
+    assert torch.equal(tiny.images(pipe, name, 2), changed)
+    assert str(dx.summary(pipe)).count("\n") == 1
+    assert "nothing added" not in str(dx.summary(pipe))
+    method.remove(pipe)
+    assert torch.equal(tiny.images(pipe, name, 2), plain)
+    assert traces(pipe) == before
+    assert pipe.scheduler is scheduler
+    assert "nothing added" in str(dx.summary(pipe))
+    method.remove(pipe)
+    assert torch.equal(tiny.images(method.apply(pipe, name), name, 2), changed)
+
+
+@each
+def test_applying_twice(method: Method, name: str) -> None:
+    pipe = on(method, name)
+    once = tiny.images(pipe, name)
+    if method.twice:
+        with pytest.raises(ValueError, match=method.twice):
+            method.apply(pipe, name)
+    else:
+        method.apply(pipe, name)
+    assert torch.equal(tiny.images(pipe, name), once)
+
+
+@each
+def test_save_and_load(method: Method, name: str, tmp_path: Any) -> None:
+    if not method.saves:
+        pytest.skip("kept apart from the pipeline")
+    pipe = on(method, name)
+    expected = tiny.images(pipe, name, 2)
+    pipe.save_pretrained(tmp_path)
+    absent = {key: None for key, value in pipe.components.items() if value is None}
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **absent)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    assert torch.equal(tiny.images(method.rearm(loaded), name, 2), expected)
+
+
+@each
+def test_pipelines_do_not_leak_into_each_other(method: Method, name: str) -> None:
+    plain, other = tiny.build(name), tiny.build(name, seed=1)
+    shared = type(plain)(**{**plain.components, "scheduler": type(plain.scheduler)(**plain.scheduler.config)})
+    shared.set_progress_bar_config(disable=True)
+    alone = [tiny.images(pipe, name) for pipe in (plain, other)]
+    method.apply(plain, name)
+    changed = tiny.images(plain, name)
+    assert torch.equal(tiny.images(other, name), alone[1])
+    assert torch.equal(tiny.images(shared, name), alone[0])  # the same denoiser object
+    assert torch.equal(tiny.images(plain, name), changed)
+    method.apply(other, name)
+    both = tiny.images(other, name)
+    assert torch.equal(tiny.images(plain, name), changed)
+    method.remove(plain)
+    assert torch.equal(tiny.images(other, name), both)
+    assert torch.equal(tiny.images(plain, name), alone[0])
+
+
+@each
+def test_an_interrupted_call_leaves_no_state(method: Method, name: str, monkeypatch: Any) -> None:
+    pipe = on(method, name)
+    plain = tiny.build(name)
+    sharing = type(plain)(**{**pipe.components, "scheduler": type(plain.scheduler)(**plain.scheduler.config)})
+    sharing.set_progress_bar_config(disable=True)
+    expected = tiny.images(pipe, name), tiny.images(plain, name)
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", fail)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.images(pipe, name)
+    assert torch.equal(tiny.images(sharing, name), expected[1])
+    assert torch.equal(tiny.images(pipe, name), expected[0])
+
+
+@each
+def test_a_batch_is_its_images_one_by_one(method: Method, name: str) -> None:
+    pipe = on(method, name)
+    batch = tiny.images(pipe, name, 3)
+    call = tiny.inputs(name, 3)
+    for i in range(3):
+        # Rows of the per-image inputs: prompts are a list, embeddings a tensor.
+        one = {
+            key: value[i : i + 1] if isinstance(value, list | Tensor) and len(value) == 3 else value
+            for key, value in call.items()
+        }
+        one |= {"batch_size": 1} if "batch_size" in one else {}
+        with torch.no_grad():
+            image = torch.as_tensor(pipe(**one, generator=tiny.generators(3)[i : i + 1]).images)
+        assert torch.allclose(image[0], batch[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@each
+def test_half_precision(method: Method, name: str, dtype: torch.dtype) -> None:
+    exact = tiny.images(on(method, name), name, 2)
+    half = tiny.images(on(method, name, dtype=dtype), name, 2)
+    assert torch.isfinite(half).all()
+    assert float((half - exact).abs().mean()) < (0.02 if dtype == torch.float16 else 0.15)
+
+
+@pytest.mark.parametrize(("method", "name"), GUIDED)
+def test_guidance_on_and_off(method: Method, name: str) -> None:
+    pipe = on(method, name)
+    guided, free = (tiny.images(pipe, name, 2, guided=guided) for guided in (True, False))
+    assert torch.isfinite(guided).all()
+    assert torch.isfinite(free).all()
+    assert not torch.equal(guided, free)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, id=k) for k, m in METHODS.items() if "sd" in m.pipelines])
+def test_with_a_lora(method: Method) -> None:
+    peft = pytest.importorskip("peft")
+    pipe = on(method, "sd")
+    without = tiny.images(pipe, "sd")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, adapter_name="random")
+    adapted = tiny.images(pipe, "sd")
+    assert not torch.equal(adapted, without)
+    method.remove(pipe)
+    method.apply(pipe, "sd")
+    assert torch.equal(tiny.images(pipe, "sd"), adapted)
+    pipe.unet.delete_adapters("random")
+    assert torch.equal(tiny.images(pipe, "sd"), without)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, id=k) for k, m in METHODS.items() if "sd" in m.pipelines])
+def test_with_a_controlnet(method: Method) -> None:
+    base = tiny.build("sd")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        controlnet = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8,))
+        for part in controlnet.parameters():
+            torch.nn.init.normal_(part, std=0.2)
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **base.components, controlnet=controlnet.eval(), requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    plain = tiny.images(pipe, "sd", image=image)
+    method.apply(pipe, "sd")
+    controlled = tiny.images(pipe, "sd", image=image)
+    assert torch.isfinite(controlled).all()
+    weaker = tiny.images(pipe, "sd", image=image, controlnet_conditioning_scale=0.1)
+    assert not torch.equal(controlled, weaker)
+    method.remove(pipe)
+    assert torch.equal(tiny.images(pipe, "sd", image=image), plain)
+
+
+def test_loading_in_a_fresh_process(tmp_path: Any) -> None:
+    METHODS["teleport"].apply(pipe := tiny.build("ddpm"), "ddpm").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == [
+        "diffusers_ext",
+        "TeleportScheduler",
+    ]
+    code = (
+        "import sys, diffusers_ext, diffusers\n"
+        "pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "print(type(pipe.scheduler).__name__, type(pipe.scheduler.inner).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    expected = f"TeleportScheduler {type(pipe.scheduler.inner).__name__}"
+    assert done.stdout.strip().endswith(expected), done.stderr
