@@ -81,6 +81,7 @@ def make_model_card(
     command = shlex.join(["accelerate", "launch", *map(str, map(_portable, argv))])
     results = {name: value for name, value in record.items() if name not in _NOT_RESULTS}
     data = ModelCardData(license="apache-2.0")
+    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in results.items())
     text = f"""---
 {data.to_yaml()}
 ---
@@ -100,9 +101,13 @@ Seed {args.seed}, {record["steps"]} steps, {record["images"]} images in {record[
 
 | Figure | Value |
 | --- | --- |
-{chr(10).join(f"| {name} | {value:.4g} |" for name, value in results.items())}
+{rows}
 """
     return populate_model_card(ModelCard(text), tags=["diffusers-ext", *tags])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _portable(value: Any) -> Any:

@@ -169,7 +169,7 @@ def garment_features(
 
 
 def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifts, blurs and dims (n, 1, 32, 32) in [0, 1] and adds noise, as generated pictures differ from real."""
+    """Makes (n, 1, 32, 32) in [0, 1] differ as generated pictures do: shifted, blurred, dimmed and noisy."""
     n = len(grey)
     shift = torch.randint(-2, 3, (n, 2), generator=generator)
     rows = (torch.arange(SIZE)[None] + shift[:, :1]).clamp(0, SIZE - 1)

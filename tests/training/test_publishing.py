@@ -8,7 +8,14 @@ from diffusers_ext.publishing import publish, whole_folder
 
 from .test_training_utils import arguments
 
-RECORD = {"steps": 6, "images": 24, "seconds": 1, "hardware": "1 CPU", "loss": 0.51234567}
+RECORD = {
+    "steps": 6,
+    "images": 24,
+    "seconds": 1,
+    "hardware": "1 CPU",
+    "loss": 0.51234567,
+    "parameters": 51985,
+}
 
 
 def save(folder):
@@ -41,7 +48,7 @@ def test_the_card_tells_how_the_model_came_about_and_no_private_path(tmp_path):
     text = card.text
     assert "accelerate launch training/train_base.py --train_data_dir garments --vae=vae" in text
     assert "Seed 3, 6 steps, 24 images in 1 s on\n1 CPU." in text
-    assert "| loss | 0.5123 |" in text
+    assert "| loss | 0.5123 |\n| parameters | 51,985 |" in text
     written = json.loads((folder / "training.json").read_text())
     assert written["output_dir"] == tmp_path.name
     assert written["loss"] == RECORD["loss"]

@@ -155,8 +155,8 @@ def test_ema_weights_are_validated_and_left_in_the_model(tmp_path):
     seen = {}
 
     def validate(model, step):
-        seen[step] = float(model.weight)
-        return {"weight": float(model.weight)}
+        seen[step] = model.weight.item()
+        return {"weight": model.weight.item()}
 
     args = arguments(tmp_path, "--use_ema", "--validation_steps", "3")
     model, record = run(args, validate=validate)
@@ -173,10 +173,10 @@ def test_ema_weights_are_validated_and_left_in_the_model(tmp_path):
         expected[step + 1] = float(ema.shadow_params[0])
     # One rounding of float32 at 0.005.
     assert seen == pytest.approx({3: expected[3], 6: expected[6]}, abs=1e-9)
-    assert record["weight"] == float(model.weight) == seen[6]
+    assert record["weight"] == model.weight.item() == seen[6]
     raw = load_file(tmp_path / "checkpoint-6" / "model.safetensors")["weight"]
-    assert float(raw) == pytest.approx(float(line.weight), abs=1e-9)
-    assert float(raw) != float(model.weight)
+    assert float(raw) == pytest.approx(line.weight.item(), abs=1e-9)
+    assert float(raw) != model.weight.item()
 
 
 def test_the_record_counts_images_over_accumulation(tmp_path):
