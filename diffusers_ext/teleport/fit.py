@@ -40,8 +40,10 @@ def fit_moments(
     oversampling: int | None = None,
     progress: bool = False,
     exact_up_to: int = EXACT_UP_TO,
-) -> Moments:
+) -> tuple[Moments, Moments | None]:
     """Fit a mean and a rank-`rank` plus isotropic covariance; the contract is that of `GaussianStats.fit`.
+
+    With labels the first result is the within-class fit, and the second that of all samples; without, None.
 
     `exact_up_to` is the largest dimension D whose D × D float64 scatter matrix is held in memory; above it
     the scatter is kept as `rank + oversampling` rows.
@@ -69,13 +71,18 @@ def fit_moments(
         scatter.update(block, classes)
     if scatter is None:
         raise ValueError("No samples to fit: the iterable of batches is empty (an already used generator?).")
-    return _finish(scatter, reader, rank)
+    within = _finish(scatter, reader, rank, scatter.counts.numel())
+    if reader.names is None:
+        return within, None
+    scatter.add_between()
+    total = _finish(scatter, reader, rank, 1)
+    return within, total._replace(class_means=None, class_names=None)
 
 
-def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int) -> Moments:
+def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int, means_fitted: int) -> Moments:
     counts = scatter.counts
     samples, classes, dimension = int(counts.sum()), counts.numel(), scatter.dimension
-    freedom = samples - classes
+    freedom = samples - means_fitted
     groups = f" in {classes} classes" if reader.names is not None else ""
     if samples < 2 or freedom < 1:
         raise ValueError(
@@ -232,6 +239,19 @@ class _Scatter:
             self._add(torch.cat([x - block_means[index], delta * weight[:, None]]), columns)
         self.counts[present] += sizes
         self._close()
+
+    def add_between(self) -> None:
+        """Turn the within-class scatter into the total one: Σ n_k (m_k − m)(m_k − m)ᵀ is what is missing."""
+        n = self.counts.numel()
+        mean = self.counts @ self.means[:n] / self.counts.sum()
+        for low in range(0, n, BLOCK_ROWS):
+            part = slice(low, min(low + BLOCK_ROWS, n))
+            self._open(part.stop - low)
+            for start in range(0, self.dimension, _CHUNK_COLUMNS):
+                columns = slice(start, start + _CHUNK_COLUMNS)
+                offset = self.means[part, columns] - mean[columns]
+                self._add(offset * self.counts[part, None].sqrt(), columns)
+            self._close()
 
     def _grow(self, classes: int) -> None:
         if classes > self.counts.numel():

@@ -1,29 +1,18 @@
-"""The Gaussian approximation of a data set, and the exact probability flow it has.
-
-If the data were N(μ, Σ), the noisy state x = a·x₀ + s·ε would be N(aμ, a²Σ + s²I), and the probability-flow
-ODE from one noise level (a, s) to another would have a closed-form solution: every eigendirection of Σ is
-scaled by the ratio of its standard deviations at the two levels. At high noise a trained denoiser behaves as
-if that were so (Wang & Vastola, *The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion
-Models*, TMLR 2024, arXiv:2412.09726), so the first part of a sampling trajectory can be computed without
-calling the network.
+"""The Gaussian approximation of a data set: fitting, saving, and the maps of `closed_form` on sample shapes.
 
 Σ is kept as its `r` leading eigenpairs plus an isotropic complement, Σ = U diag(λ) Uᵀ + s̄² (I − U Uᵀ), where
 s̄² is the mean of the remaining eigenvalues. (The paper's own code takes s̄² = 0; keeping it preserves the
 total variance.)
-
-A *level* is a pair (a, s): (1, σ) for EDM and other variance-exploding states, (√ᾱ, √(1−ᾱ)) for
-variance-preserving ones, (1−t, t) for flow matching.
 """
 
-import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -35,189 +24,12 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .closed_form import Gaussian, Level, gaussian_denoiser, guided_transport, implied_mean, transport
 from .fit import fit_moments
-
-Level = tuple[float, float]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "gaussian_stats.safetensors"
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-# --- noise levels ---
-
-
-def ve_level(sigma: float | Tensor) -> Level:
-    """(1, σ): variance-exploding states x = x₀ + σε, as Euler and Heun keep them. σ ≥ 0."""
-    return check_level((1.0, float(sigma)), "ve_level")
-
-
-def vp_level(alpha_bar: float | Tensor) -> Level:
-    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ lies in [0, 1]."""
-    alpha_bar = float(alpha_bar)
-    if not 0.0 <= alpha_bar <= 1.0:
-        raise ValueError(f"vp_level: alpha_bar must lie in [0, 1], got {alpha_bar}.")
-    return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
-
-
-def flow_level(t: float | Tensor) -> Level:
-    """(1−t, t): flow-matching states, t = 1 pure noise and t = 0 data. t in [0, 1]."""
-    t = float(t)
-    if not 0.0 <= t <= 1.0:
-        raise ValueError(f"flow_level: t must lie in [0, 1], got {t}.")
-    return 1.0 - t, t
-
-
-def check_level(level: Sequence[float], name: str = "level") -> Level:
-    """`level` as two floats; ValueError unless both are finite, neither is negative and one is positive."""
-    if len(level) != 2:
-        raise ValueError(f"{name} must be a pair (a, s), got {level!r}.")
-    a, s = float(level[0]), float(level[1])
-    if not (math.isfinite(a) and math.isfinite(s)) or a < 0 or s < 0 or a == s == 0:
-        raise ValueError(
-            f"{name} must be (a, s) with finite a >= 0 and s >= 0 that are not both zero, got ({a}, {s})."
-        )
-    return a, s
-
-
-# --- the closed form ---
-
-
-def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Autocast would run the projections in half precision, too coarse for states tens of units large."""
-
-    @functools.wraps(function)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        x = args[0] if args else kwargs["x"]
-        assert isinstance(x, Tensor)
-        with torch.autocast(x.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapper
-
-
-@_without_autocast
-def transport(
-    x: Tensor,
-    mean: Tensor,
-    eigenvectors: Tensor,
-    eigenvalues: Tensor,
-    residual: float,
-    start: Level,
-    end: Level,
-) -> Tensor:
-    """Carry `x` from level `start` = (a₀, s₀) to `end` = (a₁, s₁) along the Gaussian's probability flow.
-
-    x₁ = a₁μ + g(s̄²)·d + U[(g(λ) − g(s̄²)) ⊙ Uᵀd], with d = x − a₀μ and g(λ) = √((a₁²λ + s₁²)/(a₀²λ + s₀²)).
-    The map is invertible, so `end` may be noisier than `start`.
-
-    Args:
-        x: (B, D), any float dtype.
-        mean: (D,) or (B, D), in data units.
-        eigenvectors: (D, r) with orthonormal columns. r may be 0.
-        eigenvalues: (r,) variances along the columns, not negative.
-        residual: s̄² ≥ 0, the variance in every direction outside the columns' span (no effect if r = D).
-        start, end: levels (a, s).
-
-    Returns:
-        (B, D), float64 if `x` is float64, else float32.
-
-    Raises:
-        ValueError: on other shapes or invalid levels, and if some direction has no variance at `start`
-            (s₀ = 0 and a zero eigenvalue or residual), where the flow is singular.
-
-    Source: arXiv:2412.09726 (probability flow of a Gaussian), with the isotropic complement added.
-    """
-    (a0, s0), (a1, s1) = check_level(start, "start"), check_level(end, "end")
-    x, mean, eigenvectors, spectrum = _prepare(x, mean, eigenvectors, eigenvalues, residual)
-    variance = _variance(spectrum, a0, s0, "start")
-    gain = ((a1 * a1 * spectrum + s1 * s1) / variance).sqrt()
-    return a1 * mean + _spectral(x - a0 * mean, eigenvectors, gain)
-
-
-@_without_autocast
-def gaussian_denoiser(
-    x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float, level: Level
-) -> Tensor:
-    """E[x₀ | x] at level (a, s): D(x) = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ).
-
-    Arguments, result and errors are those of `transport`.
-    """
-    a, s = check_level(level)
-    x, mean, eigenvectors, spectrum = _prepare(x, mean, eigenvectors, eigenvalues, residual)
-    return mean + _spectral(x - a * mean, eigenvectors, a * spectrum / _variance(spectrum, a, s, "level"))
-
-
-@_without_autocast
-def implied_mean(
-    x: Tensor, denoised: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float, level: Level
-) -> Tensor:
-    """The mean (B, D) for which `gaussian_denoiser` at `level` maps `x` to `denoised`.
-
-    Solving D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) for μ leaves no inverse: μ = D + (a/s²) Σ (aD − x). One call of a
-    conditional denoiser at high noise thus gives its prompt's own mean. At a = 0 that is the denoised sample
-    itself.
-
-    Arguments, result and errors are those of `transport`; `denoised` is (B, D) in data units. Rounding and
-    model error in `denoised` are magnified by 1 + a²λ/s², so choose a level with s²/a² well above the largest
-    eigenvalue.
-
-    Raises:
-        ValueError: also if s = 0, where the denoiser returns x/a for every mean.
-    """
-    a, s = check_level(level)
-    if s == 0:
-        raise ValueError("implied_mean needs a level with s > 0: without noise no mean is implied.")
-    x, denoised, eigenvectors, spectrum = _prepare(x, denoised, eigenvectors, eigenvalues, residual)
-    return denoised + _spectral(a * denoised - x, eigenvectors, (a / (s * s)) * spectrum)
-
-
-def _prepare(
-    x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Check shapes, bring all to one dtype (float32 or float64), and append s̄² to λ: (r + 1,)."""
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be a float tensor (batch, dimensions), got {tuple(x.shape)} {x.dtype}.")
-    dimension = x.shape[1]
-    if tuple(mean.shape) not in ((dimension,), (x.shape[0], dimension)):
-        raise ValueError(
-            f"The mean (or denoised sample) must have shape ({dimension},) or {tuple(x.shape)} like x, "
-            f"got {tuple(mean.shape)}."
-        )
-    if tuple(eigenvectors.shape) != (dimension, eigenvalues.numel()):
-        raise ValueError(
-            f"eigenvectors must have shape ({dimension}, {eigenvalues.numel()}): dimensions of x, number of "
-            f"eigenvalues; got {tuple(eigenvectors.shape)}."
-        )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, eigenvectors, eigenvalues = (
-        t.to(device=x.device, dtype=dtype) for t in (mean, eigenvectors, eigenvalues)
-    )
-    # With a full basis there is no complement; a value that can make nothing singular stands in for it.
-    rest = eigenvalues[-1:] if eigenvalues.numel() == dimension else eigenvalues.new_tensor([residual])
-    return x.to(dtype), mean, eigenvectors, torch.cat([eigenvalues, rest])
-
-
-def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:
-    """a²λ + s², refused where it is zero. Only s = 0 needs a look at the values (a wait for the device)."""
-    variance = a * a * spectrum + s * s
-    if s == 0 and bool((variance <= 0).any()):
-        raise ValueError(
-            f"{name}=({a}, {s}) has no noise and the Gaussian has directions without variance, so a²λ + s² "
-            "is 0 there: use a level with s > 0, or statistics with a positive residual and eigenvalues."
-        )
-    return variance
-
-
-def _spectral(d: Tensor, eigenvectors: Tensor, factors: Tensor) -> Tensor:
-    """f(Σ) d, given f(λ) and, last, f(s̄²): two thin matrix products, 2Dr multiply-adds a sample."""
-    rest = factors[-1]
-    return rest * d + ((d @ eigenvectors) * (factors[:-1] - rest)) @ eigenvectors.T
-
-
-# --- the statistics ---
+_PREFIX = "unconditional."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -232,6 +44,8 @@ class GaussianStats(PushToHubMixin):
         num_samples: how many samples were fitted.
         class_means: (K, *shape), float32, or None. With them the covariance is the pooled within-class one.
         class_names: K different names, or None.
+        unconditional: statistics of all samples, whatever their class, where these are within-class ones. The
+            map under guidance needs both.
         calibration: free JSON-able notes on where the approximation was found good, e.g. `{"sigma": 9.7}`.
 
     Instances are immutable; `dataclasses.replace(stats, calibration=...)` makes a changed copy.
@@ -247,6 +61,7 @@ class GaussianStats(PushToHubMixin):
     num_samples: int
     class_means: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    unconditional: "GaussianStats | None" = None
     calibration: dict[str, Any] = field(default_factory=dict)
     _cache: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -258,6 +73,11 @@ class GaussianStats(PushToHubMixin):
             tensor = getattr(self, name)
             if tensor is not None:
                 put(name, tensor.detach().to(torch.float32).contiguous())
+        if self.unconditional is not None and self.unconditional.shape != self.shape:
+            raise ValueError(
+                f"unconditional statistics have shape {self.unconditional.shape}, these {self.shape}: fit both to"
+                " the same samples."
+            )
         put("residual", float(self.residual))
         put("num_samples", int(self.num_samples))
         put("class_names", None if self.class_names is None else tuple(self.class_names))
@@ -322,27 +142,42 @@ class GaussianStats(PushToHubMixin):
             Statistics on the CPU. The covariance is normalised by 1/(N − 1). With labels, `class_means` holds
             one mean per name, `mean` stays the mean of all samples, and the covariance is the pooled
             *within-class* one, normalised by 1/(N − K): it belongs to the class means, not to `mean`. It
-            costs K·D more memory.
+            costs K·D more memory. `unconditional` then holds what a fit without labels gives.
 
         Raises:
             ValueError: no or too few samples, a rank larger than D or the data allow, different shapes,
                 integer data, NaN or infinite values, labels that do not match; the message names the batch.
         """
-        return cls(**fit_moments(batches, rank, oversampling=oversampling, progress=progress)._asdict())
+        within, total = fit_moments(batches, rank, oversampling=oversampling, progress=progress)
+        unconditional = None if total is None else cls(**total._asdict())
+        return cls(**within._asdict(), unconditional=unconditional)
 
-    def transport(self, x: Tensor, start: Level, end: Level, mean: Tensor | None = None) -> Tensor:
+    def transport(
+        self, x: Tensor, start: Level, end: Level, mean: Tensor | None = None, guidance_scale: float = 1.0
+    ) -> Tensor:
         """Carry states `x` (B, *shape) from level `start` to `end`; see the function `transport`.
 
-        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. Computed in float32 (float64 for
-        float64), returned in `x`'s dtype and on its device.
+        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. Another `guidance_scale` than 1 carries
+        them along the guided flow (`guided_transport`), and needs `unconditional`. Computed in float32
+        (float64 for float64), returned in `x`'s dtype and on its device.
         """
-        flat, parts = self._operands(x, mean)
-        return transport(flat, *parts, self.residual, start, end).to(x.dtype).reshape(x.shape)
+        flat, own = self._operands(x, mean)
+        if guidance_scale == 1:
+            moved = transport(flat, *own, start, end)
+        elif self.unconditional is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs statistics with an unconditional part: fit them to pairs"
+                " (tensor, prompts), or leave guidance out of the map with guidance_scale=1."
+            )
+        else:
+            _, all_samples = self.unconditional._operands(x, None)
+            moved = guided_transport(flat, own, all_samples, guidance_scale, start, end)
+        return moved.to(x.dtype).reshape(x.shape)
 
     def denoise(self, x: Tensor, level: Level, mean: Tensor | None = None) -> Tensor:
         """E[x₀ | x] for states `x` (B, *shape) at `level`; `mean` and dtypes as in `transport`."""
         flat, parts = self._operands(x, mean)
-        return gaussian_denoiser(flat, *parts, self.residual, level).to(x.dtype).reshape(x.shape)
+        return gaussian_denoiser(flat, *parts, level).to(x.dtype).reshape(x.shape)
 
     def implied_mean(self, x: Tensor, denoised: Tensor, level: Level) -> Tensor:
         """The means (B, *shape) for which `denoise(x, level, mean)` gives `denoised`; see `implied_mean`."""
@@ -351,7 +186,7 @@ class GaussianStats(PushToHubMixin):
                 f"denoised has shape {tuple(denoised.shape)}, x {tuple(x.shape)}: they must be equal."
             )
         flat, parts = self._operands(x, denoised)
-        return implied_mean(flat, *parts, self.residual, level).to(x.dtype).reshape(x.shape)
+        return implied_mean(flat, *parts, level).to(x.dtype).reshape(x.shape)
 
     def sample(
         self,
@@ -387,6 +222,7 @@ class GaussianStats(PushToHubMixin):
             eigenvectors=self.eigenvectors[:, :rank],
             eigenvalues=self.eigenvalues[:rank],
             residual=max(0.0, left) / (dimension - rank) if rank < dimension else 0.0,
+            unconditional=self.unconditional and self.unconditional.truncate(min(rank, self.unconditional.rank)),
         )
 
     def isotropic(self) -> "GaussianStats":
@@ -499,7 +335,11 @@ class GaussianStats(PushToHubMixin):
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
-        return tensors if self.class_means is None else {**tensors, "class_means": self.class_means}
+        if self.class_means is not None:
+            tensors["class_means"] = self.class_means
+        if self.unconditional is not None:
+            tensors |= {_PREFIX + name: tensor for name, tensor in self.unconditional._tensors().items()}
+        return tensors
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -509,11 +349,18 @@ class GaussianStats(PushToHubMixin):
             "residual": self.residual,
             "num_samples": self.num_samples,
             "class_names": None if self.class_names is None else list(self.class_names),
+            "unconditional": None if self.unconditional is None else self.unconditional._config(),
             "calibration": self.calibration,
         }
 
     @classmethod
     def _assemble(cls, tensors: Mapping[str, Tensor], config: dict[str, Any], source: str) -> "GaussianStats":
+        config = dict(config)
+        unconditional = None
+        if config["unconditional"] is not None:
+            parts = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
+            unconditional = cls._assemble(parts, config["unconditional"], source)
+        tensors = {name: t for name, t in tensors.items() if unconditional is None or not name.startswith(_PREFIX)}
         expected = {"mean", "eigenvectors", "eigenvalues"} | (
             {"class_means"} if config["class_names"] else set()
         )
@@ -524,7 +371,7 @@ class GaussianStats(PushToHubMixin):
             )
         fields = {name: config[name] for name in ("residual", "num_samples", "class_names", "calibration")}
         try:
-            stats = cls(**tensors, **fields)
+            stats = cls(**tensors, **fields, unconditional=unconditional)
             if list(stats.shape) != config["shape"] or stats.rank != config["rank"]:
                 raise ValueError(f"the configuration says shape {config['shape']}, rank {config['rank']}")
         except (TypeError, ValueError) as error:
@@ -533,8 +380,8 @@ class GaussianStats(PushToHubMixin):
             ) from error
         return stats
 
-    def _operands(self, x: Tensor, mean: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """`x` as (B, D), and the mean (D,) or (B, D), eigenvectors and eigenvalues on its device."""
+    def _operands(self, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Gaussian]:
+        """`x` as (B, D), and the Gaussian with mean (D,) or (B, D), on its device."""
         if x.ndim != len(self.shape) + 1 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, these statistics are for (batch, *{self.shape}): "
@@ -549,7 +396,7 @@ class GaussianStats(PushToHubMixin):
         )
         mean = own if mean is None else mean
         flat_mean = mean.flatten() if mean.ndim == len(self.shape) else mean.flatten(1)
-        return x.flatten(1), (flat_mean, vectors, values)
+        return x.flatten(1), Gaussian(flat_mean, vectors, values, self.residual)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors where they are needed. The latest place is remembered: a sampling loop stays in one."""
@@ -605,7 +452,8 @@ def _check_classes(stats: GaussianStats) -> None:
 
 
 def _parse_config(text: str, source: str) -> dict[str, Any]:
-    keys = {"_class_name", "shape", "rank", "residual", "num_samples", "class_names", "calibration"}
+    keys = {"_class_name", "shape", "rank", "residual", "num_samples", "class_names", "unconditional"}
+    keys.add("calibration")
     try:
         config = json.loads(text)
     except ValueError as error:

@@ -58,7 +58,7 @@ def test_full_rank_leaves_nothing_over():
 def test_fewer_samples_than_dimensions(exact_up_to):
     """Rank N − 1 is all there is; the low-rank path is exact too while nothing has been cut."""
     x = power_law(20, 64, 1.0)
-    moments = fit_moments(x.split(7), 19, exact_up_to=exact_up_to)
+    moments = fit_moments(x.split(7), 19, exact_up_to=exact_up_to)[0]
     stats = GaussianStats(**moments._asdict())
     # Float32 rows: their rounding is 1e-7 of the largest, so ~1e-5 of the smallest eigenvalue.
     assert_fits(stats, np.cov(x.double().numpy().T), rtol=1e-4)
@@ -72,8 +72,8 @@ def test_how_samples_are_cut_into_batches_does_not_matter(cuts, exact_up_to):
     bounds = sorted({0, *cuts, 300})
     ragged = (x[i:j] for i, j in pairwise(bounds))
     whole, split = (
-        fit_moments([x], 5, exact_up_to=exact_up_to),
-        fit_moments(ragged, 5, exact_up_to=exact_up_to),
+        fit_moments([x], 5, exact_up_to=exact_up_to)[0],
+        fit_moments(ragged, 5, exact_up_to=exact_up_to)[0],
     )
     # Equal to the last bit, since batches are regrouped into the same blocks.
     assert torch.equal(whole.mean, split.mean)
@@ -109,9 +109,9 @@ def test_large_dimensions_are_close_to_exact(power, rtol):
 
 def test_more_oversampling_is_more_exact():
     x = power_law(1200, 512, 0.7)
-    exact = fit_moments([x], 16).eigenvalues
+    exact = fit_moments([x], 16)[0].eigenvalues
     errors = [
-        float((fit_moments([x], 16, oversampling=n, exact_up_to=0).eigenvalues / exact - 1).abs().max())
+        float((fit_moments([x], 16, oversampling=n, exact_up_to=0)[0].eigenvalues / exact - 1).abs().max())
         for n in (0, 16, 128, 512)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -122,7 +122,7 @@ def test_data_in_a_subspace():
     """Directions without variance get eigenvalue 0 and still an orthonormal basis."""
     x = power_law(100, 3, 1.0) @ torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     for exact_up_to in (0, 4096):
-        stats = GaussianStats(**fit_moments([x], 10, exact_up_to=exact_up_to)._asdict())
+        stats = GaussianStats(**fit_moments([x], 10, exact_up_to=exact_up_to)[0]._asdict())
         assert stats.eigenvalues[3:].max() < 1e-6 * stats.eigenvalues[0]
         gram = stats.eigenvectors.T @ stats.eigenvectors
         torch.testing.assert_close(gram, torch.eye(10), rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_labels_give_the_pooled_within_class_covariance(exact_up_to):
     x, names = labelled(500, 32)
     batches = ((x[i : i + 70], names[i : i + 70]) for i in range(0, 500, 70))
     # With all 32 dimensions kept as rows nothing is cut, so the low-rank path must be exact as well.
-    stats = GaussianStats(**fit_moments(batches, 8, exact_up_to=exact_up_to)._asdict())
+    stats = GaussianStats(**fit_moments(batches, 8, exact_up_to=exact_up_to)[0]._asdict())
     assert_fits(stats, pooled(x, names), rtol=1e-5)
     assert stats.class_names is not None
     assert sorted(stats.class_names) == ["bag", "coat", "shoe"]
@@ -221,7 +221,7 @@ def test_samples_that_carry_gradients_leave_none():
 def test_rank_zero_is_isotropic():
     x = power_law(50, 8, 1.0)
     for exact_up_to in (0, 4096):
-        moments = fit_moments([x], 0, exact_up_to=exact_up_to)
+        moments = fit_moments([x], 0, exact_up_to=exact_up_to)[0]
         assert moments.eigenvectors.shape == (8, 0)
         assert moments.residual == pytest.approx(np.trace(np.cov(x.double().numpy().T)) / 8, rel=1e-6)
 

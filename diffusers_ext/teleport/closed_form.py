@@ -1,0 +1,262 @@
+"""The closed form: the exact probability flow of Gaussian data, without and with guidance.
+
+A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε: (1, σ) for EDM and other variance-exploding states,
+(√ᾱ, √(1−ᾱ)) for variance-preserving ones, (1−t, t) for flow matching.
+
+If the data are N(μ, Σ), the state is N(aμ, a²Σ + s²I), and the probability-flow ODE scales every eigendirection
+of Σ by the ratio of its standard deviations at the two levels (Wang & Vastola, *The Unreasonable Effectiveness
+of Gaussian Score Approximation for Diffusion Models*, TMLR 2024, arXiv:2412.09726).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Level = tuple[float, float]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class Gaussian(NamedTuple):
+    """N(μ, U diag(λ) Uᵀ + s̄²(I − U Uᵀ)): mean (D,) or (B, D), U (D, r), λ (r,), s̄² ≥ 0."""
+
+    mean: Tensor
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    residual: float
+
+
+# --- noise levels ---
+
+
+def ve_level(sigma: float | Tensor) -> Level:
+    """(1, σ): variance-exploding states x = x₀ + σε, as Euler and Heun keep them. σ ≥ 0."""
+    return check_level((1.0, float(sigma)), "ve_level")
+
+
+def vp_level(alpha_bar: float | Tensor) -> Level:
+    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ lies in [0, 1]."""
+    alpha_bar = float(alpha_bar)
+    if not 0.0 <= alpha_bar <= 1.0:
+        raise ValueError(f"vp_level: alpha_bar must lie in [0, 1], got {alpha_bar}.")
+    return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
+
+
+def flow_level(t: float | Tensor) -> Level:
+    """(1−t, t): flow-matching states, t = 1 pure noise and t = 0 data. t in [0, 1]."""
+    t = float(t)
+    if not 0.0 <= t <= 1.0:
+        raise ValueError(f"flow_level: t must lie in [0, 1], got {t}.")
+    return 1.0 - t, t
+
+
+def check_level(level: Sequence[float], name: str = "level") -> Level:
+    """`level` as two floats; ValueError unless both are finite, neither is negative and one is positive."""
+    if len(level) != 2:
+        raise ValueError(f"{name} must be a pair (a, s), got {level!r}.")
+    a, s = float(level[0]), float(level[1])
+    if not (math.isfinite(a) and math.isfinite(s)) or a < 0 or s < 0 or a == s == 0:
+        raise ValueError(
+            f"{name} must be (a, s) with finite a >= 0 and s >= 0 that are not both zero, got ({a}, {s})."
+        )
+    return a, s
+
+
+# --- the closed form ---
+
+
+def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast would run the projections in half precision, too coarse for states tens of units large."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        x = args[0] if args else kwargs["x"]
+        assert isinstance(x, Tensor)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_without_autocast
+def transport(
+    x: Tensor,
+    mean: Tensor,
+    eigenvectors: Tensor,
+    eigenvalues: Tensor,
+    residual: float,
+    start: Level,
+    end: Level,
+    power: float = 1.0,
+) -> Tensor:
+    """Carry `x` from level `start` = (a₀, s₀) to `end` = (a₁, s₁) along the Gaussian's probability flow.
+
+    x₁ = a₁μ + g(s̄²)·d + U[(g(λ) − g(s̄²)) ⊙ Uᵀd], with d = x − a₀μ and g(λ) = √((a₁²λ + s₁²)/(a₀²λ + s₀²)).
+    The map is invertible, so `end` may be noisier than `start`.
+
+    Args:
+        x: (B, D), any float dtype.
+        mean: (D,) or (B, D), in data units.
+        eigenvectors: (D, r) with orthonormal columns. r may be 0.
+        eigenvalues: (r,) variances along the columns, not negative.
+        residual: s̄² ≥ 0, the variance in every direction outside the columns' span (no effect if r = D).
+        start, end: levels (a, s).
+        power: the exponent of g. Other values than 1 are the flow of a score that is `power` times the
+            Gaussian's, and are meant for a₀ = a₁ = 1 only, where guidance needs them.
+
+    Returns:
+        (B, D), float64 if `x` is float64, else float32.
+
+    Raises:
+        ValueError: on other shapes or invalid levels, and if some direction has no variance at `start`
+            (s₀ = 0 and a zero eigenvalue or residual), where the flow is singular.
+
+    Source: arXiv:2412.09726 (probability flow of a Gaussian), with the isotropic complement added.
+    """
+    (a0, s0), (a1, s1) = check_level(start, "start"), check_level(end, "end")
+    x, mean, eigenvectors, spectrum = _prepare(x, mean, eigenvectors, eigenvalues, residual)
+    variance = _variance(spectrum, a0, s0, "start")
+    gain = ((a1 * a1 * spectrum + s1 * s1) / variance) ** (power / 2)
+    return a1 * mean + _spectral(x - a0 * mean, eigenvectors, gain)
+
+
+@_without_autocast
+def guided_transport(
+    x: Tensor,
+    conditional: Gaussian,
+    unconditional: Gaussian,
+    guidance_scale: float,
+    start: Level,
+    end: Level,
+) -> Tensor:
+    """`transport` under classifier-free guidance, where the two scores belong to two different Gaussians.
+
+    With D_w = D_u + w(D_c − D_u) the flow in variance-exploding coordinates is dx/d ln σ = (1−w)(x − D_u(x)) +
+    w(x − D_c(x)). It is linear, but the covariances of all samples and of one prompt's samples do not commute.
+    Each of the two terms alone has the closed form `transport(..., power=1−w or w)`; they alternate in
+    symmetric (Strang) steps of ln σ, whose error falls with the square of their number. Our own; the paper has
+    no conditional case. Guided means alone, with one covariance, overshoot: the unconditional denoiser follows
+    the sample as σ falls, and guidance fades.
+
+    Args:
+        x: (B, D), any float dtype.
+        conditional: the prompt's Gaussian, its mean (D,) or (B, D).
+        unconditional: that of all samples.
+        guidance_scale: w ≥ 0; 1 is the conditional flow, 0 the unconditional one.
+        start, end: levels; both need noise (s > 0).
+
+    Returns:
+        (B, D), float64 if `x` is float64, else float32.
+
+    Raises:
+        ValueError: a negative `guidance_scale`, a level without noise, or what `transport` refuses.
+    """
+    (a0, s0), (a1, s1) = check_level(start, "start"), check_level(end, "end")
+    w = float(guidance_scale)
+    if not (math.isfinite(w) and w >= 0):
+        raise ValueError(f"guidance_scale must be finite and not negative, got {guidance_scale}.")
+    if w in (0.0, 1.0):
+        return transport(x, *(conditional if w else unconditional), start, end)
+    if s0 == 0 or s1 == 0 or a1 == 0:
+        raise ValueError(f"Guided transport needs noise at both levels and a > 0 at the end, got {start}, {end}.")
+    if a0 == 0:
+        # Pure noise has no σ. Far above the data both Gaussians shrink to points, and guidance acts on means.
+        largest = max(1.0, *unconditional.eigenvalues[:1].tolist(), *conditional.eigenvalues[:1].tolist())
+        far = 1e3 * math.sqrt(largest)
+        middle = (1 / math.hypot(1, far), far / math.hypot(1, far))
+        mean = unconditional.mean + w * (conditional.mean - unconditional.mean)
+        x, (a0, s0) = transport(x, mean, *conditional[1:], start, middle), middle
+    y, ratio = x / a0, math.log((s1 / a1) / (s0 / a0))
+    steps = max(8, math.ceil(8 * max(w, 1.0) * abs(ratio)))
+    sigmas = [s0 / a0 * math.exp(ratio * i / (2 * steps)) for i in range(2 * steps + 1)]
+    for i in range(0, 2 * steps, 2):
+        first, middle, last = (ve_level(sigma) for sigma in sigmas[i : i + 3])
+        y = transport(y, *unconditional, first, middle, power=1 - w)
+        y = transport(y, *conditional, first, last, power=w)
+        y = transport(y, *unconditional, middle, last, power=1 - w)
+    return a1 * y
+
+
+@_without_autocast
+def gaussian_denoiser(
+    x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float, level: Level
+) -> Tensor:
+    """E[x₀ | x] at level (a, s): D(x) = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ).
+
+    Arguments, result and errors are those of `transport`.
+    """
+    a, s = check_level(level)
+    x, mean, eigenvectors, spectrum = _prepare(x, mean, eigenvectors, eigenvalues, residual)
+    return mean + _spectral(x - a * mean, eigenvectors, a * spectrum / _variance(spectrum, a, s, "level"))
+
+
+@_without_autocast
+def implied_mean(
+    x: Tensor, denoised: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float, level: Level
+) -> Tensor:
+    """The mean (B, D) for which `gaussian_denoiser` at `level` maps `x` to `denoised`.
+
+    Solving D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) for μ leaves no inverse: μ = D + (a/s²) Σ (aD − x). One call of a
+    conditional denoiser at high noise thus gives its prompt's own mean. At a = 0 that is the denoised sample
+    itself.
+
+    Arguments, result and errors are those of `transport`; `denoised` is (B, D) in data units. Rounding and
+    model error in `denoised` are magnified by 1 + a²λ/s², so choose a level with s²/a² well above the largest
+    eigenvalue.
+
+    Raises:
+        ValueError: also if s = 0, where the denoiser returns x/a for every mean.
+    """
+    a, s = check_level(level)
+    if s == 0:
+        raise ValueError("implied_mean needs a level with s > 0: without noise no mean is implied.")
+    x, denoised, eigenvectors, spectrum = _prepare(x, denoised, eigenvectors, eigenvalues, residual)
+    return denoised + _spectral(a * denoised - x, eigenvectors, (a / (s * s)) * spectrum)
+
+
+def _prepare(
+    x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check shapes, bring all to one dtype (float32 or float64), and append s̄² to λ: (r + 1,)."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be a float tensor (batch, dimensions), got {tuple(x.shape)} {x.dtype}.")
+    dimension = x.shape[1]
+    if tuple(mean.shape) not in ((dimension,), (x.shape[0], dimension)):
+        raise ValueError(
+            f"The mean (or denoised sample) must have shape ({dimension},) or {tuple(x.shape)} like x, "
+            f"got {tuple(mean.shape)}."
+        )
+    if tuple(eigenvectors.shape) != (dimension, eigenvalues.numel()):
+        raise ValueError(
+            f"eigenvectors must have shape ({dimension}, {eigenvalues.numel()}): dimensions of x, number of "
+            f"eigenvalues; got {tuple(eigenvectors.shape)}."
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, eigenvectors, eigenvalues = (
+        t.to(device=x.device, dtype=dtype) for t in (mean, eigenvectors, eigenvalues)
+    )
+    # With a full basis there is no complement; a value that can make nothing singular stands in for it.
+    rest = eigenvalues[-1:] if eigenvalues.numel() == dimension else eigenvalues.new_tensor([residual])
+    return x.to(dtype), mean, eigenvectors, torch.cat([eigenvalues, rest])
+
+
+def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:
+    """a²λ + s², refused where it is zero. Only s = 0 needs a look at the values (a wait for the device)."""
+    variance = a * a * spectrum + s * s
+    if s == 0 and bool((variance <= 0).any()):
+        raise ValueError(
+            f"{name}=({a}, {s}) has no noise and the Gaussian has directions without variance, so a²λ + s² "
+            "is 0 there: use a level with s > 0, or statistics with a positive residual and eigenvalues."
+        )
+    return variance
+
+
+def _spectral(d: Tensor, eigenvectors: Tensor, factors: Tensor) -> Tensor:
+    """f(Σ) d, given f(λ) and, last, f(s̄²): two thin matrix products, 2Dr multiply-adds a sample."""
+    rest = factors[-1]
+    return rest * d + ((d @ eigenvectors) * (factors[:-1] - rest)) @ eigenvectors.T
