@@ -34,7 +34,7 @@ from diffusers_ext.evaluation.testbed import Run, held_out_prompts, load_referen
 from diffusers_ext.resources import resource_dir
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -49,7 +49,8 @@ class Point:
     """One cell of the benchmark: a solver, its steps, and what replaces the first of them.
 
     `variant` is "plain" (the solver at `steps`), "teleport" (the unconditional map), "prompt mean" (the
-    prompt's own mean, from one call), "first call" (the same inside the run), "isotropic" (same mean and total
+    prompt's own mean, from one call, no guidance in the map), "guided" (that mean, and the map along the guided
+    flow), "first call" (the same inside the run), "isotropic" (same mean and total
     variance, no directions) or "noise" (plain noise at σ_skip).
     """
 
@@ -107,6 +108,7 @@ def scene_points(args: argparse.Namespace) -> list[Point]:
                     Point(solver, steps - skip, guidance=w),
                     Point(solver, steps, "teleport", skip, w),
                     Point(solver, steps, "prompt mean", skip, w),
+                    Point(solver, steps, "guided", skip, w),
                     Point(solver, steps, "first call", skip + 1, w),
                 ]
     return list(dict.fromkeys(points))
@@ -122,8 +124,9 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         self.base = self.pipe.scheduler
         self.stats = dx.GaussianStats.from_pretrained(self.folder / "gaussian")
-        within = self.folder / "gaussian-within-prompt"
-        self.within = dx.GaussianStats.from_pretrained(within) if within.is_dir() else None
+        # With prompts the statistics are within-prompt ones, and bring the unconditional ones along.
+        self.within = self.stats
+        self.stats = self.stats.unconditional or self.stats
         self.prompt_mean_cache: dict[str, torch.Tensor] = {}
 
     def run(self, point: Point) -> list[Run]:
@@ -171,7 +174,7 @@ class Bench:
     def _stats(self, point: Point) -> dx.GaussianStats | None:
         if point.variant == "plain":
             return None
-        if point.variant in ("prompt mean", "first call"):
+        if point.variant in ("prompt mean", "guided", "first call"):
             return self.within
         if point.variant == "isotropic":
             return self.stats.isotropic()
@@ -182,7 +185,7 @@ class Bench:
     def _sample_scenes(self, point: Point, seed: int) -> Run:
         prompts = held_out_prompts(self.args.num_images, seed)
         kwargs = {"num_inference_steps": point.steps, "guidance_scale": point.guidance}
-        if point.variant != "prompt mean":
+        if point.variant not in ("prompt mean", "guided"):
             return run_scenes(self.pipe, prompts, seed=seed, **kwargs)
         teleport, size, parts = self.pipe.scheduler, 64, []
         for low in range(0, len(prompts), size):
@@ -190,7 +193,7 @@ class Bench:
             dx.remove_teleport(self.pipe)
             means = self._prompt_means(chunk)
             self.pipe.scheduler = teleport
-            teleport.set_mean(means)
+            teleport.set_mean(means, point.guidance if point.variant == "guided" else 1.0)
             part = run_scenes(self.pipe, chunk, seed=seed, offset=low, **kwargs)
             parts.append(part)
         # The mean's own call is without guidance, so it costs half a guided step.
@@ -198,7 +201,6 @@ class Bench:
         return Run.join(parts, extra_calls=extra)
 
     def _prompt_means(self, prompts: list[str]) -> torch.Tensor:
-        assert self.within is not None
         missing = sorted(set(prompts) - set(self.prompt_mean_cache))
         if missing:
             means = dx.prompt_means(self.pipe, self.within, missing, height=32, width=64)
@@ -282,6 +284,7 @@ def plot(
     solvers = list(dict.fromkeys(p.solver for p in runs))
     figure, axes = plt.subplots(1, len(solvers), figsize=(4 * len(solvers), 3.6), sharey=True, squeeze=False)
     styles = {"plain": ("k", "o"), "teleport": ("tab:red", "s"), "prompt mean": ("tab:blue", "^")}
+    styles |= {"guided": ("tab:purple", "D")}
     styles |= {"first call": ("tab:green", "v"), "isotropic": ("tab:orange", "x"), "noise": ("tab:gray", "+")}
     for axis, solver in zip(axes[0], solvers):
         for variant, (color, marker) in styles.items():

@@ -53,7 +53,8 @@ def calibrate_skip(
             count that is not below its own, and skips nothing above the largest.
         num_images: batch size of an unconditional pipeline.
         mean_from: as in `TeleportScheduler`.
-        means: (B, *shape), the prompts' own means, if they will be set in use too.
+        means: (B, *shape), the prompts' own means, if they will be set in use too. With statistics that have
+            an `unconditional` part the map then follows the pipeline's `guidance_scale`.
         tolerance: by how much of the full schedule's error the error may exceed it.
         refinement: the reference takes that many times the steps, at least 50.
         seed: of the initial noise.
@@ -67,7 +68,9 @@ def calibrate_skip(
     Raises:
         ValueError: a step count below 2, or what `apply_teleport` refuses.
     """
-    counts = sorted({num_inference_steps} if isinstance(num_inference_steps, int) else set(num_inference_steps))
+    counts = sorted(
+        {num_inference_steps} if isinstance(num_inference_steps, int) else set(num_inference_steps)
+    )
     if not counts or counts[0] < 2:
         raise ValueError(f"num_inference_steps must be 2 or more to skip any, got {num_inference_steps!r}.")
     original = pipe.scheduler
@@ -108,7 +111,8 @@ def _sweep(
     first = 2 if mean_from == "first_call" else 1
     for skipped in tqdm(range(first, count), desc=f"calibrating {count} steps", disable=not progress):
         apply_teleport(run.pipe, stats, skip=(skipped + 0.5) / count, mean_from=mean_from)
-        run.pipe.scheduler.set_mean(means)
+        guidance = run.kwargs.get("guidance_scale", 1.0) if stats.unconditional and means is not None else 1.0
+        run.pipe.scheduler.set_mean(means, guidance)
         result, sigma = run(count), run.pipe.scheduler.skipped_to
         remove_teleport(run.pipe)
         if sigma is None:
@@ -125,14 +129,18 @@ def _sweep(
 class _Runner:
     """Runs a pipeline on fixed noise and prompts, and counts the model calls."""
 
-    def __init__(self, pipe: Any, prompts: Sequence[str] | None, num_images: int, seed: int, kwargs: dict[str, Any]):
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str] | None, num_images: int, seed: int, kwargs: dict[str, Any]
+    ):
         self.pipe, self.seed, self.kwargs, self.calls = pipe, seed, kwargs, 0
         self.first = {"batch_size": num_images} if prompts is None else {"prompt": list(prompts)}
         self.size = num_images if prompts is None else len(prompts)
 
     def __call__(self, num_inference_steps: int) -> np.ndarray:
         """Final states (B, ...) as float64."""
-        model = next(m for m in (getattr(self.pipe, n, None) for n in ("unet", "transformer")) if m is not None)
+        model = next(
+            m for m in (getattr(self.pipe, n, None) for n in ("unet", "transformer")) if m is not None
+        )
         handle = model.register_forward_pre_hook(self._count)
         generators = [torch.Generator().manual_seed(self.seed + i) for i in range(self.size)]
         try:

@@ -163,7 +163,9 @@ def guided_transport(
     if w in (0.0, 1.0):
         return transport(x, *(conditional if w else unconditional), start, end)
     if s0 == 0 or s1 == 0 or a1 == 0:
-        raise ValueError(f"Guided transport needs noise at both levels and a > 0 at the end, got {start}, {end}.")
+        raise ValueError(
+            f"Guided transport needs noise at both levels and a > 0 at the end, got {start}, {end}."
+        )
     if a0 == 0:
         # Pure noise has no σ. Far above the data both Gaussians shrink to points, and guidance acts on means.
         largest = max(1.0, *unconditional.eigenvalues[:1].tolist(), *conditional.eigenvalues[:1].tolist())

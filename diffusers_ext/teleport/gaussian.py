@@ -222,7 +222,8 @@ class GaussianStats(PushToHubMixin):
             eigenvectors=self.eigenvectors[:, :rank],
             eigenvalues=self.eigenvalues[:rank],
             residual=max(0.0, left) / (dimension - rank) if rank < dimension else 0.0,
-            unconditional=self.unconditional and self.unconditional.truncate(min(rank, self.unconditional.rank)),
+            unconditional=self.unconditional
+            and self.unconditional.truncate(min(rank, self.unconditional.rank)),
         )
 
     def isotropic(self) -> "GaussianStats":
@@ -360,7 +361,9 @@ class GaussianStats(PushToHubMixin):
         if config["unconditional"] is not None:
             parts = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
             unconditional = cls._assemble(parts, config["unconditional"], source)
-        tensors = {name: t for name, t in tensors.items() if unconditional is None or not name.startswith(_PREFIX)}
+        tensors = {
+            name: t for name, t in tensors.items() if unconditional is None or not name.startswith(_PREFIX)
+        }
         expected = {"mean", "eigenvectors", "eigenvalues"} | (
             {"class_means"} if config["class_names"] else set()
         )

@@ -96,6 +96,7 @@ class TeleportScheduler(SavedWithStats):
         self.sigma = sigma
         self.mean_from = mean_from
         self._mean: torch.Tensor | None = None
+        self._guidance_scale = 1.0
         self._forget_schedule()
 
     @classmethod
@@ -124,7 +125,7 @@ class TeleportScheduler(SavedWithStats):
         self._waiting = False  # the first step has yet to be taken
         self._input_scaled = False  # the pipeline showed us the first model input itself
         self._input_mapped = False  # ... or a hook on the denoiser did
-        self._disarmed = False  # ... or that hook saw the call of another pipeline first
+        self._disarmed = False  # ... or that hook saw the call of another pipeline
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -152,7 +153,7 @@ class TeleportScheduler(SavedWithStats):
         count = len(self._levels)
         sigma = self.sigma
         if sigma is None and self.skip == "auto":
-            sigma = self.stats.calibration["sigma"]
+            sigma = self._calibrated_sigma(count)
             if sigma is None:
                 return 0
         if sigma is None:
@@ -160,6 +161,15 @@ class TeleportScheduler(SavedWithStats):
         else:
             wanted = levels.steps_to_sigma(self._levels, sigma)
         return max(min(wanted, levels.max_skip(self.inner, count)), 0)
+
+    def _calibrated_sigma(self, count: int) -> float | None:
+        """What `calibrate_skip` found for the smallest calibrated step count that is not below `count`."""
+        sigma = self.stats.calibration["sigma"]
+        if not isinstance(sigma, dict):
+            return sigma
+        fitting = [n for n in map(int, sigma) if n >= count]
+        # Above the largest count the solver's own error is smaller than any that was compared with.
+        return sigma[str(min(fitting))] if fitting else None
 
     def _begin_at(self, index: int) -> None:
         # DDIM, DDPM and PNDM look their position up by timestep or count calls; the others are told.
@@ -215,12 +225,24 @@ class TeleportScheduler(SavedWithStats):
 
     # -- the map
 
-    def set_mean(self, mean: torch.Tensor | None) -> None:
+    def set_mean(self, mean: torch.Tensor | None, guidance_scale: float = 1.0) -> None:
         """Uses `mean` in place of that of `stats` until it is changed; None goes back to the statistics.
 
         Args:
             mean: (*shape), or (B, *shape) with one mean for every image of the batch, float, in x0 units.
+            guidance_scale: the pipeline's own, for a map along the guided flow (`guided_transport`). It needs
+                within-prompt statistics with an `unconditional` part. 1 leaves guidance out of the map.
+
+        Raises:
+            ValueError: a mean of another shape or with NaN, or guidance without `stats.unconditional`.
         """
+        if guidance_scale != 1 and self.stats.unconditional is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs statistics with an unconditional part: fit them to pairs"
+                " (tensor, prompts), or leave guidance out of the map with guidance_scale=1."
+            )
+        self._guidance_scale = float(guidance_scale)
+        self._cache = None
         if mean is None:
             self._mean = None
             return
@@ -238,7 +260,9 @@ class TeleportScheduler(SavedWithStats):
     def _transport(self, sample: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
         """The closed form from the first grid level to the one where the wrapped scheduler takes over."""
         start, end = self._levels[0], self._levels[self._skipped]
-        moved = self.stats.transport(self._rows(sample), start, end, mean=mean)
+        moved = self.stats.transport(
+            self._rows(sample), start, end, mean=mean, guidance_scale=self._guidance_scale
+        )
         if sample.shape[1:] != moved.shape[1:]:
             moved = levels.pack(moved)
         return moved.to(sample.dtype)
@@ -289,9 +313,9 @@ class TeleportScheduler(SavedWithStats):
         if not self._waiting or self._input_scaled or self.mean_from != "stats":
             return sample
         if self._disarmed or not _same_time(timestep, float(self.timesteps[0])):
-            # An unstarted sampling was abandoned, and a pipeline that shares the denoiser is running: it will
-            # come past our first timestep too.
-            self._disarmed = not self._input_mapped
+            # Our sampling was abandoned before its first step, and a pipeline that shares the denoiser is
+            # running, which will come past our first timestep too. If it was not, `step` says so.
+            self._disarmed, self._input_mapped = True, False
             return sample
         self._input_mapped = True
         return self._mapped(sample)

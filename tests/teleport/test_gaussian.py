@@ -645,7 +645,8 @@ def guided_reference(x, conditional, unconditional, w, path, steps=3000):
         (a, s), (da, ds) = level(t), slope(t)
         eye = torch.eye(y.shape[1], dtype=y.dtype)
         clean = [
-            m + a * torch.linalg.solve(a * a * c + s * s * eye, (y - a * m).T).T @ c for m, c in zip(means, dense)
+            m + a * torch.linalg.solve(a * a * c + s * s * eye, (y - a * m).T).T @ c
+            for m, c in zip(means, dense)
         ]
         guided = clean[1] + w * (clean[0] - clean[1])
         return da * guided + ds * (y - a * guided) / s
@@ -670,7 +671,9 @@ def _dense(gaussian):
 def _two_gaussians():
     mean_u, vectors_u, values_u, residual_u = make_parts(6, 3, seed=1)[:4]
     mean_c, vectors_c, values_c, residual_c = make_parts(6, 3, seed=2)[:4]
-    return Gaussian(mean_c, vectors_c, values_c / 4, residual_c), Gaussian(mean_u, vectors_u, values_u, residual_u)
+    return Gaussian(mean_c, vectors_c, values_c / 4, residual_c), Gaussian(
+        mean_u, vectors_u, values_u, residual_u
+    )
 
 
 GUIDED_PATHS = {
@@ -731,7 +734,10 @@ def test_labelled_fit_brings_the_unconditional_statistics(tmp_path):
     assert torch.allclose(stats.unconditional.mean, plain.mean, atol=1e-6)
     assert stats.total_variance < plain.total_variance
     stats.save_pretrained(tmp_path)
-    for back in (GaussianStats.from_pretrained(tmp_path), GaussianStats.from_arrays(stats.to_dict_of_arrays())):
+    for back in (
+        GaussianStats.from_pretrained(tmp_path),
+        GaussianStats.from_arrays(stats.to_dict_of_arrays()),
+    ):
         assert back.unconditional is not None
         assert torch.equal(back.unconditional.eigenvectors, stats.unconditional.eigenvectors)
         moved = [s.transport(x, (1.0, 9.0), (1.0, 3.0), guidance_scale=2.0) for s in (back, stats)]

@@ -1,0 +1,137 @@
+"""`diffusers-ext demo`: the embedded models with and without teleportation, at the same seeds, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .evaluation.frechet import FeatureStats, frechet_distance
+from .evaluation.report import proportion
+from .evaluation.testbed import Run, held_out_prompts, load_reference, run_garments, run_scenes
+from .resources import resource_dir
+from .teleport.gaussian import GaussianStats
+from .teleport.inject import apply_teleport, remove_teleport
+
+matplotlib.use("Agg")
+
+# Chosen by benchmarks/teleport.py; the README shows its tables.
+SCENE_STEPS, SCENE_GUIDANCE = 10, 2.0
+GARMENT_STEPS = 20
+
+
+def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
+    """Generates, compares, and writes `teleport.png` and `images/`.
+
+    Args:
+        output_dir: created if need be.
+        num_images: pictures a variant, at least 8.
+        seed: of the noise and the prompts.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: `num_images` below 8.
+    """
+    if num_images < 8:
+        raise ValueError(f"num_images must be at least 8 to compare anything, got {num_images}.")
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    torch.set_grad_enabled(False)
+    with Progress(console=console) as progress:
+        garments = _garments(num_images, seed, progress)
+        prompts = held_out_prompts(num_images, seed)
+        scenes = _scenes(prompts, seed, progress)
+    _print_table(console, "fashion-ddpm: unconditional garments", garments, load_reference("garments-test"))
+    _print_table(console, "fashion-scenes: held-out prompts", scenes, load_reference("scenes-test"))
+    path = output / "teleport.png"
+    _picture(path, garments, scenes, prompts)
+    console.print(f"The same seeds side by side: [bold]{path}[/bold]")
+    return path
+
+
+def _load(name: str) -> tuple[Any, Path]:
+    folder = resource_dir("model_cards") / name
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, folder
+
+
+def _garments(num_images: int, seed: int, progress: Progress) -> dict[str, Run]:
+    pipe, folder = _load("fashion-ddpm")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    stats = GaussianStats.from_pretrained(folder / "gaussian")
+    task = progress.add_task("garments", total=3)
+
+    def sample(steps: int) -> Run:
+        result = run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
+        progress.advance(task)
+        return result
+
+    runs = {"DPM++ 2M": sample(GARMENT_STEPS)}
+    apply_teleport(pipe, stats, skip="auto")
+    runs["teleport, skip=auto"] = sample(GARMENT_STEPS)
+    remove_teleport(pipe)
+    calls = round(runs["teleport, skip=auto"].calls)
+    runs["DPM++ 2M, respaced"] = sample(calls)
+    return runs
+
+
+def _scenes(prompts: list[str], seed: int, progress: Progress) -> dict[str, Run]:
+    pipe, folder = _load("fashion-scenes")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    stats = GaussianStats.from_pretrained(folder / "gaussian")
+    task = progress.add_task("scenes", total=3)
+
+    def sample(steps: int) -> Run:
+        kwargs = {"num_inference_steps": steps, "guidance_scale": SCENE_GUIDANCE}
+        result = run_scenes(pipe, prompts, seed=seed, **kwargs)
+        progress.advance(task)
+        return result
+
+    runs = {"DPM++ 2M": sample(SCENE_STEPS)}
+    apply_teleport(pipe, stats, skip="auto")
+    runs["teleport, skip=auto"] = sample(SCENE_STEPS)
+    remove_teleport(pipe)
+    runs["DPM++ 2M, respaced"] = sample(round(runs["teleport, skip=auto"].calls))
+    return runs
+
+
+def _print_table(console: Console, title: str, runs: dict[str, Run], reference: FeatureStats) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "NFE", "seconds", "every word right", "small-feature Fréchet distance"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, result in runs.items():
+        aligned = proportion(result.grades["aligned"]).format(1, 100) + " %" if result.grades else "–"
+        distance = frechet_distance(FeatureStats.of(result.features), reference)
+        table.add_row(name, f"{result.calls:g}", f"{result.seconds:.1f}", aligned, f"{distance:.2f}")
+    console.print(table)
+
+
+def _picture(path: Path, garments: dict[str, Run], scenes: dict[str, Run], prompts: list[str]) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(garments) + len(scenes), 1, figsize=(11, 1.25 * (len(garments) + len(scenes)) + 0.8)
+    )
+    rows = [("garments", n, r, 16) for n, r in garments.items()] + [
+        ("scenes", n, r, 8) for n, r in scenes.items()
+    ]
+    for axis, (_, name, result, count) in zip(axes, rows):
+        axis.imshow(np.concatenate(list(result.pictures[:count].squeeze()), 1), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(f"{name}: {result.calls:g} NFE", fontsize=9, loc="left")
+        axis.axis("off")
+    captions = " · ".join(prompts[:8])
+    figure.text(0.01, 0.005, captions, fontsize=5.2)
+    figure.tight_layout(rect=(0, 0.015, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
