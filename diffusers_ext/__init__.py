@@ -13,8 +13,10 @@ _EXPORTS = {
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
     "apply_teleport": "diffusers_ext.teleport.inject",
     "calibrate_skip": "diffusers_ext.teleport.calibrate",
+    "prompt_means": "diffusers_ext.teleport.prompt_mean",
     "remove_teleport": "diffusers_ext.teleport.inject",
-    "summary": "diffusers_ext.summary",
+    # Not in a module of its own name: importing that would put the module in place of the function.
+    "summary": "diffusers_ext.overview",
     # diffusers looks the base classes up in the package that a component's model_index.json entry names.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
@@ -23,10 +25,11 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
-    from .summary import summary
+    from .overview import summary
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
     from .teleport.inject import apply_teleport, remove_teleport
+    from .teleport.prompt_mean import prompt_means
     from .teleport.scheduler import TeleportScheduler
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "TeleportScheduler",
     "apply_teleport",
     "calibrate_skip",
+    "prompt_means",
     "remove_teleport",
     "summary",
 ]
