@@ -1,0 +1,180 @@
+"""The command line: `diffusers-ext fit-gaussian | demo | version`.
+
+torch and diffusers are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .extras import MissingExtraError, require
+
+if TYPE_CHECKING:
+    from .teleport.gaussian import GaussianStats
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Published sampling, noise, smoothness and pruning methods as plug-ins for Diffusers.",
+)
+
+_TOP = 8
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """What the user can mend is one red line and exit code 1; anything else keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, MissingExtraError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            Console(stderr=True, soft_wrap=True).print(f"[red]Error: {escape(text)}[/red]", highlight=False)
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+@app.command("fit-gaussian")
+@_one_line_errors
+def fit_gaussian(
+    model: Annotated[str, typer.Argument(help="Pipeline: a folder or a Hub repository.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Fit to pictures: a folder, or a data set on the Hub.")
+    ] = None,
+    from_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Fit to N samples of the pipeline itself.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line, for --from-samples.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Eigenpairs to keep.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Of every sample.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of every sample.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Resize and crop pictures to this.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    image_column: Annotated[str, typer.Option(help="Its column of pictures.")] = "image",
+    label_column: Annotated[
+        str | None, typer.Option(help="Its column of labels, for one mean a label.")
+    ] = None,
+    seed: int = 0,
+    dtype: Annotated[str, typer.Option(help=f"Of the pipeline: {', '.join(_DTYPES)}.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("gaussian-stats"),
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload there too.")] = None,
+) -> None:
+    """Fits the Gaussian statistics that teleportation needs, to pictures or to a pipeline's own samples."""
+    if (dataset is None) == (from_samples is None):
+        raise ValueError("Give either --dataset or --from-samples N.")
+    if prompts is not None and from_samples is None:
+        raise ValueError("--prompts goes with --from-samples: pictures have no prompts.")
+    texts = None if prompts is None else _read_prompts(prompts)
+    from .teleport.gaussian import GaussianStats
+    from .teleport.sources import check_rank, encoded_images, pipeline_samples
+
+    if from_samples is not None:
+        check_rank(rank, from_samples, texts)
+        pipe = _load_pipeline(model, dtype, device)
+        batches: Iterable[Any] = pipeline_samples(
+            pipe,
+            from_samples,
+            batch_size=batch_size,
+            prompts=texts,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+    else:
+        pictures = _load_pictures(str(dataset), split)
+        batches = encoded_images(
+            _load_pipeline(model, dtype, device),
+            pictures,
+            batch_size=batch_size,
+            resolution=resolution,
+            labels=label_column,
+            image_column=image_column,
+            seed=seed,
+        )
+    stats = GaussianStats.fit(batches, rank)
+    stats.save_pretrained(output)
+    console = Console()
+    console.print(_table(stats))
+    console.print(f"Written to {escape(str(output))}", highlight=False, soft_wrap=True)
+    if push_to_hub is not None:
+        console.print(f"Uploaded to {escape(str(stats.push_to_hub(push_to_hub)))}", soft_wrap=True)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: write one a line.")
+    return prompts
+
+
+def _load_pipeline(model: str, dtype: str, device: str | None) -> Any:
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import diffusers_ext.registration  # noqa: F401  so that saved pipelines with our components load
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe: Any = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    return pipe.to(device)
+
+
+def _load_pictures(dataset: str, split: str) -> Any:
+    if Path(dataset).is_dir():
+        return dataset
+    if Path(dataset).exists() or dataset.startswith((".", "/", "~")):
+        raise ValueError(f"{dataset} is not a folder of pictures.")
+    return require("datasets", "train").load_dataset(dataset, split=split)
+
+
+def _table(stats: GaussianStats) -> Table:
+    total = stats.total_variance
+    explained = float(stats.eigenvalues.double().sum()) / total if total else 0.0
+    table = Table("statistic", "value", title="Gaussian statistics")
+    table.add_row("shape", " × ".join(map(str, stats.shape)))
+    table.add_row("samples", str(stats.num_samples))
+    if stats.class_names:
+        table.add_row("means", f"{len(stats.class_names)} (covariance within each)")
+    table.add_row("rank", str(stats.rank))
+    table.add_row("explained variance", f"{explained:.2%} of {total:.4g}")
+    table.add_row("residual variance", f"{stats.residual:.4g} a dimension")
+    table.add_row("top eigenvalues", ", ".join(f"{value:.4g}" for value in stats.eigenvalues[:_TOP].tolist()))
+    return table
+
+
+@app.command()
+@_one_line_errors
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder to write.")] = Path("diffusers_ext_demo"),
+    num_images: Annotated[int, typer.Option(min=8, help="Pictures a variant.")] = 64,
+    seed: int = 0,
+) -> None:
+    """Runs the methods on the embedded models and writes one page that compares them."""
+    from .demo import run
+
+    run(output_dir, num_images, seed)
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    from . import __version__
+
+    typer.echo(__version__)

@@ -1,0 +1,301 @@
+"""Stable Diffusion, SDXL and DDPM pipelines with teleportation built in.
+
+The folders `pipelines/teleport_*` import these classes, so they are what `custom_pipeline=` gives:
+
+    pipe = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline="pipelines/teleport_sd", trust_remote_code=True
+    )
+    pipe.load_teleport("path/or/repo")
+    pipe("a red bag").images[0]
+
+With nothing loaded they are their base classes, bit by bit.
+"""
+
+import copy
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DModel,
+)
+from torch import Tensor
+
+from .calibrate import calibrate_skip
+from .gaussian import GaussianStats
+from .inject import apply_teleport, remove_teleport
+from .prompt_mean import prompt_means
+from .scheduler import TeleportScheduler
+from .sources import check_rank, pipeline_samples
+
+_REMEMBERED = 256
+_CALIBRATION_IMAGES = 8
+# What else of a call decides what its prompt means.
+_CONDITIONS = (
+    "height",
+    "width",
+    "clip_skip",
+    "cross_attention_kwargs",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+)
+_BEYOND_TEXT = ("prompt_embeds", "ip_adapter_image", "ip_adapter_image_embeds")
+
+
+class TeleportMixin:
+    """`load_teleport`, `fit_teleport` and `unload_teleport` for a pipeline class."""
+
+    scheduler: Any
+    unet: Any
+
+    def load_teleport(
+        self,
+        stats: GaussianStats | str | os.PathLike[str],
+        skip: float | str = "auto",
+        sigma: float | None = None,
+        mean_from: str = "stats",
+        **hub_kwargs: Any,
+    ) -> Any:
+        """Makes the pipeline skip its first steps.
+
+        Args:
+            stats: statistics, or the folder or Hub repository that holds them.
+            skip, sigma, mean_from: as for `TeleportScheduler`.
+            hub_kwargs: for `GaussianStats.from_pretrained`, such as `subfolder` and `revision`.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            ValueError: teleportation is on already, or what `TeleportScheduler` or loading refuses.
+            OSError: nothing to load there.
+        """
+        self._refuse_twice()
+        if not isinstance(stats, GaussianStats):
+            stats = GaussianStats.from_pretrained(stats, **hub_kwargs)
+        self.__dict__.pop("_teleport_means", None)
+        return apply_teleport(self, stats, skip, sigma=sigma, mean_from=mean_from)
+
+    def fit_teleport(
+        self,
+        num_samples: int = 256,
+        rank: int = 32,
+        *,
+        prompts: Sequence[str] | None = None,
+        batch_size: int = 8,
+        num_inference_steps: int = 25,
+        guidance_scale: float | None = None,
+        skip: float | str = "auto",
+        sigma: float | None = None,
+        mean_from: str = "stats",
+        seed: int = 0,
+        progress: bool = True,
+        **call_kwargs: Any,
+    ) -> GaussianStats:
+        """Fits statistics to the pipeline's own samples and loads them.
+
+        Args:
+            num_samples, prompts, batch_size, seed, progress, call_kwargs: as for `pipeline_samples`. With
+                prompts each gets its own mean, and the covariance is the one within prompts.
+            rank: eigenpairs to keep, at most `num_samples` minus the number of prompts (or minus 1).
+            num_inference_steps: steps of every sample, and the step count that `skip="auto"` is good for.
+            guidance_scale: of the runs that `skip="auto"` is calibrated for; None for the pipeline's default.
+                The samples themselves are drawn without guidance, which the map adds for each call.
+            skip, sigma, mean_from: as for `TeleportScheduler`; `skip="auto"` calls `calibrate_skip`, which
+                takes up to `num_inference_steps` runs of 8 pictures more.
+
+        Returns:
+            The statistics loaded, to `save_pretrained` or `push_to_hub`.
+
+        Raises:
+            ValueError: teleportation is on already, or what sampling, fitting and calibrating refuse.
+        """
+        self._refuse_twice()
+        check_rank(rank, num_samples, prompts)
+        options: dict[str, Any] = {"progress": progress, "seed": seed, **call_kwargs}
+        options["num_inference_steps"] = num_inference_steps
+        parameters = inspect.signature(type(self).__call__).parameters
+        plain = {"guidance_scale": 1.0} if "guidance_scale" in parameters else {}
+        batches = pipeline_samples(
+            self, num_samples, batch_size=batch_size, prompts=prompts, **plain, **options
+        )
+        stats = GaussianStats.fit(batches, rank)
+        if sigma is None and skip == "auto":
+            texts = list(prompts or [""]) * _CALIBRATION_IMAGES
+            if guidance_scale is not None:
+                options["guidance_scale"] = guidance_scale
+            stats = calibrate_skip(
+                self,
+                stats,
+                prompts=texts[:_CALIBRATION_IMAGES] if "prompt" in parameters else None,
+                num_images=_CALIBRATION_IMAGES,
+                mean_from=mean_from,
+                **options,
+            )
+        self.load_teleport(stats, skip, sigma, mean_from)
+        return stats
+
+    def unload_teleport(self) -> Any:
+        """Puts the original scheduler back; the pipeline is then its base class again. Returns it."""
+        self.__dict__.pop("_teleport_means", None)
+        return remove_teleport(self)
+
+    def _refuse_twice(self) -> None:
+        if isinstance(self.scheduler, TeleportScheduler):
+            raise ValueError("Teleportation is on this pipeline already: call unload_teleport() first.")
+
+
+# --- prompts ---
+
+
+def _sets_prompt_mean(base: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a `__call__` the signature and text of `base`'s, plus `teleport_prompt_mean`.
+
+    diffusers and this package read a pipeline's abilities off `inspect.signature(pipe.__call__)`.
+    """
+    original: Any = base.__call__
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        wrapper = functools.wraps(original)(function)
+        signature = inspect.signature(original)
+        extra = inspect.Parameter(
+            "teleport_prompt_mean", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool
+        )
+        *named, rest = signature.parameters.values()
+        wrapper.__dict__["__signature__"] = signature.replace(parameters=[*named, extra, rest])
+        wrapper.__doc__ = (
+            f"{original.__doc__}\n\n"
+            "        teleport_prompt_mean (`bool`, defaults to `True`): where the statistics are\n"
+            "        within-prompt ones, start every image from its prompt's own mean: the fitted one, or\n"
+            "        for a new prompt that of `prompt_means`, a model call that is made once a prompt.\n"
+        )
+        return wrapper
+
+    return decorate
+
+
+class PromptTeleportMixin(TeleportMixin):
+    """Sets every image's prompt mean before a run and clears it afterwards.
+
+    Statistics with an `unconditional` part make the map follow the call's `guidance_scale` too. Means of prompts that the statistics do not know are kept on the pipeline until the statistics are loaded
+    or unloaded again: do that after changing what a prompt means, by a LoRA for example. With
+    `teleport_prompt_mean=False`, or with `mean_from="first_call"`, the scheduler is left as it is.
+    """
+
+    @contextmanager
+    def _prompt_mean(self, wanted: bool, call: dict[str, Any]) -> Iterator[None]:
+        scheduler = self.scheduler
+        # Exactly this type: the scheduler that prompt_means probes with is a subclass.
+        on = type(scheduler) is TeleportScheduler and scheduler.mean_from == "stats"
+        if not (wanted and on and scheduler.stats.class_means is not None):
+            yield
+            return
+        beyond = [name for name in _BEYOND_TEXT if call.get(name) is not None]
+        if beyond:
+            raise ValueError(
+                f"The statistics hold one mean for each prompt, and {beyond[0]} is no prompt text. Pass "
+                "teleport_prompt_mean=False, after pipe.scheduler.set_mean(mean) if you have a mean for it."
+            )
+        if call.get("prompt") is None:
+            yield  # the base class says what is missing
+            return
+        means = self._means_of(scheduler.stats, call)
+        means = means.repeat_interleave(call.get("num_images_per_prompt") or 1, dim=0)
+        scheduler.set_mean(means, self._guidance(scheduler.stats, call))
+        try:
+            yield
+        finally:
+            scheduler.set_mean(None)
+
+    def _guidance(self, stats: GaussianStats, call: dict[str, Any]) -> float:
+        """The scale that the map must follow: 1 where the base class applies no guidance."""
+        default = inspect.signature(type(self).__call__).parameters["guidance_scale"].default
+        scale = float(call.get("guidance_scale", default))
+        distilled = self.unet.config.time_cond_proj_dim is not None
+        return 1.0 if stats.unconditional is None or distilled else max(scale, 1.0)
+
+    def _means_of(self, stats: GaussianStats, call: dict[str, Any]) -> Tensor:
+        """(prompts, *stats.shape): fitted, remembered or probed means of the call's prompts."""
+        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
+        second = call.get("prompt_2")
+        seconds = list(second) if isinstance(second, list | tuple) else [second] * len(prompts)
+        if len(seconds) != len(prompts):
+            raise ValueError(f"There are {len(prompts)} prompts and {len(seconds)} in prompt_2.")
+        given = {name: call[name] for name in _CONDITIONS if call.get(name) is not None}
+        known = set(stats.class_names or ())
+        memory: dict[Any, Tensor] = self.__dict__.setdefault("_teleport_means", {})
+        found: dict[Any, Tensor] = {}
+        missing: dict[str | None, list[str]] = {}
+        for pair in dict.fromkeys(zip(prompts, seconds)):
+            prompt, other = pair
+            key = (pair, repr(given))
+            if other is None and prompt in known:
+                found[pair] = stats.class_mean(prompt)[0]
+            elif key in memory:
+                found[pair] = memory[key]
+            else:
+                missing.setdefault(other, []).append(prompt)
+        for other, texts in missing.items():
+            extra = given if other is None else {**given, "prompt_2": other}
+            for prompt, mean in zip(texts, self._probe(stats, texts, extra)):
+                found[prompt, other] = memory[(prompt, other), repr(given)] = mean
+        while len(memory) > _REMEMBERED:
+            del memory[next(iter(memory))]
+        return torch.stack([found[pair] for pair in zip(prompts, seconds)])
+
+    def _probe(self, stats: GaussianStats, prompts: list[str], conditions: dict[str, Any]) -> Tensor:
+        if "prompt_2" in conditions:
+            # A single text would stand for a batch of one.
+            rows = [
+                prompt_means(self, stats, p, **{**conditions, "prompt_2": [conditions["prompt_2"]]})
+                for p in prompts
+            ]
+            return torch.cat(rows)
+        return prompt_means(self, stats, prompts, **conditions)
+
+
+class TeleportStableDiffusionPipeline(PromptTeleportMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` that can replace its first steps by the closed form of a Gaussian."""
+
+    @_sets_prompt_mean(StableDiffusionPipeline)
+    def __call__(self, *args: Any, teleport_prompt_mean: bool = True, **kwargs: Any) -> Any:
+        with self._prompt_mean(teleport_prompt_mean, _named(StableDiffusionPipeline, args, kwargs)):
+            return super().__call__(*args, **kwargs)
+
+
+class TeleportStableDiffusionXLPipeline(PromptTeleportMixin, StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` that can replace its first steps by the closed form of a Gaussian."""
+
+    @_sets_prompt_mean(StableDiffusionXLPipeline)
+    def __call__(self, *args: Any, teleport_prompt_mean: bool = True, **kwargs: Any) -> Any:
+        with self._prompt_mean(teleport_prompt_mean, _named(StableDiffusionXLPipeline, args, kwargs)):
+            return super().__call__(*args, **kwargs)
+
+
+def _named(base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `base` by name; a wrong call is left for `base` to refuse."""
+    names = list(inspect.signature(base.__call__).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+class TeleportDDPMPipeline(TeleportMixin, DDPMPipeline):
+    """`DDPMPipeline` that can replace its first steps by the closed form of a Gaussian."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
+        DDPMPipeline.__init__(self, unet, scheduler)
+        if isinstance(scheduler, TeleportScheduler):
+            # As loaded, or as shared by from_pipe: the denoiser needs its hook, and the hook a scheduler that
+            # no other pipeline advances.
+            self.scheduler = copy.deepcopy(scheduler.inner)
+            apply_teleport(
+                self, scheduler.stats, scheduler.skip, sigma=scheduler.sigma, mean_from=scheduler.mean_from
+            )

@@ -1,0 +1,101 @@
+"""The mean of a prompt that a fit has not seen, read off the denoiser at the highest noise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Tensor
+
+from . import levels
+from .gaussian import GaussianStats
+from .scheduler import TeleportScheduler, _Wrapped
+from .sources import check_prompts, quiet
+
+
+class _FirstCall(TeleportScheduler):
+    """The wrapped scheduler with the first timestep of its grid alone; reads the implied mean off it."""
+
+    found: Tensor
+
+    def _only_first(self, *args: Any, **kwargs: Any) -> None:
+        self._set_timesteps(*args, **kwargs)
+        self._timesteps = self.inner.timesteps[:1]
+        self._begin_at(0)
+
+    def _read(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        clean = levels.predicted_clean(self.inner, model_output, sample, self._levels[0])
+        self.found = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
+        clean = clean.to(sample.dtype)
+        call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
+        if call.arguments.get("return_dict", True):
+            return DDIMSchedulerOutput(prev_sample=clean, pred_original_sample=clean)
+        return clean, clean
+
+    set_timesteps = _Wrapped(_only_first)
+    step = _Wrapped(_read)
+
+
+@torch.no_grad()
+def prompt_means(
+    pipe: Any,
+    stats: GaussianStats,
+    prompts: str | Sequence[str],
+    *,
+    num_calls: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    **call_kwargs: Any,
+) -> Tensor:
+    """The mean that the denoiser itself implies for each prompt, from one call at the highest noise level.
+
+    The Gaussian denoiser D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) is solved for μ, with the model's x0-prediction as
+    D (`GaussianStats.implied_mean`). The calls are made without guidance, so that the mean is that of the
+    prompt's own distribution; give `guidance_scale=` for the guided one. Not in arXiv:2412.09726, which has
+    no conditional case.
+
+    Args:
+        pipe: a text-to-image pipeline with a supported scheduler, or a `TeleportScheduler` around one. Its
+            scheduler is put back, also after an error.
+        stats: statistics whose covariance to use: the within-prompt one, as `pipeline_samples` with prompts
+            gives it.
+        prompts: B texts, or one.
+        num_calls: calls to average, ≥ 1, each on its own noise.
+        seed: of the noise, which is the same for every prompt: a prompt's mean does not depend on the others.
+        batch_size: prompts a call, ≥ 1.
+        call_kwargs: passed to the pipeline, such as `height`, `width` and `num_inference_steps` (with
+            "leading" timestep spacing more steps start at higher noise).
+
+    Returns:
+        (B, *stats.shape) float32 on the CPU, for `TeleportScheduler.set_mean`.
+
+    Raises:
+        ValueError: no prompts, a count below 1, a pipeline without prompts, an unsupported scheduler, or
+            latents of another shape than the statistics.
+    """
+    prompts = check_prompts(pipe, prompts)
+    if num_calls < 1 or batch_size < 1:
+        raise ValueError(f"num_calls and batch_size must be 1 or more, got {num_calls} and {batch_size}.")
+    parameters = inspect.signature(pipe.__call__).parameters
+    call = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in parameters} | call_kwargs
+    original = pipe.scheduler
+    inner = original.inner if isinstance(original, TeleportScheduler) else original
+    probe = _FirstCall(inner, stats, skip=0.0)
+    total = torch.zeros(len(prompts), *stats.shape)
+    try:
+        pipe.scheduler = probe
+        with quiet(pipe):
+            for start in range(0, len(prompts), batch_size):
+                chunk = prompts[start : start + batch_size]
+                for number in range(num_calls):
+                    noise = [torch.Generator().manual_seed(seed + number) for _ in chunk]
+                    pipe(prompt=chunk, generator=noise, output_type="latent", **call)
+                    total[start : start + len(chunk)] += probe.found.float().cpu()
+    finally:
+        pipe.scheduler = original
+    return total / num_calls

@@ -1,0 +1,17 @@
+"""Teleportation built in: a prompt the statistics have not seen gets its own mean from one model call."""
+
+from diffusers.utils import make_image_grid
+
+from diffusers_ext.resources import resource_dir
+from diffusers_ext.teleport.pipelines import TeleportStableDiffusionPipeline
+
+# The same class that custom_pipeline="pipelines/teleport_sd" gives.
+pipe = TeleportStableDiffusionPipeline.from_pretrained(resource_dir("model_cards") / "fashion-scenes")
+pipe.set_progress_bar_config(disable=True)
+pipe.fit_teleport(64, rank=16, prompts=["a red bag", "a blue boot", "a green dress"], skip=0.3)
+
+new = ["a purple trouser", "a cyan sneaker left of a white bag"]
+images = pipe(new, num_images_per_prompt=4, num_inference_steps=20, guidance_scale=2.0).images
+make_image_grid(images, rows=len(new), cols=4).save("teleport_new_prompts.png")
+
+pipe.unload_teleport().save_pretrained("plain-pipeline")
