@@ -33,11 +33,14 @@ def build_tokenizer() -> CLIPTokenizer:
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789-,.!?'")
     symbols = [s for letter in letters for s in (letter, letter + "</w>")] + ["".join(m) for m in merges]
     vocab = {token: i for i, token in enumerate([*dict.fromkeys(symbols), *_SPECIAL])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 96) -> CLIPTextModel:
     """A two-layer CLIP text encoder for `build_tokenizer`."""
+    special: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -46,19 +49,21 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 96) -> CLIPTextMod
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     return CLIPTextModel(config)
 
 
 def build_vae(channels: Sequence[int] = (24, 48, 64)) -> AutoencoderKL:
     """A fourfold autoencoder with four latent channels, without attention in the middle."""
+    # diffusers annotates these as tuples of length one.
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "block_out_channels": tuple(channels),
+    }
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=tuple(channels),
+        **blocks,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -124,7 +129,9 @@ def standardise_latents(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 
     """
     latents = torch.cat([encode(vae, p) for p in pictures.split(batch_size)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    into, back, n = vae.quant_conv, vae.post_quant_conv, len(mean)
+    into: Any = vae.quant_conv
+    back: Any = vae.post_quant_conv
+    n = len(mean)
     if into is None or back is None:
         raise ValueError(
             "This AutoencoderKL has no 1 × 1 latent layers: build it with use_quant_conv=True and"

@@ -141,9 +141,15 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         save_grid(to_tensor(pictures[:48]), 8, _validation_path(args, step))
         return _grade_means(grader, pictures, held_out) if grader else {}
 
+    def save(folder: Path) -> None:
+        pipe.to("cpu").to(torch.float16)
+        # Without torch_dtype, diffusers loads its models in float32 but transformers loads as saved.
+        text_encoder.float()
+        pipe.save_pretrained(folder)
+
     record = train(accelerator, args, objective, make_batch, validate)
     record["parameters"] = base_models.count_parameters(unet, text_encoder, vae)
-    return record, lambda folder: pipe.to("cpu").to(torch.float16).save_pretrained(folder)
+    return record, save
 
 
 def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
