@@ -1,7 +1,7 @@
 """Teleportation against its controls on the embedded models, at the same seeds.
 
-    python benchmarks/teleport.py ddpm   --output_dir benchmarks/teleport
-    python benchmarks/teleport.py scenes --output_dir benchmarks/teleport
+    python benchmarks/teleport.py ddpm   --output_dir benchmarks/results
+    python benchmarks/teleport.py scenes --output_dir benchmarks/results
 
 Every run is kept in `--cache_dir`, so an interrupted benchmark goes on where it stopped. Writes a Markdown
 table and a plot per model. Fréchet distances are on the small grader's features and are not FID.
@@ -67,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", choices=["ddpm", "scenes"])
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/teleport"))
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cache_dir", type=Path, default=Path("runs/teleport"))
     parser.add_argument("--num_images", type=int, default=500, help="per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
