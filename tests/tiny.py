@@ -200,11 +200,11 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def inputs(name: str, batch: int = 1, steps: int = 8, guided: bool = True) -> dict[str, Any]:
-    """Keyword arguments for the call of `build(name)`: `batch` different pictures, 8×8, as raw float arrays.
+    """Keyword arguments for the call of `build(name)`: `batch` different pictures, 8×8, as tensors.
 
-    `output_type` is "np"; no generator is given (see `generators`).
+    `output_type` is "pt"; no generator is given (see `generators`).
     """
-    common: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
+    common: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
     if name == "ddpm":
         return {"batch_size": batch, **common}
     common |= {"height": 8, "width": 8}
@@ -236,11 +236,12 @@ def generators(batch: int, seed: int = 7) -> list[torch.Generator]:
 
 
 def images(pipe: Any, name: str, batch: int = 1, **changes: Any) -> Tensor:
-    """(batch, 8, 8, 3) float pictures, one generator an image; `changes` go to `inputs` or to the call."""
+    """(batch, 3, 8, 8) float32 pictures, one generator an image; `changes` go to `inputs` or to the call."""
     own = {key: changes.pop(key) for key in ("steps", "guided") if key in changes}
     call = {**inputs(name, batch, **own), "generator": generators(batch), **changes}
+    call |= {key: value.to(pipe.dtype) for key, value in call.items() if isinstance(value, Tensor)}
     with torch.no_grad():
-        return torch.as_tensor(pipe(**call).images)
+        return pipe(**call).images.float()
 
 
 def gaussian(

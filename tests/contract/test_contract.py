@@ -175,7 +175,7 @@ def test_a_batch_is_its_images_one_by_one(method: Method, name: str) -> None:
         }
         one |= {"batch_size": 1} if "batch_size" in one else {}
         with torch.no_grad():
-            image = torch.as_tensor(pipe(**one, generator=tiny.generators(3)[i : i + 1]).images)
+            image = pipe(**one, generator=tiny.generators(3)[i : i + 1]).images
         assert torch.allclose(image[0], batch[i], atol=1e-4)
 
 
