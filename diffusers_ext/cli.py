@@ -81,6 +81,7 @@ def fit_gaussian(
         raise ValueError("--prompts goes with --from-samples: pictures have no prompts.")
     texts = None if prompts is None else _read_prompts(prompts)
     from .teleport.gaussian import GaussianStats
+    from .teleport.pictures import open_pictures
     from .teleport.sources import check_rank, encoded_images, pipeline_samples
 
     if from_samples is not None:
@@ -96,14 +97,15 @@ def fit_gaussian(
             guidance_scale=guidance_scale,
         )
     else:
-        pictures = _load_pictures(str(dataset), split)
+        # Before the pipeline is loaded, which takes longer.
+        pictures = open_pictures(
+            _load_pictures(str(dataset), split), labels=label_column, image_column=image_column
+        )
         batches = encoded_images(
             _load_pipeline(model, dtype, device),
             pictures,
             batch_size=batch_size,
             resolution=resolution,
-            labels=label_column,
-            image_column=image_column,
             seed=seed,
         )
     stats = GaussianStats.fit(batches, rank)

@@ -1,5 +1,6 @@
 """Gaussian statistics of a set of pictures, through a pipeline's autoencoder; saved, loaded and looked at."""
 
+import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_ext as dx
@@ -7,7 +8,7 @@ from diffusers_ext.data.fashion_scenes import SAMPLE_DIR, scene_arrays
 from diffusers_ext.resources import resource_dir
 from diffusers_ext.teleport.sources import encoded_images
 
-pipe = DiffusionPipeline.from_pretrained(resource_dir("model_cards") / "fashion-scenes")
+pipe = DiffusionPipeline.from_pretrained(resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32)
 pictures, captions = scene_arrays(SAMPLE_DIR, "train", 256)
 
 # A folder of pictures or a datasets.Dataset will do as well.

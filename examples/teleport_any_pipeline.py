@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
@@ -11,7 +12,9 @@ from diffusers_ext.resources import resource_dir
 from diffusers_ext.teleport.sources import pipeline_samples
 
 prompts = ["a red bag", "a blue boot", "a green dress", "a white coat left of a yellow sandal"]
-pipe: Any = DiffusionPipeline.from_pretrained(resource_dir("model_cards") / "fashion-scenes")
+pipe: Any = DiffusionPipeline.from_pretrained(
+    resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
+)
 pipe.set_progress_bar_config(disable=True)
 
 

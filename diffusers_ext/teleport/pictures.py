@@ -42,6 +42,8 @@ def open_pictures(
     Raises:
         ValueError: nothing there, an unknown column, values of another scale, or labels that do not match.
     """
+    if isinstance(source, Pictures):
+        return source
     if isinstance(source, str | os.PathLike):
         pictures = _folder(Path(source))
     elif hasattr(source, "column_names"):

@@ -196,7 +196,7 @@ def test_map_follows_the_guidance_of_the_call(monkeypatch: pytest.MonkeyPatch) -
     for options in ({"guidance_scale": 3.0}, {}, {"guidance_scale": 0.0}):
         pipe("a aaa", **SIZE, **options)
     assert scales[::2] == [3.0, 7.5, 1.0]
-    monkeypatch.setitem(pipe.unet.config, "time_cond_proj_dim", 8)
+    pipe.unet.register_to_config(time_cond_proj_dim=8)
     assert pipe._guidance(pipe.scheduler.stats, {"guidance_scale": 3.0}) == 1.0
 
 
