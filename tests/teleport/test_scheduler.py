@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,6 @@ from diffusers_ext.teleport import levels
 from diffusers_ext.teleport.saving import STATS_NAME
 from diffusers_ext.teleport.scheduler import TeleportScheduler
 from tests import tiny
-
-# numpy and scipy warn, thousands of times, about how diffusers calls them; recording that is slow.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 20
 SHAPE = (2, 2, 4)
@@ -128,6 +126,14 @@ def rms(x: Tensor, y: Tensor) -> float:
 
 def wrap(name: str, stats: Any, skip: float | str = 0.3, **options: Any) -> TeleportScheduler:
     return TeleportScheduler.from_scheduler(ALL[name](), stats, skip, **options)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    # numpy warns, thousands of times, about how diffusers calls it; pytest's own filters make that slow.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @pytest.fixture
