@@ -5,16 +5,18 @@
 
 Writes MODEL_DIR/gaussian. For a model with prompts the covariance is the one that is left when the prompt is
 known, which belongs with a prompt's own mean, and the statistics of all pictures are its unconditional part.
+Then calibrates how far DPM++ 2M may skip, for `skip="auto"`; --calibrate_only does just that.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,13 +36,25 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--num_scenes", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibrate_only", action="store_true")
+    parser.add_argument("--calibration_steps", type=int, nargs="+", default=[6, 10, 20])
+    parser.add_argument("--num_calibration_images", type=int, default=64)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     pipe = DiffusionPipeline.from_pretrained(args.model_dir, dtype=torch.float32)
+    folder = args.model_dir / "gaussian"
+    stats = dx.GaussianStats.from_pretrained(folder) if args.calibrate_only else fit(args, pipe)
+    stats = calibrate(args, pipe, stats)
+    stats.save_pretrained(folder)
+    print(f"{folder}: {stats}\nmay skip to σ: {stats.calibration['sigma']}")
+
+
+def fit(args: argparse.Namespace, pipe: Any) -> dx.GaussianStats:
+    """Statistics of the pixels, or of the latents with their prompts."""
     if not hasattr(pipe, "vae"):
         images, _ = fashion_scenes.load_garments(args.train_data_dir, "train")
-        save(dx.GaussianStats.fit(_pixels(images), args.rank), args.model_dir / "gaussian")
-        return
+        return dx.GaussianStats.fit(_pixels(images), args.rank)
     pictures, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
     latents = _latents(pipe.vae, pictures)
     names = np.array(prompts)
@@ -49,12 +63,25 @@ def main() -> None:
     )
     within = dx.GaussianStats.fit(pairs, args.rank)
     # A prompt's mean comes from a call of the model, which also knows the prompts that training held out.
-    save(dataclasses.replace(within, class_means=None, class_names=None), args.model_dir / "gaussian")
+    return dataclasses.replace(within, class_means=None, class_names=None)
 
 
-def save(stats: dx.GaussianStats, folder: Path) -> None:
-    stats.save_pretrained(folder)
-    print(f"{folder}: {stats}")
+def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> dx.GaussianStats:
+    """`stats` with what `calibrate_skip` finds on training prompts, or unconditionally."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    n = args.num_calibration_images
+    options: dict[str, Any] = {
+        "num_inference_steps": args.calibration_steps,
+        "num_images": n,
+        "seed": args.seed,
+    }
+    if hasattr(pipe, "vae"):
+        prompts = [fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("train", n, args.seed)]
+        size = {"height": fashion_scenes.HEIGHT, "width": fashion_scenes.WIDTH}
+        means = dx.prompt_means(pipe, stats, prompts, **size)
+        options |= {"prompts": prompts, "means": means, "guidance_scale": args.guidance_scale, **size}
+    return dx.calibrate_skip(pipe, stats, **options)
 
 
 def _pixels(images: np.ndarray) -> Iterator[Tensor]:
@@ -62,7 +89,7 @@ def _pixels(images: np.ndarray) -> Iterator[Tensor]:
         yield to_tensor(chunk) * 2 - 1
 
 
-def _latents(vae, pictures: np.ndarray) -> Tensor:
+def _latents(vae: Any, pictures: np.ndarray) -> Tensor:
     chunks = np.array_split(pictures, max(1, len(pictures) // 250))
     return torch.cat([encode(vae, to_tensor(c) * 2 - 1) for c in tqdm(chunks, desc="encoding")])
 

@@ -196,7 +196,8 @@ class PromptTeleportMixin(TeleportMixin):
         scheduler = self.scheduler
         # Exactly this type: the scheduler that prompt_means probes with is a subclass.
         on = type(scheduler) is TeleportScheduler and scheduler.mean_from == "stats"
-        if not (wanted and on and scheduler.stats.class_means is not None):
+        within = on and (scheduler.stats.class_means is not None or scheduler.stats.unconditional is not None)
+        if not (wanted and within):
             yield
             return
         beyond = [name for name in _BEYOND_TEXT if call.get(name) is not None]
@@ -222,6 +223,15 @@ class PromptTeleportMixin(TeleportMixin):
         scale = float(call.get("guidance_scale", default))
         distilled = self.unet.config.time_cond_proj_dim is not None
         return 1.0 if stats.unconditional is None or distilled else max(scale, 1.0)
+
+    def _guidance_of(self, stats: GaussianStats, call: dict[str, Any]) -> float:
+        """The guidance scale that the map follows: the call's own, where the statistics can tell its two sides."""
+        default = inspect.signature(self.__call__).parameters["guidance_scale"].default  # type: ignore[attr-defined]
+        scale = float(call.get("guidance_scale", default))
+        # A negative prompt stands in for the empty one, whose statistics `unconditional` are.
+        if stats.unconditional is None or scale <= 1 or call.get("negative_prompt") is not None:
+            return 1.0
+        return scale
 
     def _means_of(self, stats: GaussianStats, call: dict[str, Any]) -> Tensor:
         """(prompts, *stats.shape): fitted, remembered or probed means of the call's prompts."""
