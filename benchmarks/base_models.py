@@ -9,7 +9,6 @@ Writes base_models.md and base_models.png into --output_dir.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from tqdm.auto import tqdm
@@ -31,7 +30,9 @@ from diffusers_ext.resources import resource_dir
 
 def main() -> None:
     """Reads the arguments, runs both models and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train_data_dir", default=str(fashion_scenes.SAMPLE_DIR))
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--num_images", type=int, default=1000)
@@ -77,8 +78,11 @@ def scenes(args: argparse.Namespace) -> str:
         if w == 2:
             save_grid(to_tensor(run.pictures[:48]), 8, args.output_dir / "base_models.png")
     rows = [
-        [name, *(proportion(grades[k]).format(1, 100) for k in ("aligned", "item", "color"))]
-        + [frechet_interval(features, reference, 50).format(2)]
+        [
+            name,
+            *(proportion(grades[k]).format(1, 100) for k in ("aligned", "item", "color")),
+            frechet_interval(features, reference, 50).format(2),
+        ]
         for name, (features, grades) in results.items()
     ]
     floor = frechet_distance(load_reference("scenes-train"), reference)
@@ -99,7 +103,10 @@ def garments(args: argparse.Namespace) -> str:
     floor = frechet_distance(load_reference("garments-train"), reference)
     rows.append(["floor: real train against test garments", f"{floor:.3f}"])
     save_grid(to_tensor(run.pictures[:64]), 16, args.output_dir / "fashion_ddpm.png")
-    return markdown_table(["", "Fréchet distance"], rows) + f"\n\n{args.num_images} pictures a row; 95% intervals."
+    return (
+        markdown_table(["", "Fréchet distance"], rows)
+        + f"\n\n{args.num_images} pictures a row; 95% intervals."
+    )
 
 
 if __name__ == "__main__":

@@ -128,26 +128,28 @@ class Bench:
         self.within = self.stats
         self.stats = self.stats.unconditional or self.stats
         self.prompt_mean_cache: dict[str, torch.Tensor] = {}
+        # Runs of other weights or statistics must not be taken for these.
+        files = [
+            self.folder / "unet/diffusion_pytorch_model.safetensors",
+            *sorted((self.folder / "gaussian").glob("*.safetensors")),
+        ]
+        self.fingerprint = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
     def run(self, point: Point) -> list[Run]:
         """One run per seed."""
         return [self._cached(point, seed) for seed in self.args.seeds]
 
     def _cached(self, point: Point, seed: int) -> Run:
-        identity = {**asdict(point), "seed": seed, "n": self.args.num_images, "model": self.args.model}
+        identity = {**asdict(point), "seed": seed, "n": self.args.num_images, "weights": self.fingerprint}
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         path = self.args.cache_dir / f"{name}.npz"
         if not path.is_file():
             run = self._sample(point, seed)
             partial = path.with_suffix(".partial.npz")
-            np.savez_compressed(
-                partial,
-                pictures=np.rint(run.pictures[:64] * 255).astype(np.uint8),
-                features=run.features,
-                calls=run.calls,
-                seconds=run.seconds,
-                **{f"grade_{k}": v for k, v in run.grades.items()},
-            )
+            arrays: dict[str, Any] = {f"grade_{k}": v for k, v in run.grades.items()}
+            arrays |= {"pictures": np.rint(run.pictures[:64] * 255).astype(np.uint8)}
+            arrays |= {"features": run.features, "calls": run.calls, "seconds": run.seconds}
+            np.savez_compressed(partial, **arrays)
             partial.replace(path)
         saved = np.load(path)
         grades = {k.removeprefix("grade_"): saved[k] for k in saved.files if k.startswith("grade_")}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -67,36 +68,44 @@ def held_out_prompts(num_prompts: int, seed: int = 0) -> list[str]:
     return [fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", num_prompts, seed)]
 
 
-def _count_calls(module: nn.Module, counter: list[int]) -> Any:
-    return module.register_forward_pre_hook(lambda *_: counter.append(1))
+@contextmanager
+def _count_rows(module: nn.Module) -> Iterator[list[int]]:
+    """Collects how many rows each call of a denoiser evaluates; guidance and extra calls count as they cost."""
+    rows: list[int] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(len(args[0] if args else kwargs["sample"]))
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 def run_scenes(
     pipe: Any, prompts: list[str], *, seed: int = 0, offset: int = 0, batch_size: int = 64, **call_kwargs: Any
 ) -> Run:
     """Generates one scene per prompt; image i starts from the noise of (seed, offset + i) in any batch size."""
-    counter: list[int] = []
-    handle = _count_calls(pipe.unet, counter)
     pictures, start = [], time.perf_counter()
-    for low in range(0, len(prompts), batch_size):
-        chunk = prompts[low : low + batch_size]
-        generators = [
-            torch.Generator().manual_seed(1_000_000 * seed + offset + low + i) for i in range(len(chunk))
-        ]
-        images = pipe(
-            chunk, height=32, width=64, generator=generators, output_type="np", **call_kwargs
-        ).images
-        pictures.append(images)
+    with _count_rows(pipe.unet) as rows:
+        for low in range(0, len(prompts), batch_size):
+            chunk = prompts[low : low + batch_size]
+            generators = [
+                torch.Generator().manual_seed(1_000_000 * seed + offset + low + i) for i in range(len(chunk))
+            ]
+            images = pipe(
+                chunk, height=32, width=64, generator=generators, output_type="np", **call_kwargs
+            ).images
+            pictures.append(images)
     seconds = time.perf_counter() - start
-    handle.remove()
-    batches = len(pictures)
-    stacked = np.concatenate(pictures).astype(np.float32)
-    grader = load_grader()
+    stacked, grader = np.concatenate(pictures).astype(np.float32), load_grader()
+    rows_a_step = 2 if call_kwargs.get("guidance_scale", 7.5) > 1 else 1
     return Run(
         stacked,
         scene_features(grader, stacked),
         grade(grader, stacked, prompts),
-        len(counter) / batches,
+        sum(rows) / len(prompts) / rows_a_step,
         seconds,
     )
 
@@ -105,15 +114,13 @@ def run_garments(
     pipe: Any, num_images: int, *, seed: int = 0, batch_size: int = 250, **call_kwargs: Any
 ) -> Run:
     """Generates grey garments; image i starts from the noise of seed (seed, i)."""
-    counter: list[int] = []
-    handle = _count_calls(pipe.unet, counter)
     pictures, start = [], time.perf_counter()
-    for low in range(0, num_images, batch_size):
-        size = min(batch_size, num_images - low)
-        generators = [torch.Generator().manual_seed(1_000_000 * seed + low + i) for i in range(size)]
-        pictures.append(pipe(batch_size=size, generator=generators, output_type="np", **call_kwargs).images)
+    with _count_rows(pipe.unet) as rows:
+        for low in range(0, num_images, batch_size):
+            size = min(batch_size, num_images - low)
+            generators = [torch.Generator().manual_seed(1_000_000 * seed + low + i) for i in range(size)]
+            images = pipe(batch_size=size, generator=generators, output_type="np", **call_kwargs).images
+            pictures.append(images)
     seconds = time.perf_counter() - start
-    handle.remove()
     stacked = np.concatenate(pictures).astype(np.float32)
-    calls = len(counter) / len(pictures)
-    return Run(stacked, garment_features(load_grader(), stacked), {}, calls, seconds)
+    return Run(stacked, garment_features(load_grader(), stacked), {}, sum(rows) / num_images, seconds)
