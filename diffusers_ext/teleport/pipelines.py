@@ -218,20 +218,16 @@ class PromptTeleportMixin(TeleportMixin):
             scheduler.set_mean(None)
 
     def _guidance(self, stats: GaussianStats, call: dict[str, Any]) -> float:
-        """The scale that the map must follow: 1 where the base class applies no guidance."""
+        """The scale that the map follows: 1, the conditional flow, where it cannot follow the call's.
+
+        A negative prompt stands in for the empty one, whose statistics `unconditional` holds; and distilled
+        denoisers take the scale as an input.
+        """
         default = inspect.signature(type(self).__call__).parameters["guidance_scale"].default
         scale = float(call.get("guidance_scale", default))
         distilled = self.unet.config.time_cond_proj_dim is not None
-        return 1.0 if stats.unconditional is None or distilled else max(scale, 1.0)
-
-    def _guidance_of(self, stats: GaussianStats, call: dict[str, Any]) -> float:
-        """The guidance scale that the map follows: the call's own, where the statistics can tell its two sides."""
-        default = inspect.signature(self.__call__).parameters["guidance_scale"].default  # type: ignore[attr-defined]
-        scale = float(call.get("guidance_scale", default))
-        # A negative prompt stands in for the empty one, whose statistics `unconditional` are.
-        if stats.unconditional is None or scale <= 1 or call.get("negative_prompt") is not None:
-            return 1.0
-        return scale
+        other = any(call.get(name) for name in ("negative_prompt", "negative_prompt_2"))
+        return 1.0 if stats.unconditional is None or distilled or other else max(scale, 1.0)
 
     def _means_of(self, stats: GaussianStats, call: dict[str, Any]) -> Tensor:
         """(prompts, *stats.shape): fitted, remembered or probed means of the call's prompts."""

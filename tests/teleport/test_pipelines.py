@@ -193,11 +193,19 @@ def test_map_follows_the_guidance_of_the_call(monkeypatch: pytest.MonkeyPatch) -
         set_mean(mean, scale)
 
     monkeypatch.setattr(pipe.scheduler, "set_mean", record)
-    for options in ({"guidance_scale": 3.0}, {}, {"guidance_scale": 0.0}):
+    for options in ({"guidance_scale": 3.0}, {}, {"guidance_scale": 0.0}, {"negative_prompt": "a bbb"}):
         pipe("a aaa", **SIZE, **options)
-    assert scales[::2] == [3.0, 7.5, 1.0]
+    assert scales[::2] == [3.0, 7.5, 1.0, 1.0]
     pipe.unet.register_to_config(time_cond_proj_dim=8)
     assert pipe._guidance(pipe.scheduler.stats, {"guidance_scale": 3.0}) == 1.0
+
+
+def test_statistics_without_class_means_probe_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, stats = build("sd"), tiny.gaussian(tiny.LATENT_SHAPES["sd"])
+    pipe.load_teleport(dataclasses.replace(stats, unconditional=stats), skip=0.5)
+    probes = watch_probes(monkeypatch)
+    pipe("a aaa", **SIZE)
+    assert [p for p, _ in probes] == [["a aaa"]]
 
 
 def test_second_prompts_of_sdxl(monkeypatch: pytest.MonkeyPatch) -> None:
