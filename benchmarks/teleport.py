@@ -230,9 +230,9 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
         "variant",
         "calls an image",
         "Fréchet distance",
-        "less the respaced solver's",
+        "less the solver's at no fewer calls",
     ]
-    header += ["every word right, %", "less the respaced solver's"] if args.model == "scenes" else []
+    header += ["every word right, %", "less the solver's at no fewer calls"] if args.model == "scenes" else []
     rows = []
     for p in runs:
         row = [p.solver, str(p.steps), p.variant, f"{calls[p]:g}", distances[p].format(2)]
@@ -264,7 +264,8 @@ def _aligned(runs: list[Run]) -> np.ndarray:
 
 
 def _respaced(point: Point, runs: dict[Point, list[Run]]) -> Point | None:
-    saved = point.skip - (1 if point.variant == "first call" else 0)
+    """The same solver with at least as many calls: a mean of half a guided step's cost counts as a whole step."""
+    saved = point.skip - (1 if point.variant in ("first call", "prompt mean", "guided") else 0)
     control = Point(point.solver, point.steps - saved, guidance=point.guidance)
     return control if point.variant != "plain" and control in runs else None
 

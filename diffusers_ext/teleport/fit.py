@@ -49,7 +49,7 @@ def fit_moments(
     the scatter is kept as `rank + oversampling` rows.
     """
     rank = operator.index(rank)
-    extra = max(64, rank) if oversampling is None else operator.index(oversampling)
+    extra = max(64, 2 * rank) if oversampling is None else operator.index(oversampling)
     if rank < 0 or extra < 0:
         raise ValueError(f"rank and oversampling must be at least 0, got rank={rank}, oversampling={extra}.")
 

@@ -135,7 +135,7 @@ class GaussianStats(PushToHubMixin):
                 Any float dtype, sizes may differ; the result does not depend on how the samples are cut into
                 batches. A generator will do, as will a `DataLoader` or one tensor with all samples.
             rank: number of eigenpairs, from 0 (isotropic) to min(D, N − 1), or N − K with K classes.
-            oversampling: rows kept beyond `rank` when D > 2048; default max(64, rank).
+            oversampling: rows kept beyond `rank` when D > 2048; default max(64, 2 · rank).
             progress: show a progress bar over the batches.
 
         Returns:
