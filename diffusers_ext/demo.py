@@ -115,7 +115,7 @@ def _print_table(console: Console, title: str, runs: dict[str, Run], reference: 
     for name, result in runs.items():
         aligned = proportion(result.grades["aligned"]).format(1, 100) + " %" if result.grades else "–"
         distance = frechet_distance(FeatureStats.of(result.features), reference)
-        table.add_row(name, f"{result.calls:g}", f"{result.seconds:.1f}", aligned, f"{distance:.2f}")
+        table.add_row(name, f"{result.calls:.3g}", f"{result.seconds:.1f}", aligned, f"{distance:.2f}")
     table.caption = "Few pictures raise the distance: compare the rows with each other, not with other pages."
     console.print(table)
 
@@ -131,7 +131,7 @@ def _picture(path: Path, garments: dict[str, Run], scenes: dict[str, Run], promp
     ]
     for axis, (_, name, result, count) in zip(axes, rows):
         axis.imshow(np.concatenate(list(result.pictures[:count].squeeze()), 1), cmap="gray", vmin=0, vmax=1)
-        axis.set_title(f"{name}: {result.calls:g} NFE", fontsize=9, loc="left")
+        axis.set_title(f"{name}: {result.calls:.3g} NFE", fontsize=9, loc="left")
         axis.axis("off")
     captions = " · ".join(prompts[:8])
     figure.text(0.01, 0.005, captions, fontsize=5.2)
