@@ -124,7 +124,7 @@ def _picture(path: Path, garments: dict[str, Run], scenes: dict[str, Run], promp
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        len(garments) + len(scenes), 1, figsize=(11, 1.25 * (len(garments) + len(scenes)) + 0.8)
+        len(garments) + len(scenes), 1, figsize=(11, 0.95 * (len(garments) + len(scenes)) + 0.3)
     )
     rows = [("garments", n, r, 16) for n, r in garments.items()] + [
         ("scenes", n, r, 8) for n, r in scenes.items()
