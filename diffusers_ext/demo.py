@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from .evaluation.frechet import FeatureStats, frechet_distance
 from .evaluation.report import proportion
 from .evaluation.testbed import Run, held_out_prompts, load_reference, run_garments, run_scenes
 from .resources import resource_dir
-from .teleport.gaussian import GaussianStats
-from .teleport.inject import apply_teleport, remove_teleport
 
 matplotlib.use("Agg")
 
@@ -29,7 +28,7 @@ GARMENT_STEPS, GARMENT_SKIP = 20, 0.25
 
 
 def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
-    """Generates, compares, and writes `teleport.png` and `images/`.
+    """Generates, compares, and writes `teleport.png`.
 
     Args:
         output_dir: created if need be.
@@ -47,11 +46,19 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
-    torch.set_grad_enabled(False)
+    prompts = held_out_prompts(num_images, seed)
+
+    def draw_garments(pipe: Any, steps: int) -> Run:
+        return run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
+
+    def draw_scenes(pipe: Any, steps: int) -> Run:
+        return run_scenes(pipe, prompts, seed=seed, num_inference_steps=steps, guidance_scale=SCENE_GUIDANCE)
+
     with Progress(console=console) as progress:
-        garments = _garments(num_images, seed, progress)
-        prompts = held_out_prompts(num_images, seed)
-        scenes = _scenes(prompts, seed, progress)
+        garments = _compare(
+            "fashion-ddpm", "teleport_ddpm", GARMENT_STEPS, GARMENT_SKIP, draw_garments, progress
+        )
+        scenes = _compare("fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress)
     _print_table(console, "fashion-ddpm: unconditional garments", garments, load_reference("garments-test"))
     _print_table(console, "fashion-scenes: held-out prompts", scenes, load_reference("scenes-test"))
     path = output / "teleport.png"
@@ -60,53 +67,30 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
     return path
 
 
-def _load(name: str, custom_pipeline: str | None = None) -> tuple[Any, Path]:
+def _compare(
+    name: str, pipeline: str, steps: int, skip: float, generate: Callable[[Any, int], Run], progress: Progress
+) -> dict[str, Run]:
+    """One embedded model plain, teleported, and plain with no fewer calls; `generate` takes pipeline and steps."""
     folder = resource_dir("model_cards") / name
-    extra = {"custom_pipeline": custom_pipeline, "trust_remote_code": True} if custom_pipeline else {}
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **extra)
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        custom_pipeline=str(resource_dir("pipelines") / pipeline),
+        trust_remote_code=True,
+    )
     pipe.set_progress_bar_config(disable=True)
-    return pipe, folder
-
-
-def _garments(num_images: int, seed: int, progress: Progress) -> dict[str, Run]:
-    pipe, folder = _load("fashion-ddpm")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    stats = GaussianStats.from_pretrained(folder / "gaussian")
-    task = progress.add_task("garments", total=3)
-
-    def sample(steps: int) -> Run:
-        result = run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
-        progress.advance(task)
-        return result
-
-    runs = {"DPM++ 2M": sample(GARMENT_STEPS)}
-    apply_teleport(pipe, stats, skip=GARMENT_SKIP)
-    runs[f"teleport, skip={GARMENT_SKIP:g}"] = sample(GARMENT_STEPS)
-    saved = pipe.scheduler.num_skipped_steps
-    remove_teleport(pipe)
-    runs["DPM++ 2M, respaced"] = sample(GARMENT_STEPS - saved)
-    return runs
-
-
-def _scenes(prompts: list[str], seed: int, progress: Progress) -> dict[str, Run]:
-    pipe, folder = _load("fashion-scenes", custom_pipeline=str(resource_dir("pipelines") / "teleport_sd"))
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    task = progress.add_task("scenes", total=3)
-
-    def sample(steps: int) -> Run:
-        kwargs = {"num_inference_steps": steps, "guidance_scale": SCENE_GUIDANCE}
-        result = run_scenes(pipe, prompts, seed=seed, **kwargs)
-        progress.advance(task)
-        return result
-
-    runs = {"DPM++ 2M": sample(SCENE_STEPS)}
-    pipe.load_teleport(folder / "gaussian", skip=SCENE_SKIP)
-    teleported = sample(SCENE_STEPS)
-    runs[f"teleport, skip={SCENE_SKIP:g}"] = teleported
+    task = progress.add_task(name, total=3)
+    plain = generate(pipe, steps)
+    progress.advance(task)
+    pipe.load_teleport(folder / "gaussian", skip=skip)
+    teleported = generate(pipe, steps)
+    progress.advance(task)
     pipe.unload_teleport()
-    # The prompts' means cost half a guided step each; the control gets no fewer calls.
-    runs["DPM++ 2M, respaced"] = sample(math.ceil(teleported.calls))
-    return runs
+    # The prompts' means cost half a guided step each, so the calls need not be whole.
+    respaced = generate(pipe, math.ceil(teleported.calls))
+    progress.advance(task)
+    return {"DPM++ 2M": plain, f"teleport, skip={skip:g}": teleported, "DPM++ 2M, respaced": respaced}
 
 
 def _print_table(console: Console, title: str, runs: dict[str, Run], reference: FeatureStats) -> None:
