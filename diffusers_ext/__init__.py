@@ -13,6 +13,7 @@ _EXPORTS = {
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
     "apply_teleport": "diffusers_ext.teleport.inject",
     "calibrate_skip": "diffusers_ext.teleport.calibrate",
+    "fit_prompt_map": "diffusers_ext.teleport.prompt_map",
     "prompt_means": "diffusers_ext.teleport.prompt_mean",
     "remove_teleport": "diffusers_ext.teleport.inject",
     # Not in a module of its own name: importing that would put the module in place of the function.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
     from .teleport.inject import apply_teleport, remove_teleport
+    from .teleport.prompt_map import fit_prompt_map
     from .teleport.prompt_mean import prompt_means
     from .teleport.scheduler import TeleportScheduler
 
@@ -39,6 +41,7 @@ __all__ = [
     "TeleportScheduler",
     "apply_teleport",
     "calibrate_skip",
+    "fit_prompt_map",
     "prompt_means",
     "remove_teleport",
     "summary",

@@ -4,7 +4,8 @@
     python training/fit_base_gaussians.py --train_data_dir DIR --model_dir model_cards/fashion-scenes
 
 Writes MODEL_DIR/gaussian. For a model with prompts the covariance is the one that is left when the prompt is
-known, which belongs with a prompt's own mean, and the statistics of all pictures are its unconditional part.
+known, which belongs with a prompt's own mean, the statistics of all pictures are its unconditional part, and a map
+from the prompt's embeddings gives the mean.
 Then calibrates how far DPM++ 2M may skip, for `skip="auto"`; --calibrate_only does just that.
 """
 
@@ -62,12 +63,13 @@ def fit(args: argparse.Namespace, pipe: Any) -> dx.GaussianStats:
         (x, list(n)) for x, n in zip(latents.split(1000), np.split(names, range(1000, len(names), 1000)))
     )
     within = dx.GaussianStats.fit(pairs, args.rank)
-    # A prompt's mean comes from a call of the model, which also knows the prompts that training held out.
-    return dataclasses.replace(within, class_means=None, class_names=None)
+    # The map also knows the prompts that training held out, so the table of means need not travel.
+    mapped = dx.fit_prompt_map(pipe, within)
+    return dataclasses.replace(mapped, class_means=None, class_names=None, class_counts=None)
 
 
 def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> dx.GaussianStats:
-    """`stats` with what `calibrate_skip` finds on training prompts, or unconditionally."""
+    """`stats` with what `calibrate_skip` finds on training pictures and their prompts."""
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     n = args.num_calibration_images
@@ -77,10 +79,13 @@ def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> d
         "seed": args.seed,
     }
     if hasattr(pipe, "vae"):
-        prompts = [fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("train", n, args.seed)]
-        size = {"height": fashion_scenes.HEIGHT, "width": fashion_scenes.WIDTH}
-        means = dx.prompt_means(pipe, stats, prompts, **size)
-        options |= {"prompts": prompts, "means": means, "guidance_scale": args.guidance_scale, **size}
+        pictures, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", n, args.seed + 1)
+        options |= {"samples": _latents(pipe.vae, pictures), "prompts": prompts}
+        options |= {"height": fashion_scenes.HEIGHT, "width": fashion_scenes.WIDTH}
+        options |= {"guidance_scale": args.guidance_scale}
+    else:
+        images, _ = fashion_scenes.load_garments(args.train_data_dir, "train")
+        options["samples"] = next(_pixels(images[:1000]))[:n]
     return dx.calibrate_skip(pipe, stats, **options)
 
 

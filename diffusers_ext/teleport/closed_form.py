@@ -133,13 +133,15 @@ def guided_transport(
     guidance_scale: float,
     start: Level,
     end: Level,
+    basis: Tensor | None = None,
 ) -> Tensor:
     """`transport` under classifier-free guidance, where the two scores belong to two different Gaussians.
 
     With D_w = D_u + w(D_c − D_u) the flow in variance-exploding coordinates is dx/d ln σ = (1−w)(x − D_u(x)) +
     w(x − D_c(x)). It is linear, but the covariances of all samples and of one prompt's samples do not commute.
     Each of the two terms alone has the closed form `transport(..., power=1−w or w)`; they alternate in
-    symmetric (Strang) steps of ln σ, whose error falls with the square of their number. Our own; the paper has
+    symmetric (Strang) steps of ln σ, whose error falls with the square of their number, and which only touch
+    the at most 2r dimensions that the eigenvectors span (`guided_basis`). Our own; the paper has
     no conditional case. Guided means alone, with one covariance, overshoot: the unconditional denoiser follows
     the sample as σ falls, and guidance fades.
 
@@ -149,6 +151,7 @@ def guided_transport(
         unconditional: that of all samples.
         guidance_scale: w ≥ 0; 1 is the conditional flow, 0 the unconditional one.
         start, end: levels; both need noise (s > 0).
+        basis: what `guided_basis` gives for the two, if it is at hand: finding it costs as much as the rest.
 
     Returns:
         (B, D), float64 if `x` is float64, else float32.
@@ -173,15 +176,45 @@ def guided_transport(
         middle = (1 / math.hypot(1, far), far / math.hypot(1, far))
         mean = unconditional.mean + w * (conditional.mean - unconditional.mean)
         x, (a0, s0) = transport(x, mean, *conditional[1:], start, middle), middle
-    y, ratio = x / a0, math.log((s1 / a1) / (s0 / a0))
+    basis = guided_basis(conditional, unconditional) if basis is None else basis
+    ratio = math.log((s1 / a1) / (s0 / a0))
     steps = max(8, math.ceil(8 * max(w, 1.0) * abs(ratio)))
     sigmas = [s0 / a0 * math.exp(ratio * i / (2 * steps)) for i in range(2 * steps + 1)]
-    for i in range(0, 2 * steps, 2):
-        first, middle, last = (ve_level(sigma) for sigma in sigmas[i : i + 3])
-        y = transport(y, *unconditional, first, middle, power=1 - w)
-        y = transport(y, *conditional, first, last, power=w)
-        y = transport(y, *unconditional, middle, last, power=1 - w)
-    return a1 * y
+    return a1 * _alternate(x.to(_working_dtype(x)) / a0, conditional, unconditional, w, sigmas, basis)
+
+
+def guided_basis(conditional: Gaussian, unconditional: Gaussian) -> Tensor:
+    """(D, q) orthonormal columns, q = min(D, 2r), that span both's eigenvectors; for `guided_transport`."""
+    return torch.linalg.qr(torch.cat([conditional.eigenvectors, unconditional.eigenvectors], 1)).Q
+
+
+def _alternate(
+    y: Tensor, conditional: Gaussian, unconditional: Gaussian, w: float, sigmas: list[float], basis: Tensor
+) -> Tensor:
+    """The Strang steps of `guided_transport`, in the `basis` alone.
+
+    Outside of it every step multiplies the state by one number and adds multiples of the two means: three
+    numbers a step stand for D − q dimensions.
+    """
+    basis = basis.to(y)
+    parts = [y, *(g.mean.to(y).expand_as(y) for g in (conditional, unconditional))]
+    inside = [p @ basis for p in parts]
+    outside = [p - q @ basis.T for p, q in zip(parts, inside)]
+    flows = [
+        (index, Gaussian(inside[index], basis.T @ g.eigenvectors.to(y), g.eigenvalues, g.residual), power)
+        for index, g, power in ((1, conditional, w), (2, unconditional, 1 - w))
+    ]
+    z, share = inside[0], [1.0, 0.0, 0.0]
+    for i in range(0, len(sigmas) - 1, 2):
+        first, middle, last = sigmas[i : i + 3]
+        legs = ((flows[1], first, middle), (flows[0], first, last), (flows[1], middle, last))
+        for (index, gaussian, power), before, after in legs:
+            z = transport(z, *gaussian, ve_level(before), ve_level(after), power=power)
+            variance = (gaussian.residual + after**2) / (gaussian.residual + before**2)
+            gain = variance ** (power / 2)
+            share = [gain * s for s in share]
+            share[index] += 1 - gain
+    return z @ basis.T + sum(s * p for s, p in zip(share, outside))
 
 
 @_without_autocast
@@ -238,13 +271,17 @@ def _prepare(
             f"eigenvectors must have shape ({dimension}, {eigenvalues.numel()}): dimensions of x, number of "
             f"eigenvalues; got {tuple(eigenvectors.shape)}."
         )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = _working_dtype(x)
     mean, eigenvectors, eigenvalues = (
         t.to(device=x.device, dtype=dtype) for t in (mean, eigenvectors, eigenvalues)
     )
     # With a full basis there is no complement; a value that can make nothing singular stands in for it.
     rest = eigenvalues[-1:] if eigenvalues.numel() == dimension else eigenvalues.new_tensor([residual])
     return x.to(dtype), mean, eigenvectors, torch.cat([eigenvalues, rest])
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:

@@ -30,6 +30,7 @@ class Moments(NamedTuple):
     num_samples: int
     class_means: Tensor | None
     class_names: tuple[str, ...] | None
+    class_counts: tuple[int, ...] | None
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def fit_moments(
         return within, None
     scatter.add_between()
     total = _finish(scatter, reader, rank, 1)
-    return within, total._replace(class_means=None, class_names=None)
+    return within, total._replace(class_means=None, class_names=None, class_counts=None)
 
 
 def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int, means_fitted: int) -> Moments:
@@ -110,6 +111,7 @@ def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int, means_fitted
         if reader.names is None
         else scatter.means[:classes].float().cpu().reshape(-1, *shape),
         class_names=None if reader.names is None else tuple(reader.names),
+        class_counts=None if reader.names is None else tuple(int(n) for n in counts),
     )
 
 

@@ -5,35 +5,32 @@ s̄² is the mean of the remaining eigenvalues. (The paper's own code takes s̄�
 total variance.)
 """
 
-import hashlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from diffusers.utils import PushToHubMixin
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
-from .closed_form import Gaussian, Level, gaussian_denoiser, guided_transport, implied_mean, transport
+from .closed_form import (
+    Gaussian,
+    Level,
+    gaussian_denoiser,
+    guided_basis,
+    guided_transport,
+    implied_mean,
+    transport,
+)
 from .fit import fit_moments
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "gaussian_stats.safetensors"
-_PREFIX = "unconditional."
+from .gaussian_io import SavedGaussian
+from .prompt_map import PromptMap
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianStats(PushToHubMixin):
+class GaussianStats(SavedGaussian):
     """Mean and covariance of a data set in the space that a pipeline denoises, with the maps they give.
 
     Attributes:
@@ -44,6 +41,8 @@ class GaussianStats(PushToHubMixin):
         num_samples: how many samples were fitted.
         class_means: (K, *shape), float32, or None. With them the covariance is the pooled within-class one.
         class_names: K different names, or None.
+        class_counts: how many samples each class mean is the average of, or None.
+        prompt_map: gives the mean of any prompt from its embeddings (`fit_prompt_map`), or None.
         unconditional: statistics of all samples, whatever their class, where these are within-class ones. The
             map under guidance needs both.
         calibration: free JSON-able notes on where the approximation was found good, e.g. `{"sigma": 9.7}`.
@@ -61,6 +60,8 @@ class GaussianStats(PushToHubMixin):
     num_samples: int
     class_means: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
+    prompt_map: PromptMap | None = None
     unconditional: "GaussianStats | None" = None
     calibration: dict[str, Any] = field(default_factory=dict)
     _cache: dict[str, Any] = field(default_factory=dict, init=False)
@@ -81,6 +82,7 @@ class GaussianStats(PushToHubMixin):
         put("residual", float(self.residual))
         put("num_samples", int(self.num_samples))
         put("class_names", None if self.class_names is None else tuple(self.class_names))
+        put("class_counts", None if self.class_counts is None else tuple(map(int, self.class_counts)))
         try:
             # A round trip also cuts the tie to the caller's dict, and makes of tuples what a file gives back.
             put("calibration", json.loads(json.dumps(dict(self.calibration), allow_nan=False)))
@@ -90,9 +92,10 @@ class GaussianStats(PushToHubMixin):
 
     def __repr__(self) -> str:
         classes = f", classes={len(self.class_names)}" if self.class_names else ""
+        prompts = f", prompt_map={self.prompt_map}" if self.prompt_map else ""
         return (
             f"GaussianStats(shape={self.shape}, rank={self.rank}, total_variance={self.total_variance:.6g}, "
-            f"residual={self.residual:.6g}, num_samples={self.num_samples}{classes})"
+            f"residual={self.residual:.6g}, num_samples={self.num_samples}{classes}{prompts})"
         )
 
     @property
@@ -171,7 +174,8 @@ class GaussianStats(PushToHubMixin):
             )
         else:
             _, all_samples = self.unconditional._operands(x, None)
-            moved = guided_transport(flat, own, all_samples, guidance_scale, start, end)
+            basis = self._guided_basis(own, all_samples)
+            moved = guided_transport(flat, own, all_samples, guidance_scale, start, end, basis)
         return moved.to(x.dtype).reshape(x.shape)
 
     def denoise(self, x: Tensor, level: Level, mean: Tensor | None = None) -> Tensor:
@@ -211,6 +215,14 @@ class GaussianStats(PushToHubMixin):
             raise ValueError(f"Unknown class {unknown[0]!r}; the {len(index)} known classes are {known}.")
         return self.class_means[[index[name] for name in wanted]]
 
+    def prompt_mean(self, features: Tensor) -> Tensor:
+        """Means (B, *shape), float32, of prompts with these features (B, E); ValueError without a prompt map."""
+        if self.prompt_map is None:
+            raise ValueError(
+                "These statistics have no prompt map: make one with dx.fit_prompt_map(pipe, stats)."
+            )
+        return self.prompt_map(features).reshape(-1, *self.shape)
+
     def truncate(self, rank: int) -> "GaussianStats":
         """The same with `rank` ≤ r eigenpairs; the variance of the dropped ones moves into the residual."""
         if not 0 <= rank <= self.rank:
@@ -230,159 +242,6 @@ class GaussianStats(PushToHubMixin):
         """The control N(μ, (tr Σ / D)·I): the same mean and total variance, no directions."""
         return self.truncate(0)
 
-    def to_dict_of_arrays(self) -> dict[str, np.ndarray]:
-        """Everything as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in self._tensors().items()}
-        return {**arrays, "config": np.array(json.dumps(self._config()))}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], source: str = "The arrays") -> "GaussianStats":
-        """The inverse of `to_dict_of_arrays`; `source` is what error messages call their origin."""
-        if "config" not in arrays:
-            raise ValueError(
-                f"{source}: no entry 'config'. Expected what GaussianStats.to_dict_of_arrays gives."
-            )
-        config = _parse_config(str(arrays["config"]), source)
-        tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays if name != "config"}
-        return cls._assemble(tensors, config, source)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-    ) -> None:
-        """Write `config.json` and `gaussian_stats.safetensors` into a directory, which is created if need be.
-
-        Each file appears whole or not at all, and the configuration, written last, holds the other's digest,
-        so that a save that was cut short is noticed when loading. The other arguments are those that
-        `PushToHubMixin.push_to_hub` passes; ValueError for `safe_serialization=False` (nothing here is
-        pickled).
-        """
-        if not safe_serialization or variant is not None:
-            raise ValueError("GaussianStats are saved as safetensors in float32: no pickle, no variants.")
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = safetensors.torch.save({name: tensor.cpu() for name, tensor in self._tensors().items()})
-        config = {**self._config(), "sha256": hashlib.sha256(weights).hexdigest()}
-        _write_whole(directory / WEIGHTS_NAME, weights)
-        _write_whole(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-    ) -> "GaussianStats":
-        """Load from a directory, which never touches the network, or from a repository on the Hub.
-
-        Raises:
-            OSError: a file is missing, or the repository cannot be reached.
-            ValueError: a file is damaged, is from another save or class, or holds non-finite values.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            folder = folder / (subfolder or "")
-            config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-        else:
-            try:
-                config_path, weights_path = (
-                    Path(
-                        hf_hub_download(
-                            str(pretrained_model_name_or_path),
-                            name,
-                            subfolder=subfolder,
-                            revision=revision,
-                            cache_dir=cache_dir,
-                            token=token,
-                            local_files_only=local_files_only,
-                            force_download=force_download,
-                        )
-                    )
-                    for name in (CONFIG_NAME, WEIGHTS_NAME)
-                )
-            except (OSError, HFValidationError) as error:
-                raise OSError(
-                    f"{str(pretrained_model_name_or_path)!r} is no local directory, and its {CONFIG_NAME} "
-                    f"and {WEIGHTS_NAME} could not be had from the Hub: {error}"
-                ) from error
-        config, weights = _read(config_path), _read(weights_path)
-        return cls._load(config_path, config, weights_path, weights)
-
-    @classmethod
-    def _load(cls, config_path: Path, config: bytes, weights_path: Path, weights: bytes) -> "GaussianStats":
-        values = _parse_config(config.decode(errors="replace"), str(config_path))
-        try:
-            tensors = safetensors.torch.load(weights)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{weights_path} ({len(weights)} bytes) is damaged or no safetensors file: {error}. "
-                "Save or download it again."
-            ) from error
-        digest = values.pop("sha256", None)
-        if digest != hashlib.sha256(weights).hexdigest():
-            raise ValueError(
-                f"{weights_path} is not the file that {config_path} describes (sha256 differs): one is "
-                "damaged or from another save. Save or download both again."
-            )
-        return cls._assemble(tensors, values, str(weights_path))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
-        if self.class_means is not None:
-            tensors["class_means"] = self.class_means
-        if self.unconditional is not None:
-            tensors |= {_PREFIX + name: tensor for name, tensor in self.unconditional._tensors().items()}
-        return tensors
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "_class_name": type(self).__name__,
-            "shape": list(self.shape),
-            "rank": self.rank,
-            "residual": self.residual,
-            "num_samples": self.num_samples,
-            "class_names": None if self.class_names is None else list(self.class_names),
-            "unconditional": None if self.unconditional is None else self.unconditional._config(),
-            "calibration": self.calibration,
-        }
-
-    @classmethod
-    def _assemble(cls, tensors: Mapping[str, Tensor], config: dict[str, Any], source: str) -> "GaussianStats":
-        config = dict(config)
-        unconditional = None
-        if config["unconditional"] is not None:
-            parts = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
-            unconditional = cls._assemble(parts, config["unconditional"], source)
-        tensors = {
-            name: t for name, t in tensors.items() if unconditional is None or not name.startswith(_PREFIX)
-        }
-        expected = {"mean", "eigenvectors", "eigenvalues"} | (
-            {"class_means"} if config["class_names"] else set()
-        )
-        if set(tensors) != expected:
-            raise ValueError(
-                f"{source} holds {sorted(tensors)}, expected {sorted(expected)}. Write it with "
-                "GaussianStats.save_pretrained."
-            )
-        fields = {name: config[name] for name in ("residual", "num_samples", "class_names", "calibration")}
-        try:
-            stats = cls(**tensors, **fields, unconditional=unconditional)
-            if list(stats.shape) != config["shape"] or stats.rank != config["rank"]:
-                raise ValueError(f"the configuration says shape {config['shape']}, rank {config['rank']}")
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{source} holds no valid GaussianStats: {error}. Fit and save them again."
-            ) from error
-        return stats
-
     def _operands(self, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Gaussian]:
         """`x` as (B, D), and the Gaussian with mean (D,) or (B, D), on its device."""
         if x.ndim != len(self.shape) + 1 or tuple(x.shape[1:]) != self.shape:
@@ -400,6 +259,14 @@ class GaussianStats(PushToHubMixin):
         mean = own if mean is None else mean
         flat_mean = mean.flatten() if mean.ndim == len(self.shape) else mean.flatten(1)
         return x.flatten(1), Gaussian(flat_mean, vectors, values, self.residual)
+
+    def _guided_basis(self, own: Gaussian, all_samples: Gaussian) -> Tensor:
+        """`guided_basis`, remembered for the latest device and dtype."""
+        key = (own.eigenvectors.device, own.eigenvectors.dtype)
+        if self._cache.get("basis_key") != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache.update(basis_key=key, basis=guided_basis(own, all_samples))
+        return self._cache["basis"]
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors where they are needed. The latest place is remembered: a sampling loop stays in one."""
@@ -442,7 +309,14 @@ def _check_fields(stats: GaussianStats) -> None:
 
 
 def _check_classes(stats: GaussianStats) -> None:
-    names, means = stats.class_names, stats.class_means
+    names, means, counts = stats.class_names, stats.class_means, stats.class_counts
+    if stats.prompt_map is not None and stats.prompt_map.offset.numel() != stats.mean.numel():
+        raise ValueError(
+            f"The prompt map gives means of {stats.prompt_map.offset.numel()} elements, the statistics have"
+            f" {stats.mean.numel()}: fit it to these statistics."
+        )
+    if counts is not None and (names is None or len(counts) != len(names) or min(counts) < 1):
+        raise ValueError("class_counts must hold one positive number for each of the class_names.")
     if (names is None) != (means is None):
         raise ValueError("class_names and class_means must be given together.")
     if names is None or means is None:
@@ -452,40 +326,3 @@ def _check_classes(stats: GaussianStats) -> None:
             f"class_means must have shape (K, *{stats.shape}) with K different class_names, "
             f"got {tuple(means.shape)} and {len(set(names))} different names."
         )
-
-
-def _parse_config(text: str, source: str) -> dict[str, Any]:
-    keys = {"_class_name", "shape", "rank", "residual", "num_samples", "class_names", "unconditional"}
-    keys.add("calibration")
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source}: the configuration is no valid JSON ({error}). Save it again.") from error
-    if not isinstance(config, dict) or config.get("_class_name") != "GaussianStats":
-        found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{source} describes {found!r}, expected 'GaussianStats': is this the right folder?")
-    if not keys <= set(config):
-        raise ValueError(
-            f"{source} lacks {sorted(keys - set(config))}. Save it with GaussianStats.save_pretrained."
-        )
-    return config
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise OSError(
-            f"No file {path}: expected {CONFIG_NAME} and {WEIGHTS_NAME} there, as written by "
-            "GaussianStats.save_pretrained."
-        ) from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write to a neighbour and rename it, so that nobody ever finds a half-written `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

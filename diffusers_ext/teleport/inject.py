@@ -1,18 +1,20 @@
 """Teleportation on a whole pipeline: `apply_teleport(pipe, stats)` and `remove_teleport(pipe)`."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .gaussian import GaussianStats
+from .prompt_map import features_of
 from .scheduler import TeleportScheduler
 
-# The hooks of every pipeline that has teleportation on now.
-_HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle]]" = WeakKeyDictionary()
+# What every pipeline that has teleportation on now must lose when it is taken off.
+_HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle | _PromptHook]]" = WeakKeyDictionary()
 
 # Components that are shown the latents, and what they call them and the time.
 _MODELS = ("unet", "transformer", "controlnet")
@@ -38,10 +40,14 @@ def apply_teleport(
     Returns:
         `pipe` itself.
 
+    With a prompt map in the statistics (`fit_prompt_map`) every image starts from its own prompt's mean and the
+    map follows the call's guidance, negative prompts included; that costs no call of the denoiser.
+
     Pipelines that share one denoiser may take turns, but must not sample at the same time.
 
     Raises:
-        ValueError: teleportation is on this pipeline already, or what `TeleportScheduler` refuses.
+        ValueError: teleportation is on this pipeline already, or what `TeleportScheduler` refuses, or a prompt
+            map for a pipeline without `encode_prompt`.
     """
     scheduler = pipe.scheduler
     on = isinstance(scheduler, TeleportScheduler)
@@ -54,8 +60,12 @@ def apply_teleport(
             raise ValueError("apply_teleport needs stats: a GaussianStats fitted on this pipeline's latents.")
         scheduler = TeleportScheduler.from_scheduler(scheduler, stats, skip, sigma=sigma, mean_from=mean_from)
         _drop_hooks(pipe)  # of an earlier one, if the user has replaced the scheduler by hand since
-    needs_hook = scheduler.mean_from == "stats" and not _scales_its_input(pipe)
-    _HANDLES[pipe] = _add_hooks(pipe, scheduler) if needs_hook else []
+    before_first_call = scheduler.mean_from == "stats"
+    # First, as it may refuse: then nothing is left on the pipeline.
+    handles = [_PromptHook(pipe, scheduler)] if before_first_call and scheduler.stats.prompt_map else []
+    if before_first_call and not _scales_its_input(pipe):
+        handles += _add_hooks(pipe, scheduler)
+    _HANDLES[pipe] = handles
     pipe.scheduler = scheduler
     return pipe
 
@@ -70,7 +80,57 @@ def remove_teleport(pipe: Any) -> Any:
 
 def hook_count(pipe: Any) -> int:
     """How many denoisers of `pipe` carry a teleportation hook now."""
-    return len(_HANDLES.get(pipe, []))
+    return sum(isinstance(handle, RemovableHandle) for handle in _HANDLES.get(pipe, []))
+
+
+class _PromptHook:
+    """Reads the prompt's mean off what `pipe.encode_prompt` returns, each time the pipeline calls it."""
+
+    def __init__(self, pipe: Any, scheduler: TeleportScheduler) -> None:
+        if not hasattr(pipe, "encode_prompt"):
+            raise ValueError(
+                f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt to feed it. Leave"
+                " it out, dataclasses.replace(stats, prompt_map=None), and give the means by scheduler.set_mean."
+            )
+        self.pipe, self.own = pipe, pipe.__dict__.get("encode_prompt")
+        original, signature = pipe.encode_prompt, inspect.signature(pipe.encode_prompt)
+
+        @functools.wraps(original)
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            encoded = original(*args, **kwargs)
+            if pipe.scheduler is scheduler:
+                given = signature.bind(*args, **kwargs).arguments
+                scheduler.set_mean(*_mean_and_guidance(pipe, scheduler.stats, encoded, given))
+            return encoded
+
+        pipe.encode_prompt = encode_prompt
+
+    def remove(self) -> None:
+        del self.pipe.encode_prompt
+        if self.own is not None:
+            self.pipe.encode_prompt = self.own
+
+
+def _mean_and_guidance(
+    pipe: Any, stats: GaussianStats, encoded: Any, given: dict[str, Any]
+) -> tuple[Tensor, float]:
+    """What `set_mean` needs: (B, *shape) means of the encoded prompts, and the guidance of the map.
+
+    The unconditional Gaussian stands for the empty prompt. A negative prompt has a mean of its own and the same
+    covariance, and between equal covariances guidance only moves the mean: μ₋ + w(μ − μ₋).
+    """
+    mean = stats.prompt_mean(features_of(encoded[0]))
+    # Set by the pipeline's call before it encodes; Flux takes its scale as an input and has no such property.
+    guided = getattr(pipe, "do_classifier_free_guidance", False)
+    scale = float(pipe.guidance_scale) if guided else 1.0
+    negative = given.get("negative_prompt")
+    negative = [negative] if isinstance(negative, str) or negative is None else negative
+    if scale == 1:
+        return mean, 1.0
+    if given.get("negative_prompt_embeds") is not None or any(negative):
+        away = stats.prompt_mean(features_of(encoded[1]))
+        return away + scale * (mean - away), 1.0
+    return mean, scale if stats.unconditional is not None else 1.0
 
 
 def _scales_its_input(pipe: Any) -> bool:
@@ -83,7 +143,7 @@ def _scales_its_input(pipe: Any) -> bool:
     return code is not None and "scale_model_input" in code.co_names
 
 
-def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[RemovableHandle]:
+def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[Any]:
     # torch's own pre-hooks and not diffusers' ModelHook: those replace `forward` and cannot be taken out from
     # under CPU offloading, which replaces it too; these compose, and leave nothing behind.
     models = [m for m in (getattr(pipe, name, None) for name in _MODELS) if isinstance(m, nn.Module)]

@@ -290,6 +290,12 @@ class TeleportScheduler(SavedWithStats):
             if same and torch.equal(before[:rows], sample):
                 return after[:rows]
         mean = self._mean
+        if mean is None and self.stats.prompt_map is not None:
+            raise ValueError(
+                "The statistics hold one mean for each prompt, and none was set. Turn teleportation on with"
+                " dx.apply_teleport(pipe, stats) (or dx.apply_teleport(pipe) after loading), which reads the prompt,"
+                " or give a mean with scheduler.set_mean."
+            )
         if mean is not None:
             mean = mean.to(sample.device)
             if mean.ndim > len(self.stats.shape):

@@ -14,7 +14,7 @@ from diffusers.utils import hub_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_ext.teleport import gaussian as module
+from diffusers_ext.teleport import gaussian_io as module
 from diffusers_ext.teleport.closed_form import (
     Gaussian,
     flow_level,

@@ -1,0 +1,157 @@
+"""From a prompt's embeddings to the mean of its samples, without a model call: a linear regression.
+
+If the embeddings e of a prompt and its samples x were jointly Gaussian, then E[x | e] = x̄ + Σ_xe Σ_ee⁻¹ (e − ē):
+the regression *is* the conditional Gaussian. It is fitted to the class means of labelled statistics, which are
+all it takes, and speaks for prompts that the fit has never seen. Our own; arXiv:2412.09726 has no conditional case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .gaussian import GaussianStats
+
+# Longer embeddings than Stable Diffusion's 77 × 768 (T5's have two million entries) are averaged over tokens.
+LARGEST_FLAT = 2**16
+_RIDGES = tuple(10.0**e for e in range(-9, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMap:
+    """mean(e) = offset + (e − center) · components · weights.
+
+    Attributes:
+        center: (E,), float32, average features of the prompts.
+        components: (E, q), float32, orthonormal principal directions of the features.
+        weights: (q, D), float32.
+        offset: (D,), float32, average of the means.
+        score: R² of the prompts' means when each is predicted from the other prompts.
+    """
+
+    center: Tensor
+    components: Tensor
+    weights: Tensor
+    offset: Tensor
+    score: float
+
+    def __post_init__(self) -> None:
+        e, q, d = self.center.numel(), self.weights.shape[0], self.offset.numel()
+        if (tuple(self.components.shape), tuple(self.weights.shape)) != ((e, q), (q, d)):
+            raise ValueError(
+                f"A prompt map of {e} features and {d} dimensions needs components ({e}, q) and weights (q, {d}),"
+                f" got {tuple(self.components.shape)} and {tuple(self.weights.shape)}."
+            )
+
+    def __repr__(self) -> str:
+        return f"PromptMap(features={self.center.numel()}, rank={len(self.weights)}, score={self.score:.3f})"
+
+    @classmethod
+    def fit(cls, features: Tensor, means: Tensor, counts: Tensor, rank: int = 256) -> PromptMap:
+        """Ridge regression of K means on K features, in the features' `rank` leading principal directions.
+
+        The ridge is the one of nine powers of ten that predicts each prompt's mean best from the others.
+
+        Args:
+            features: (K, E), any float dtype.
+            means: (K, D).
+            counts: (K,) samples behind each mean, > 0.
+            rank: principal directions at most, ≥ 1.
+
+        Raises:
+            ValueError: shapes that do not match, or features that tell nothing about the means (score ≤ 0).
+        """
+        if features.ndim != 2 or means.ndim != 2 or not len(features) == len(means) == counts.numel() > 2:
+            raise ValueError(
+                "A prompt map needs features (K, E), means (K, D) and counts (K,) of at least 3 prompts, got"
+                f" {tuple(features.shape)}, {tuple(means.shape)} and {tuple(counts.shape)}."
+            )
+        e, y = features.double(), means.double()
+        share = (counts.double() / counts.sum())[:, None]
+        center, offset = (share * e).sum(0), (share * y).sum(0)
+        y = share.sqrt() * (y - offset)
+        u, s, v = torch.linalg.svd(share.sqrt() * (e - center), full_matrices=False)
+        q = min(rank, int((s > 1e-8 * s[0]).sum()))
+        u, s, v = u[:, :q], s[:q], v[:q]
+        projected, best = u.T @ y, (-float("inf"), s)
+        for ridge in _RIDGES:
+            kept = s.square() / (s.square() + ridge * s[0] ** 2)
+            leverage = (u.square() * kept).sum(1, keepdim=True) + share
+            left_out = (y - u @ (kept[:, None] * projected)) / (1 - leverage).clamp(min=1e-9)
+            score = 1 - float(left_out.square().sum() / y.square().sum())
+            best = max(best, (score, kept), key=lambda pair: pair[0])
+        if not best[0] > 0:
+            raise ValueError(
+                f"The embeddings of these {len(e)} prompts do not predict each other's means (R² {best[0]:.2f}):"
+                " fit to more prompts, or to more samples of each."
+            )
+        weights = (best[1] / s)[:, None] * projected
+        return cls(center.float(), v.T.float().contiguous(), weights.float(), offset.float(), best[0])
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Means (B, D), float32, on the features' device; ValueError unless `features` is (B, E)."""
+        if features.ndim != 2 or features.shape[1] != self.center.numel():
+            raise ValueError(
+                f"The prompt map was fitted on {self.center.numel()} features a prompt, these have shape"
+                f" {tuple(features.shape)}: use it with the text encoder it was fitted with."
+            )
+        center, components, weights, offset = (
+            t.to(features.device) for t in (self.center, self.components, self.weights, self.offset)
+        )
+        with torch.autocast(features.device.type, enabled=False):
+            return offset + ((features.float() - center) @ components) @ weights
+
+
+def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size: int = 64) -> GaussianStats:
+    """Lets `stats` know the mean of every prompt that `pipe` can encode; costs no denoiser call, now or later.
+
+    Args:
+        pipe: a text-to-image pipeline with `encode_prompt`.
+        stats: statistics fitted to pairs (samples, prompts): their `class_means` are what is learned from. Many
+            different prompts matter more than many samples of each.
+        rank: principal directions of the prompts' embeddings to use, ≥ 1.
+        batch_size: prompts encoded together.
+
+    Returns:
+        A copy of `stats` with `prompt_map`. Its `score` tells how well a prompt's mean is predicted from the
+        other prompts: 1 is perfect.
+
+    Raises:
+        ValueError: statistics without class means, a pipeline without `encode_prompt`, or prompts whose
+            embeddings tell nothing about their means.
+    """
+    if stats.class_means is None or stats.class_names is None:
+        raise ValueError(
+            "A prompt map is learned from class means: fit the statistics to pairs (tensor, prompts)."
+        )
+    names = stats.class_names
+    counts = torch.tensor(stats.class_counts or [1] * len(names))
+    parts = [prompt_features(pipe, names[i : i + batch_size]).cpu() for i in range(0, len(names), batch_size)]
+    found = PromptMap.fit(torch.cat(parts), stats.class_means.flatten(1), counts, rank)
+    return dataclasses.replace(stats, prompt_map=found)
+
+
+@torch.no_grad()
+def prompt_features(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """What `pipe` makes of `prompts`, as (B, E); see `features_of`."""
+    encode = getattr(pipe, "encode_prompt", None)
+    if encode is None:
+        raise ValueError(f"{type(pipe).__name__} has no encode_prompt, so its prompts have no embeddings.")
+    wanted = {"prompt_2": None, "prompt_3": None, "device": pipe._execution_device}
+    wanted |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    known = inspect.signature(encode).parameters
+    return features_of(encode(prompt=list(prompts), **{k: v for k, v in wanted.items() if k in known})[0])
+
+
+def features_of(prompt_embeds: Tensor) -> Tensor:
+    """Embeddings (B, tokens, width) as (B, E) float32: flat, or the tokens' mean where that is too long."""
+    flat = prompt_embeds.flatten(1).float()
+    return flat if flat.shape[1] <= LARGEST_FLAT else prompt_embeds.float().mean(1)
