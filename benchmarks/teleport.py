@@ -8,8 +8,10 @@ table and a plot per model. Fréchet distances are on the small grader's feature
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import diffusers
 import matplotlib
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
@@ -48,10 +51,11 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Point:
     """One cell of the benchmark: a solver, its steps, and what replaces the first of them.
 
-    `variant` is "plain" (the solver at `steps`), "teleport" (the unconditional map), "prompt mean" (the
-    prompt's own mean, from one call, no guidance in the map), "guided" (that mean, and the map along the guided
-    flow), "first call" (the same inside the run), "isotropic" (same mean and total
-    variance, no directions) or "noise" (plain noise at σ_skip).
+    `variant` is "plain" (the solver at `steps`), "teleport" (the map; with prompts: with the mean that the prompt
+    map gives, along the guided flow), "auto" (the same, as far as `skip="auto"` goes), "unconditional" (the
+    statistics of all samples), "implied mean" (the prompt's mean from one model call, along the guided flow), "first
+    call" (the mean of the run's first guided call), "isotropic" (same mean and total variance, no directions) or
+    "noise" (plain noise at σ_skip).
     """
 
     solver: str
@@ -72,7 +76,6 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=500, help="per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--steps", type=int, nargs="+", default=None)
     parser.add_argument("--skips", type=float, nargs="+", default=None, help="fractions of the steps")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     args = parser.parse_args()
@@ -88,30 +91,53 @@ def main() -> None:
 def ddpm_points(args: argparse.Namespace) -> list[Point]:
     points = []
     for solver in args.solvers:
-        for steps in args.steps or [20]:
-            points.append(Point(solver, steps))
-            skips = sorted({round(s * steps) for s in args.skips or (0.15, 0.25, 0.35)})
-            for skip in skips:
-                points += [Point(solver, steps - skip), Point(solver, steps, "teleport", skip)]
-            points += [Point(solver, steps, v, skips[len(skips) // 2]) for v in ("isotropic", "noise")]
+        # Heun calls the model twice a step.
+        steps = 10 if solver == "Heun" else 20
+        skips = sorted({round(s * steps) for s in args.skips or (0.2, 0.25, 0.3)})
+        points += [Point(solver, steps), Point(solver, steps, "auto")]
+        for skip in skips:
+            points += [Point(solver, steps - skip), Point(solver, steps, "teleport", skip)]
+        points += [Point(solver, steps, v, skips[-1]) for v in ("isotropic", "noise")]
     return list(dict.fromkeys(points))
 
 
 def scene_points(args: argparse.Namespace) -> list[Point]:
     w = args.guidance_scale
     points = []
-    for solver in args.solvers:
-        for steps in args.steps or [6, 8, 12, 20, 30]:
-            points.append(Point(solver, steps, guidance=w))
-            for skip in sorted({max(1, round(s * steps)) for s in args.skips or (0.1, 0.3)}):
-                points += [
-                    Point(solver, steps - skip, guidance=w),
-                    Point(solver, steps, "teleport", skip, w),
-                    Point(solver, steps, "prompt mean", skip, w),
-                    Point(solver, steps, "guided", skip, w),
-                    Point(solver, steps, "first call", skip + 1, w),
-                ]
+    for steps, skips in ((6, (1, 2)), (10, (2, 3)), (20, (3, 5)), (30, (5,))):
+        for solver in args.solvers:
+            points += [Point(solver, steps, guidance=w), Point(solver, steps, "auto", guidance=w)]
+            for skip in skips:
+                points += [Point(solver, steps - skip, guidance=w), Point(solver, steps, "teleport", skip, w)]
+            if solver == "DPM++ 2M" and steps < 20:
+                # More guidance also raises alignment: the plain solver may have it too.
+                points += [Point(solver, steps - k, guidance=g) for k in skips for g in (w + 0.5, w + 1)]
+                points += [Point(solver, steps, "unconditional", k, w) for k in skips[:1]]
+            if solver == "DPM++ 2M" and steps == 6:
+                for skip in skips:
+                    points += [
+                        Point(solver, steps, "implied mean", skip, w),
+                        Point(solver, steps, "first call", skip + 1, w),
+                    ]
     return list(dict.fromkeys(points))
+
+
+class PixelPipeline(DDPMPipeline):
+    """`DDPMPipeline` for every solver: the stock one neither scales the model's input nor spares `step` a generator."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str = "np"
+    ) -> ImagePipelineOutput:
+        """Pictures (n, h, w, 1) in [0, 1]; the noise is drawn as the stock pipeline draws it."""
+        config = self.unet.config
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = randn_tensor(shape, generator=generator) * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
+            x = self.scheduler.step(output, t, x).prev_sample
+        return ImagePipelineOutput((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())  # type: ignore
 
 
 class Bench:
@@ -121,12 +147,12 @@ class Bench:
         self.args = args
         self.folder = resource_dir("model_cards") / f"fashion-{args.model}"
         self.pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32)
+        if args.model == "ddpm":
+            self.pipe = PixelPipeline(self.pipe.unet, self.pipe.scheduler)
         self.pipe.set_progress_bar_config(disable=True)
         self.base = self.pipe.scheduler
         self.stats = dx.GaussianStats.from_pretrained(self.folder / "gaussian")
-        # With prompts the statistics are within-prompt ones, and bring the unconditional ones along.
-        self.within = self.stats
-        self.stats = self.stats.unconditional or self.stats
+        self.within = dataclasses.replace(self.stats, prompt_map=None)
         self.prompt_mean_cache: dict[str, torch.Tensor] = {}
         # Runs of other weights or statistics must not be taken for these.
         files = [
@@ -163,7 +189,8 @@ class Bench:
         stats = self._stats(point)
         if stats is not None:
             mean_from = "first_call" if point.variant == "first call" else "stats"
-            dx.apply_teleport(self.pipe, stats, skip=(point.skip + 0.5) / point.steps, mean_from=mean_from)
+            skip = "auto" if point.variant == "auto" else (point.skip + 0.5) / point.steps
+            dx.apply_teleport(self.pipe, stats, skip=skip, mean_from=mean_from)
         try:
             if self.args.model == "ddpm":
                 return run_garments(
@@ -176,18 +203,18 @@ class Bench:
     def _stats(self, point: Point) -> dx.GaussianStats | None:
         if point.variant == "plain":
             return None
-        if point.variant in ("prompt mean", "guided", "first call"):
+        if point.variant in ("implied mean", "first call"):
             return self.within
         if point.variant == "isotropic":
             return self.stats.isotropic()
         if point.variant == "noise":
             return _white(self.stats)
-        return self.stats
+        return self.stats.unconditional if point.variant == "unconditional" else self.stats
 
     def _sample_scenes(self, point: Point, seed: int) -> Run:
         prompts = held_out_prompts(self.args.num_images, seed)
         kwargs = {"num_inference_steps": point.steps, "guidance_scale": point.guidance}
-        if point.variant not in ("prompt mean", "guided"):
+        if point.variant != "implied mean":
             return run_scenes(self.pipe, prompts, seed=seed, **kwargs)
         teleport, size, parts = self.pipe.scheduler, 64, []
         for low in range(0, len(prompts), size):
@@ -195,7 +222,7 @@ class Bench:
             dx.remove_teleport(self.pipe)
             means = self._prompt_means(chunk)
             self.pipe.scheduler = teleport
-            teleport.set_mean(means, point.guidance if point.variant == "guided" else 1.0)
+            teleport.set_mean(means, point.guidance)
             part = run_scenes(self.pipe, chunk, seed=seed, offset=low, **kwargs)
             parts.append(part)
         # The mean's own call is without guidance, so it costs half a guided step.
@@ -235,8 +262,9 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
     header += ["every word right, %", "less the solver's at no fewer calls"] if args.model == "scenes" else []
     rows = []
     for p in runs:
-        row = [p.solver, str(p.steps), p.variant, f"{calls[p]:g}", distances[p].format(2)]
-        control = _respaced(p, runs)
+        variant = p.variant if p.guidance in (1.0, args.guidance_scale) else f"plain, guidance {p.guidance:g}"
+        row = [p.solver, str(p.steps), variant, f"{calls[p]:.3g}", distances[p].format(2)]
+        control = _respaced(p, runs, calls)
         row.append(_difference(features[p], features[control], reference) if control else "")
         if args.model == "scenes":
             right = _aligned(runs[p])
@@ -254,20 +282,54 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
         f" floor (real train against real test pictures) {floor:.2f}."
     )
     table = markdown_table(header, rows) + note + "\n"
+    if args.model == "scenes":
+        table += "\n" + guidance_table(runs, calls, features, reference) + "\n"
     (args.output_dir / f"{args.model}.md").write_text(table)
     print(table)
     plot(args, runs, calls, distances, floor)
+
+
+def guidance_table(
+    runs: dict[Point, list[Run]],
+    calls: dict[Point, float],
+    features: dict[Point, np.ndarray],
+    reference: FeatureStats,
+) -> str:
+    """Teleportation against the plain solver at equal calls and the best of three guidance scales for it."""
+    header = ["steps", "calls an image", "plain's best guidance", "every word right, less plain's, %"]
+    rows = []
+    for p in runs:
+        if p.variant == "teleport" and p.solver == "DPM++ 2M" and p.steps < 20:
+            best = _most_aligned(p, runs, calls)
+            right = paired_difference(_aligned(runs[p]).astype(float), _aligned(runs[best]).astype(float))
+            distance = _difference(features[p], features[best], reference)
+            rows.append(
+                [str(p.steps), f"{calls[p]:.3g}", f"{best.guidance:g}", right.format(1, 100), distance]
+            )
+    return markdown_table([*header, "Fréchet distance, less plain's"], rows)
 
 
 def _aligned(runs: list[Run]) -> np.ndarray:
     return np.concatenate([run.grades["aligned"] for run in runs])
 
 
-def _respaced(point: Point, runs: dict[Point, list[Run]]) -> Point | None:
-    """The same solver with at least as many calls: a mean of half a guided step's cost counts as a whole step."""
-    saved = point.skip - (1 if point.variant in ("first call", "prompt mean", "guided") else 0)
-    control = Point(point.solver, point.steps - saved, guidance=point.guidance)
-    return control if point.variant != "plain" and control in runs else None
+def _respaced(point: Point, runs: dict[Point, list[Run]], calls: dict[Point, float]) -> Point | None:
+    """The plain solver that spends the same calls, or the next it can spend; half a guided step rounds up."""
+    plain = [
+        p
+        for p in runs
+        if (p.solver, p.variant, p.guidance) == (point.solver, "plain", point.guidance)
+        and calls[p] >= calls[point] - 0.01
+    ]
+    control = min(plain, key=calls.__getitem__, default=None)
+    return None if point.variant == "plain" or control is None else control
+
+
+def _most_aligned(point: Point, runs: dict[Point, list[Run]], calls: dict[Point, float]) -> Point:
+    """The plain solver at the same calls and the guidance that puts most words right."""
+    needed = math.ceil(calls[point] - 0.01)
+    plain = [p for p in runs if (p.solver, p.variant, calls[p]) == (point.solver, "plain", needed)]
+    return max(plain, key=lambda p: _aligned(runs[p]).mean())
 
 
 def _difference(ours: np.ndarray, control: np.ndarray, reference: FeatureStats) -> str:
@@ -286,13 +348,18 @@ def plot(
     """One panel per solver: Fréchet distance against calls, a line per variant."""
     solvers = list(dict.fromkeys(p.solver for p in runs))
     figure, axes = plt.subplots(1, len(solvers), figsize=(4 * len(solvers), 3.6), sharey=True, squeeze=False)
-    styles = {"plain": ("k", "o"), "teleport": ("tab:red", "s"), "prompt mean": ("tab:blue", "^")}
-    styles |= {"guided": ("tab:purple", "D")}
+    styles = {"plain": ("k", "o"), "teleport": ("tab:red", "s"), "auto": ("tab:purple", "D")}
+    styles |= {"unconditional": ("tab:brown", "p"), "implied mean": ("tab:blue", "^")}
     styles |= {"first call": ("tab:green", "v"), "isotropic": ("tab:orange", "x"), "noise": ("tab:gray", "+")}
     for axis, solver in zip(axes[0], solvers):
         for variant, (color, marker) in styles.items():
             chosen = sorted(
-                (p for p in runs if p.solver == solver and p.variant == variant), key=calls.__getitem__
+                (
+                    p
+                    for p in runs
+                    if (p.solver, p.variant) == (solver, variant) and p.guidance in (1.0, args.guidance_scale)
+                ),
+                key=calls.__getitem__,
             )
             if not chosen:
                 continue

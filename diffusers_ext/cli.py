@@ -68,6 +68,9 @@ def fit_gaussian(
     label_column: Annotated[
         str | None, typer.Option(help="Its column of labels, for one mean a label.")
     ] = None,
+    prompt_map: Annotated[
+        bool, typer.Option("--prompt-map", help="Learn every prompt's mean from its embeddings.")
+    ] = False,
     seed: int = 0,
     dtype: Annotated[str, typer.Option(help=f"Of the pipeline: {', '.join(_DTYPES)}.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
@@ -79,9 +82,12 @@ def fit_gaussian(
         raise ValueError("Give either --dataset or --from-samples N.")
     if prompts is not None and from_samples is None:
         raise ValueError("--prompts goes with --from-samples: pictures have no prompts.")
+    if prompt_map and prompts is None and label_column is None:
+        raise ValueError("--prompt-map learns from prompts: give --prompts FILE or --label-column captions.")
     texts = None if prompts is None else _read_prompts(prompts)
     from .teleport.gaussian import GaussianStats
     from .teleport.pictures import open_pictures
+    from .teleport.prompt_map import fit_prompt_map
     from .teleport.sources import check_rank, encoded_images, pipeline_samples
 
     if from_samples is not None:
@@ -101,14 +107,17 @@ def fit_gaussian(
         pictures = open_pictures(
             _load_pictures(str(dataset), split), labels=label_column, image_column=image_column
         )
+        pipe = _load_pipeline(model, dtype, device)
         batches = encoded_images(
-            _load_pipeline(model, dtype, device),
+            pipe,
             pictures,
             batch_size=batch_size,
             resolution=resolution,
             seed=seed,
         )
     stats = GaussianStats.fit(batches, rank)
+    if prompt_map:
+        stats = fit_prompt_map(pipe, stats)
     stats.save_pretrained(output)
     console = Console()
     console.print(_table(stats))

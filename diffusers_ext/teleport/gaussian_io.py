@@ -33,6 +33,18 @@ _MAP_TENSORS = ("center", "components", "weights", "offset")
 class SavedGaussian(PushToHubMixin):
     """`save_pretrained`, `from_pretrained` and `push_to_hub` of `GaussianStats`."""
 
+    mean: Tensor
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    residual: float
+    num_samples: int
+    class_means: Tensor | None
+    class_names: tuple[str, ...] | None
+    class_counts: tuple[int, ...] | None
+    prompt_map: PromptMap | None
+    unconditional: GaussianStats | None
+    calibration: dict[str, Any]
+
     def to_dict_of_arrays(self) -> dict[str, np.ndarray]:
         """Everything as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in self._tensors().items()}
@@ -150,8 +162,8 @@ class SavedGaussian(PushToHubMixin):
     def _config(self) -> dict[str, Any]:
         return {
             "_class_name": type(self).__name__,
-            "shape": list(self.shape),
-            "rank": self.rank,
+            "shape": list(self.mean.shape),
+            "rank": self.eigenvalues.numel(),
             "residual": self.residual,
             "num_samples": self.num_samples,
             "class_names": None if self.class_names is None else list(self.class_names),
@@ -183,7 +195,8 @@ class SavedGaussian(PushToHubMixin):
         try:
             if prompt_map is not None:
                 fields["prompt_map"] = PromptMap(**prompt_map, score=config["prompt_map"]["score"])
-            stats = cls(**tensors, **fields, unconditional=unconditional)
+            build: Any = cls
+            stats: GaussianStats = build(**tensors, **fields, unconditional=unconditional)
             if list(stats.shape) != config["shape"] or stats.rank != config["rank"]:
                 raise ValueError(f"the configuration says shape {config['shape']}, rank {config['rank']}")
         except (TypeError, KeyError, ValueError) as error:

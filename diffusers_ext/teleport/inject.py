@@ -51,7 +51,7 @@ def apply_teleport(
     """
     scheduler = pipe.scheduler
     on = isinstance(scheduler, TeleportScheduler)
-    if on and (pipe in _HANDLES or stats is not None):
+    if on and (teleport_is_on(pipe) or stats is not None):
         raise ValueError(
             "Teleportation is on this pipeline already. Call dx.remove_teleport(pipe) first to change it."
         )
@@ -62,7 +62,8 @@ def apply_teleport(
         _drop_hooks(pipe)  # of an earlier one, if the user has replaced the scheduler by hand since
     before_first_call = scheduler.mean_from == "stats"
     # First, as it may refuse: then nothing is left on the pipeline.
-    handles = [_PromptHook(pipe, scheduler)] if before_first_call and scheduler.stats.prompt_map else []
+    reads_prompts = before_first_call and scheduler.stats.prompt_map is not None
+    handles: list[Any] = [_PromptHook(pipe, scheduler)] if reads_prompts else []
     if before_first_call and not _scales_its_input(pipe):
         handles += _add_hooks(pipe, scheduler)
     _HANDLES[pipe] = handles
@@ -76,6 +77,11 @@ def remove_teleport(pipe: Any) -> Any:
     if isinstance(pipe.scheduler, TeleportScheduler):
         pipe.scheduler = pipe.scheduler.inner
     return pipe
+
+
+def teleport_is_on(pipe: Any) -> bool:
+    """Whether `apply_teleport` has been called on `pipe`, and not taken back."""
+    return pipe in _HANDLES
 
 
 def hook_count(pipe: Any) -> int:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats
-from .inject import apply_teleport, remove_teleport
+from .inject import apply_teleport, remove_teleport, teleport_is_on
 from .prompt_mean import prompt_means
 from .scheduler import TeleportScheduler
 from .sources import check_rank, pipeline_samples
@@ -186,9 +186,11 @@ def _sets_prompt_mean(base: type) -> Callable[[Callable[..., Any]], Callable[...
 class PromptTeleportMixin(TeleportMixin):
     """Sets every image's prompt mean before a run and clears it afterwards.
 
-    Statistics with an `unconditional` part make the map follow the call's `guidance_scale` too. Means of prompts that the statistics do not know are kept on the pipeline until the statistics are loaded
-    or unloaded again: do that after changing what a prompt means, by a LoRA for example. With
-    `teleport_prompt_mean=False`, or with `mean_from="first_call"`, the scheduler is left as it is.
+    Statistics with a prompt map need nothing of this: `apply_teleport` reads the prompts itself. Of others, those
+    with an `unconditional` part make the map follow the call's `guidance_scale` too. Means of prompts that the
+    statistics do not know are kept on the pipeline until the statistics are loaded or unloaded again: do that
+    after changing what a prompt means, by a LoRA for example. With `teleport_prompt_mean=False`, or with
+    `mean_from="first_call"`, the scheduler is left as it is.
     """
 
     @contextmanager
@@ -197,6 +199,10 @@ class PromptTeleportMixin(TeleportMixin):
         # Exactly this type: the scheduler that prompt_means probes with is a subclass.
         on = type(scheduler) is TeleportScheduler and scheduler.mean_from == "stats"
         within = on and (scheduler.stats.class_means is not None or scheduler.stats.unconditional is not None)
+        if on and scheduler.stats.prompt_map is not None:
+            within = False  # apply_teleport reads the prompts; a loaded pipeline lacks its hook
+            if not teleport_is_on(self):
+                apply_teleport(self)
         if not (wanted and within):
             yield
             return

@@ -63,6 +63,36 @@ def test_a_gaussian_model_may_skip_as_the_map_is_exact():
     assert trials["errors"][0][2] <= 1.1 * trials["full_error"]
 
 
+class BadAtHighNoise(GaussianUNet):
+    """Exact below σ = 10, and wrong by a fixed pattern above, as a noise prediction that is a little off."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        noise = super().forward(sample, timestep).sample
+        level = vp_level(float(self.alphas[int(timestep)]))
+        if level[1] / level[0] > 10:
+            noise = noise + 0.1 * torch.linspace(-1, 1, 8)
+        return UNet2DOutput(sample=noise) if return_dict else (noise,)
+
+
+def test_a_model_that_is_wrong_at_high_noise_is_not_the_judge_there():
+    stats = gaussian_stats()
+    pipe = gaussian_pipe(stats)
+    pipe.unet.__class__ = BadAtHighNoise
+    samples = stats.sample(32, generator=torch.Generator().manual_seed(3))
+    found = dx.calibrate_skip(
+        pipe, stats, samples=samples, num_images=32, num_inference_steps=10, progress=False
+    ).calibration
+    # Below 10 the two denoise alike, and the test for "no worse" cannot tell them apart for long.
+    assert found["trusted_sigma"] <= 20
+    assert all(excess < 0 for sigma, excess, _ in found["excess_loss"] if sigma > 10)
+    # The excess is minus the squared error of the noise prediction.
+    expected = -float((0.1 * torch.linspace(-1, 1, 8)).square().mean())
+    assert found["excess_loss"][0][1] == pytest.approx(expected, rel=0.1)
+    assert found["sigma"]["10"] is not None
+    with pytest.raises(ValueError, match="one of the statistics' shape for each image"):
+        dx.calibrate_skip(pipe, stats, samples=samples, num_images=4, progress=False)
+
+
 def test_wrong_statistics_skip_nothing():
     right = gaussian_stats()
     wrong = dataclasses.replace(right, mean=right.mean + 100)
