@@ -101,6 +101,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """The text-to-image model: Stable Diffusion in small, its text encoder trained along."""
     tokenizer = base_models.build_tokenizer()
     vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
+    vae.register_to_config(_name_or_path="")  # where it lay here is nobody's business in the saved pipeline
     unet = base_models.build_unet(args.block_out_channels or (64, 96, 128))
     scheduler = base_models.stable_diffusion_scheduler()
     latents, prompts = scene_latents(accelerator, args, vae.to(accelerator.device))

@@ -159,6 +159,25 @@ def test_a_loaded_pipeline_asks_for_its_hook(tmp_path):
     torch.testing.assert_close(tiny.images(loaded, "sd"), tiny.images(pipe, "sd"), atol=1e-3, rtol=0)
 
 
+def test_calibration_uses_the_map_and_both_gaussians():
+    pipe = tiny.build("sd")
+    stats = mapped(pipe)
+    size = {"height": 8, "width": 8, "guidance_scale": 2.0}
+    found = dx.calibrate_skip(pipe, stats, prompts=["a", "bf"], num_inference_steps=4, progress=False, **size)
+    assert "encode_prompt" not in pipe.__dict__
+    assert found.calibration["guidance_scale"] == 2.0
+    sigma, excess, _ = found.calibration["excess_loss"][0]
+    assert 10 < sigma < 15
+    samples = stats.class_mean(["a", "bf"])
+    given = dx.calibrate_skip(
+        pipe, stats, prompts=["a", "bf"], samples=samples, num_inference_steps=4, progress=False, **size
+    )
+    # On samples that are the means themselves the Gaussian wins by far more than on a random model's.
+    assert given.calibration["excess_loss"][0][1] < excess
+    # Drawing samples took a fine run without guidance.
+    assert found.calibration["calls"] - given.calibration["calls"] >= 50 - 20
+
+
 def test_refusals():
     pipe = tiny.build("sd")
     stats = mapped(pipe)
