@@ -47,6 +47,19 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Colour and marker of each variant.
+STYLES = {
+    "plain": ("k", "o"),
+    "teleport": ("tab:red", "s"),
+    "auto": ("tab:purple", "D"),
+    "unconditional": ("tab:brown", "p"),
+    "implied mean": ("tab:blue", "^"),
+    "first call": ("tab:green", "v"),
+    "isotropic": ("tab:orange", "x"),
+    "noise": ("tab:gray", "+"),
+}
+
+
 @dataclass(frozen=True)
 class Point:
     """One cell of the benchmark: a solver, its steps, and what replaces the first of them.
@@ -347,32 +360,48 @@ def plot(
 ) -> None:
     """One panel per solver: Fréchet distance against calls, a line per variant."""
     solvers = list(dict.fromkeys(p.solver for p in runs))
-    figure, axes = plt.subplots(1, len(solvers), figsize=(4 * len(solvers), 3.6), sharey=True, squeeze=False)
-    styles = {"plain": ("k", "o"), "teleport": ("tab:red", "s"), "auto": ("tab:purple", "D")}
-    styles |= {"unconditional": ("tab:brown", "p"), "implied mean": ("tab:blue", "^")}
-    styles |= {"first call": ("tab:green", "v"), "isotropic": ("tab:orange", "x"), "noise": ("tab:gray", "+")}
-    for axis, solver in zip(axes[0], solvers):
-        for variant, (color, marker) in styles.items():
-            chosen = sorted(
-                (
-                    p
-                    for p in runs
-                    if (p.solver, p.variant) == (solver, variant) and p.guidance in (1.0, args.guidance_scale)
-                ),
-                key=calls.__getitem__,
-            )
-            if not chosen:
-                continue
-            x = [calls[p] for p in chosen]
-            y = [distances[p].value for p in chosen]
-            error = [(d.value - d.low) for d in (distances[p] for p in chosen)]
-            line = "-" if variant == "plain" else "none"
-            axis.errorbar(x, y, error, color=color, marker=marker, linestyle=line, label=variant, capsize=2)
-        axis.axhline(floor, color="0.7", linestyle=":", label="floor")
-        axis.set(title=solver, xlabel="denoiser calls an image", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("small-feature Fréchet distance")
-    axes[0][-1].legend(fontsize=8)
+    measures: list[tuple[str, dict[Point, Any]]] = [("small-feature Fréchet distance", distances)]
+    if args.model == "scenes":
+        measures.insert(0, ("every word right", {p: proportion(_aligned(r)) for p, r in runs.items()}))
+    figure, axes = plt.subplots(
+        len(measures),
+        len(solvers),
+        figsize=(4 * len(solvers), 3.4 * len(measures)),
+        sharey="row",
+        squeeze=False,
+    )
+    for row, (label, values) in zip(axes, measures):
+        for axis, solver in zip(row, solvers):
+            for variant, (color, marker) in STYLES.items():
+                chosen = [p for p in runs if (p.solver, p.variant) == (solver, variant)]
+                chosen = [p for p in chosen if p.guidance in (1.0, args.guidance_scale)]
+                if not chosen:
+                    continue
+                chosen.sort(key=calls.__getitem__)
+                y = [values[p].value for p in chosen]
+                error = [
+                    [abs(values[p].value - e) for p in chosen for e in [getattr(values[p], side)]]
+                    for side in ("low", "high")
+                ]
+                line = "-" if variant == "plain" else "none"
+                axis.errorbar(
+                    [calls[p] for p in chosen],
+                    y,
+                    error,
+                    color=color,
+                    marker=marker,
+                    linestyle=line,
+                    label=variant,
+                    capsize=2,
+                    alpha=0.8,
+                )
+            if values is distances:
+                axis.axhline(floor, color="0.7", linestyle=":", label="floor")
+                axis.set(yscale="log", xlabel="denoiser calls an image")
+            axis.set_title(solver)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(label)
+    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(args.output_dir / f"{args.model}.png", dpi=110)
 

@@ -31,6 +31,14 @@ class Gaussian(NamedTuple):
     residual: float
 
 
+class GuidedBasis(NamedTuple):
+    """(D, q) orthonormal columns that span both Gaussians' eigenvectors, and those in its coordinates (q, r)."""
+
+    columns: Tensor
+    conditional: Tensor
+    unconditional: Tensor
+
+
 # --- noise levels ---
 
 
@@ -133,7 +141,7 @@ def guided_transport(
     guidance_scale: float,
     start: Level,
     end: Level,
-    basis: Tensor | None = None,
+    basis: GuidedBasis | None = None,
 ) -> Tensor:
     """`transport` under classifier-free guidance, where the two scores belong to two different Gaussians.
 
@@ -183,25 +191,32 @@ def guided_transport(
     return a1 * _alternate(x.to(_working_dtype(x)) / a0, conditional, unconditional, w, sigmas, basis)
 
 
-def guided_basis(conditional: Gaussian, unconditional: Gaussian) -> Tensor:
-    """(D, q) orthonormal columns, q = min(D, 2r), that span both's eigenvectors; for `guided_transport`."""
-    return torch.linalg.qr(torch.cat([conditional.eigenvectors, unconditional.eigenvectors], 1)).Q
+def guided_basis(conditional: Gaussian, unconditional: Gaussian) -> GuidedBasis:
+    """What `guided_transport` works in; q = min(D, 2r)."""
+    both = (conditional.eigenvectors, unconditional.eigenvectors)
+    columns = torch.linalg.qr(torch.cat(both, 1)).Q
+    return GuidedBasis(columns, *(columns.T @ vectors for vectors in both))
 
 
 def _alternate(
-    y: Tensor, conditional: Gaussian, unconditional: Gaussian, w: float, sigmas: list[float], basis: Tensor
+    y: Tensor,
+    conditional: Gaussian,
+    unconditional: Gaussian,
+    w: float,
+    sigmas: list[float],
+    basis: GuidedBasis,
 ) -> Tensor:
     """The Strang steps of `guided_transport`, in the `basis` alone.
 
     Outside of it every step multiplies the state by one number and adds multiples of the two means: three
     numbers a step stand for D − q dimensions.
     """
-    basis = basis.to(y)
+    columns, *vectors = (t.to(y) for t in basis)
     parts = [y, *(g.mean.to(y).expand_as(y) for g in (conditional, unconditional))]
-    inside = [p @ basis for p in parts]
-    outside = [p - q @ basis.T for p, q in zip(parts, inside)]
+    inside = [p @ columns for p in parts]
+    outside = [p - q @ columns.T for p, q in zip(parts, inside)]
     flows = [
-        (index, Gaussian(inside[index], basis.T @ g.eigenvectors.to(y), g.eigenvalues, g.residual), power)
+        (index, Gaussian(inside[index], vectors[index - 1], g.eigenvalues, g.residual), power)
         for index, g, power in ((1, conditional, w), (2, unconditional, 1 - w))
     ]
     z, share = inside[0], [1.0, 0.0, 0.0]
@@ -214,7 +229,7 @@ def _alternate(
             gain = variance ** (power / 2)
             share = [gain * s for s in share]
             share[index] += 1 - gain
-    return z @ basis.T + sum(s * p for s, p in zip(share, outside))
+    return z @ columns.T + sum(s * p for s, p in zip(share, outside))
 
 
 @_without_autocast

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .closed_form import (
     Gaussian,
+    GuidedBasis,
     Level,
     gaussian_denoiser,
     guided_basis,
@@ -260,7 +261,7 @@ class GaussianStats(SavedGaussian):
         flat_mean = mean.flatten() if mean.ndim == len(self.shape) else mean.flatten(1)
         return x.flatten(1), Gaussian(flat_mean, vectors, values, self.residual)
 
-    def _guided_basis(self, own: Gaussian, all_samples: Gaussian) -> Tensor:
+    def _guided_basis(self, own: Gaussian, all_samples: Gaussian) -> GuidedBasis:
         """`guided_basis`, remembered for the latest device and dtype."""
         key = (own.eigenvectors.device, own.eigenvectors.dtype)
         if self._cache.get("basis_key") != key:
