@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=500, help="per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--skips", type=float, nargs="+", default=None, help="fractions of the steps")
+    parser.add_argument("--skips", type=float, nargs="+", default=None, help="ddpm: fractions of the steps")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -358,7 +358,7 @@ def plot(
     distances: dict[Point, Any],
     floor: float,
 ) -> None:
-    """One panel per solver: Fréchet distance against calls, a line per variant."""
+    """One column per solver, one row per measure against the calls, one colour per variant."""
     solvers = list(dict.fromkeys(p.solver for p in runs))
     measures: list[tuple[str, dict[Point, Any]]] = [("small-feature Fréchet distance", distances)]
     if args.model == "scenes":
@@ -380,8 +380,8 @@ def plot(
                 chosen.sort(key=calls.__getitem__)
                 y = [values[p].value for p in chosen]
                 error = [
-                    [abs(values[p].value - e) for p in chosen for e in [getattr(values[p], side)]]
-                    for side in ("low", "high")
+                    [values[p].value - values[p].low for p in chosen],
+                    [values[p].high - values[p].value for p in chosen],
                 ]
                 line = "-" if variant == "plain" else "none"
                 axis.errorbar(

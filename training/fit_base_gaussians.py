@@ -85,7 +85,7 @@ def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> d
         options |= {"guidance_scale": args.guidance_scale}
     else:
         images, _ = fashion_scenes.load_garments(args.train_data_dir, "train")
-        options["samples"] = next(_pixels(images[:1000]))[:n]
+        options["samples"] = to_tensor(images[:n]) * 2 - 1
     return dx.calibrate_skip(pipe, stats, **options)
 
 

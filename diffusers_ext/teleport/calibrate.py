@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import levels
 from .gaussian import GaussianStats
 from .inject import apply_teleport, remove_teleport
 from .prompt_map import prompt_features
@@ -204,7 +203,6 @@ class _Runner:
             )
             batch = next(drawn)
             samples = batch if isinstance(batch, Tensor) else batch[0]
-        samples = self._unpacked(samples)
         mean = self.means
         if mean is None and self.stats.prompt_map is not None and self.prompts is not None:
             mean = self.stats.prompt_mean(prompt_features(self.pipe, self.prompts))
@@ -217,10 +215,6 @@ class _Runner:
             guidance_scale=self.guidance_scale,
             call=plain,
         )
-
-    def _unpacked(self, samples: Tensor) -> Tensor:
-        packed = levels.is_packed(samples.shape[1:], self.stats.shape)
-        return levels.unpack(samples, self.stats.shape) if packed else samples
 
     @contextmanager
     def counting(self) -> Iterator[None]:

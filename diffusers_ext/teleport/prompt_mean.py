@@ -16,29 +16,39 @@ from .scheduler import TeleportScheduler, _Wrapped
 from .sources import check_prompts, quiet
 
 
-class _FirstCall(TeleportScheduler):
-    """The wrapped scheduler with the first timestep of its grid alone; reads the implied mean off it."""
+class OneCall(TeleportScheduler):
+    """The wrapped scheduler with one model call only, whose prediction `_look` reads and turns into the result."""
 
-    found: Tensor
-
-    def _only_first(self, *args: Any, **kwargs: Any) -> None:
+    def _one_step(self, *args: Any, **kwargs: Any) -> None:
         self._set_timesteps(*args, **kwargs)
-        self._timesteps = self.inner.timesteps[:1]
-        self._begin_at(0)
+        self._timesteps = self.timesteps[:1]
+        self._begin_at(self._offset)
 
     def _read(
         self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        clean = levels.predicted_clean(self.inner, model_output, sample, self._levels[0])
-        self.found = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
-        clean = clean.to(sample.dtype)
+        clean = self._look(model_output, sample).to(sample.dtype)
         call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
         if call.arguments.get("return_dict", True):
             return DDIMSchedulerOutput(prev_sample=clean, pred_original_sample=clean)
         return clean, clean
 
-    set_timesteps = _Wrapped(_only_first)
+    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    set_timesteps = _Wrapped(_one_step)
     step = _Wrapped(_read)
+
+
+class _FirstCall(OneCall):
+    """Reads the implied mean off a call at the highest noise."""
+
+    found: Tensor
+
+    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        clean = levels.predicted_clean(self.inner, model_output, sample, self._levels[0])
+        self.found = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
+        return clean
 
 
 @torch.no_grad()

@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from . import levels
 from .gaussian import GaussianStats
 from .inject import apply_teleport, remove_teleport
-from .scheduler import TeleportScheduler, _Wrapped
+from .prompt_mean import OneCall
 from .sources import quiet
 
 
-class _Probe(TeleportScheduler):
+class _Probe(OneCall):
     """One model call on noised clean samples, in place of what the map makes of the pipeline's noise."""
 
     level: levels.Level
@@ -30,14 +29,10 @@ class _Probe(TeleportScheduler):
 
     def __init__(self, scheduler: Any, stats: GaussianStats, clean: Tensor, index: int) -> None:
         super().__init__(scheduler, dataclasses.replace(stats, prompt_map=None), skip=0.0)
-        self.clean, self.index = clean, index
+        self.clean, self.index = self._rows(clean), index
 
     def _steps_to_skip(self) -> int:
         return min(self.index, levels.max_skip(self.inner, len(self._levels)))
-
-    def _one_step(self, *args: Any, **kwargs: Any) -> None:
-        self._set_timesteps(*args, **kwargs)
-        self._timesteps = self.timesteps[:1]
 
     def _transport(self, sample: Tensor, mean: Tensor | None) -> Tensor:
         self.level = a, s = self._levels[self._skipped]
@@ -47,17 +42,11 @@ class _Probe(TeleportScheduler):
             noised = levels.pack(noised)
         return noised.to(sample.dtype)
 
-    def _read(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
         sample = self._first_sample(sample)
         clean = levels.predicted_clean(self.inner, model_output, sample, self.level)
         self.noisy, self.denoised = self._rows(sample).float(), self._rows(clean).float()
-        clean = clean.to(sample.dtype)
-        if kwargs.get("return_dict", True):
-            return DDIMSchedulerOutput(prev_sample=clean, pred_original_sample=clean)
-        return clean, clean
-
-    set_timesteps = _Wrapped(_one_step)
-    step = _Wrapped(_read)
+        return clean
 
 
 @torch.no_grad()
@@ -78,7 +67,7 @@ def excess_loss(
     Args:
         pipe: a pipeline with a supported scheduler, without teleportation; it is left as it was found.
         stats: the Gaussian, its mean replaced by `mean` (B, *shape) where given.
-        clean: (B, *shape) samples in the scale of the denoiser.
+        clean: (B, *shape) samples in the scale of the denoiser, or packed as it keeps them.
         index: from 1 up.
         prompts: one for each sample; None for a pipeline without prompts.
         num_inference_steps: of the grid.
@@ -109,7 +98,7 @@ def excess_loss(
         pipe.scheduler = original
     noisy, model = probe.noisy, probe.denoised
     gaussian = stats.denoise(noisy, probe.level, None if mean is None else mean.to(noisy))
-    truth = clean.to(noisy)
+    truth = probe.clean.to(noisy)
     worse = (gaussian - truth).square() - (model - truth).square()
     sigma = levels.noise_to_signal(probe.level)
     return sigma, worse.flatten(1).double().mean(1).cpu() / sigma**2
