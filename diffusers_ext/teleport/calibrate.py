@@ -198,8 +198,10 @@ class _Runner:
         if self.guided:
             plain["guidance_scale"] = 1.0
         if samples is None:
+            # From other noise than they are noised with: a sample is a function of the noise it came from.
+            other = {**plain, "seed": self.seed + self.size}
             drawn = pipeline_samples(
-                self.pipe, self.size, batch_size=self.size, prompts=self.prompts, progress=False, **plain
+                self.pipe, self.size, batch_size=self.size, prompts=self.prompts, progress=False, **other
             )
             batch = next(drawn)
             samples = batch if isinstance(batch, Tensor) else batch[0]
