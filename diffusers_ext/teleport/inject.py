@@ -1,6 +1,5 @@
 """Teleportation on a whole pipeline: `apply_teleport(pipe, stats)` and `remove_teleport(pipe)`."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +8,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..pipeline_hooks import HookHandle, add_hook
 from .gaussian import GaussianStats
 from .prompt_map import features_of
 from .scheduler import TeleportScheduler
 
 # What every pipeline that has teleportation on now must lose when it is taken off.
-_HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle | _PromptHook]]" = WeakKeyDictionary()
+_HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle | HookHandle]]" = WeakKeyDictionary()
 
 # Components that are shown the latents, and what they call them and the time.
 _MODELS = ("unet", "transformer", "controlnet")
@@ -63,7 +63,7 @@ def apply_teleport(
     before_first_call = scheduler.mean_from == "stats"
     # First, as it may refuse: then nothing is left on the pipeline.
     reads_prompts = before_first_call and scheduler.stats.prompt_map is not None
-    handles: list[Any] = [_PromptHook(pipe, scheduler)] if reads_prompts else []
+    handles: list[Any] = [_add_prompt_hook(pipe, scheduler)] if reads_prompts else []
     if before_first_call and not _scales_its_input(pipe):
         handles += _add_hooks(pipe, scheduler)
     _HANDLES[pipe] = handles
@@ -89,32 +89,20 @@ def hook_count(pipe: Any) -> int:
     return sum(isinstance(handle, RemovableHandle) for handle in _HANDLES.get(pipe, []))
 
 
-class _PromptHook:
+def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
     """Reads the prompt's mean off what `pipe.encode_prompt` returns, each time the pipeline calls it."""
+    if not hasattr(pipe, "encode_prompt"):
+        raise ValueError(
+            f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt to feed it. Leave"
+            " it out, dataclasses.replace(stats, prompt_map=None), and give the means by scheduler.set_mean."
+        )
 
-    def __init__(self, pipe: Any, scheduler: TeleportScheduler) -> None:
-        if not hasattr(pipe, "encode_prompt"):
-            raise ValueError(
-                f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt to feed it. Leave"
-                " it out, dataclasses.replace(stats, prompt_map=None), and give the means by scheduler.set_mean."
-            )
-        self.pipe, self.own = pipe, pipe.__dict__.get("encode_prompt")
-        original, signature = pipe.encode_prompt, inspect.signature(pipe.encode_prompt)
+    def read(given: dict[str, Any], encoded: Any) -> Any:
+        if pipe.scheduler is scheduler:
+            scheduler.set_mean(*_mean_and_guidance(pipe, scheduler.stats, encoded, given))
+        return encoded
 
-        @functools.wraps(original)
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            encoded = original(*args, **kwargs)
-            if pipe.scheduler is scheduler:
-                given = signature.bind(*args, **kwargs).arguments
-                scheduler.set_mean(*_mean_and_guidance(pipe, scheduler.stats, encoded, given))
-            return encoded
-
-        pipe.encode_prompt = encode_prompt
-
-    def remove(self) -> None:
-        del self.pipe.encode_prompt
-        if self.own is not None:
-            self.pipe.encode_prompt = self.own
+    return add_hook(pipe, "encode_prompt", read)
 
 
 def _mean_and_guidance(

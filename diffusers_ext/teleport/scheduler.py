@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 import diffusers_ext.registration  # noqa: F401  saves then record ["diffusers_ext", "TeleportScheduler"]
 
+from .. import packing
 from . import levels
 from .gaussian import GaussianStats
 from .saving import SavedWithStats
@@ -247,8 +248,8 @@ class TeleportScheduler(SavedWithStats):
             self._mean = None
             return
         shape = tuple(self.stats.shape)
-        if levels.is_packed(mean.shape[-2:], shape) and mean.ndim in (2, 3):
-            mean = levels.unpack(mean.reshape(-1, *mean.shape[-2:]), shape).reshape(*mean.shape[:-2], *shape)
+        if packing.is_packed(mean.shape[-2:], shape) and mean.ndim in (2, 3):
+            mean = packing.unpack(mean.reshape(-1, *mean.shape[-2:]), shape).reshape(*mean.shape[:-2], *shape)
         if tuple(mean.shape) != shape and tuple(mean.shape[1:]) != shape:
             raise ValueError(
                 f"The mean has shape {tuple(mean.shape)}; expected {shape} or (batch, *{shape})."
@@ -264,7 +265,7 @@ class TeleportScheduler(SavedWithStats):
             self._rows(sample), start, end, mean=mean, guidance_scale=self._guidance_scale
         )
         if sample.shape[1:] != moved.shape[1:]:
-            moved = levels.pack(moved)
+            moved = packing.pack(moved)
         return moved.to(sample.dtype)
 
     def _rows(self, sample: torch.Tensor) -> torch.Tensor:
@@ -272,8 +273,8 @@ class TeleportScheduler(SavedWithStats):
         shape = tuple(self.stats.shape)
         if tuple(sample.shape[1:]) == shape:
             return sample
-        if levels.is_packed(sample.shape[1:], shape):
-            return levels.unpack(sample, shape)
+        if packing.is_packed(sample.shape[1:], shape):
+            return packing.unpack(sample, shape)
         raise ValueError(
             f"The latents have shape {tuple(sample.shape[1:])}, the statistics were fitted on {shape}. "
             "Generate at the size of the statistics, or fit them at this one (GaussianStats.fit)."

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import packing
 from . import levels
 from .gaussian import GaussianStats
 from .inject import apply_teleport, remove_teleport
@@ -39,7 +40,7 @@ class _Probe(OneCall):
         noise = self._rows(sample).float() / float(getattr(self.inner, "init_noise_sigma", 1.0))
         noised = a * self.clean.to(noise.device) + s * noise
         if sample.shape[1:] != noised.shape[1:]:
-            noised = levels.pack(noised)
+            noised = packing.pack(noised)
         return noised.to(sample.dtype)
 
     def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:

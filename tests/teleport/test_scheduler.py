@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import diffusers_ext as dx
+from diffusers_ext import packing
 from diffusers_ext.teleport import levels
 from diffusers_ext.teleport.saving import STATS_NAME
 from diffusers_ext.teleport.scheduler import TeleportScheduler
@@ -288,20 +289,20 @@ def test_packed_latents(mean_from: str, noise: Tensor) -> None:
     plain, packed = wrap("flow-euler", stats), wrap("flow-euler", stats)
     means = torch.randn(16, *SHAPE)
     plain.set_mean(means)
-    packed.set_mean(levels.pack(means))
+    packed.set_mean(packing.pack(means))
 
     class Packed:  # the same exact denoiser, on packed latents
         @staticmethod
         def denoise(x: Tensor, level: levels.Level, mean: Any = None) -> Tensor:
-            return levels.pack(stats.denoise(levels.unpack(x, SHAPE), level, mean))
+            return packing.pack(stats.denoise(packing.unpack(x, SHAPE), level, mean))
 
-    assert torch.equal(levels.unpack(levels.pack(noise), SHAPE), noise)
+    assert torch.equal(packing.unpack(packing.pack(noise), SHAPE), noise)
     assert torch.equal(
-        levels.pack(noise), diffusers.FluxPipeline._pack_latents(noise, 16, SHAPE[0], SHAPE[1], SHAPE[2])
+        packing.pack(noise), diffusers.FluxPipeline._pack_latents(noise, 16, SHAPE[0], SHAPE[1], SHAPE[2])
     )
     expected = sample(plain, noise, stats)
-    result = sample(packed, levels.pack(noise), Packed)
-    assert torch.allclose(levels.unpack(result, SHAPE), expected, atol=1e-5)
+    result = sample(packed, packing.pack(noise), Packed)
+    assert torch.allclose(packing.unpack(result, SHAPE), expected, atol=1e-5)
 
 
 def test_latents_of_another_size_are_refused(stats: Any) -> None:

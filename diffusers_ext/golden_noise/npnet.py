@@ -1,0 +1,160 @@
+"""`NPNetModel`: a network that turns random noise into noise that suits the prompt.
+
+Zhou et al., *Golden Noise for Diffusion Models: A Learning Framework*, arXiv:2411.09502.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from .. import registration  # noqa: F401
+from .compact import CompactNPNet
+from .released import ReleasedNPNet
+
+
+class NPNetModel(ModelMixin, ConfigMixin):
+    """Noise (B, C, H, W) and prompt embeddings (B, tokens, text_dim) → golden noise (B, C, H, W).
+
+    The default is a small network of our own (`compact.py`): any H and W, any prompt length up to `max_tokens`,
+    the identity before training. `legacy=True` is the released architecture, for the released weights only; see
+    `from_original`.
+
+    Args:
+        latent_channels: C; even with `legacy`.
+        text_dim: width of the prompt embeddings: 768 for SD 1.5, 2048 for SDXL, 4096 for SD3 and Flux.
+        max_tokens: the longest prompt; with `legacy` the only length.
+        width: features of a patch, a multiple of 32; not used with `legacy`.
+        depth: number of blocks; not used with `legacy`.
+        legacy: the released architecture.
+        sample_size: with `legacy`, S of its only latent size S × S; else not used.
+        svd_attention: with `legacy`, whether the singular values go through attention: what the released
+            inference code does, though its SDXL weights were trained without.
+
+    Raises:
+        ValueError: sizes that do not go together.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        text_dim: int = 2048,
+        max_tokens: int = 77,
+        width: int = 128,
+        depth: int = 4,
+        legacy: bool = False,
+        sample_size: int = 128,
+        svd_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        if min(latent_channels, text_dim, max_tokens, width, depth, sample_size) < 1:
+            raise ValueError(
+                "latent_channels, text_dim, max_tokens, width, depth and sample_size must be 1 or more."
+            )
+        if legacy:
+            size = latent_channels * sample_size // 2
+            if latent_channels % 2 or size % 8:
+                raise ValueError(
+                    f"legacy=True folds the channels in two and the result into eight heads: {latent_channels}"
+                    f" channels of {sample_size} × {sample_size} do not allow it. Leave legacy out."
+                )
+            self.released = ReleasedNPNet(latent_channels, text_dim, max_tokens, sample_size, svd_attention)
+        else:
+            if width % 32:
+                raise ValueError(f"width must be a multiple of 32, the size of a head, got {width}.")
+            self.compact = CompactNPNet(latent_channels, text_dim, max_tokens, width, depth)
+
+    def forward(self, noise: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Golden noise.
+
+        Args:
+            noise: (B, C, H, W), of unit variance: as `latents=` takes it, before the scheduler's
+                `init_noise_sigma`.
+            prompt_embeds: (B, tokens, text_dim), the positive prompts' embeddings, one row for each noise.
+
+        Returns:
+            Like `noise` in shape, dtype and device.
+
+        Raises:
+            ValueError: a shape that the network was not made for; the message names both.
+        """
+        self._check(noise, prompt_embeds)
+        # Offloading moves the inputs by itself; elsewhere the network may live on another device.
+        device = next(self.parameters()).device
+        x, text = noise.to(device), prompt_embeds.to(device)
+        if self.config.legacy:  # type: ignore[union-attr]
+            golden = self.released(x, text)
+        else:
+            # The sum in float32: a small residual would be lost to half precision's rounding.
+            golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype)).float()
+        return golden.to(noise)
+
+    def _check(self, noise: Tensor, prompt_embeds: Tensor) -> None:
+        config: Any = self.config
+        if noise.ndim != 4 or noise.shape[1] != config.latent_channels:
+            raise ValueError(
+                f"NPNet was made for noise (B, {config.latent_channels}, H, W), got {tuple(noise.shape)}."
+            )
+        size = (config.sample_size, config.sample_size)
+        if config.legacy and noise.shape[2:] != size:
+            raise ValueError(
+                f"The released NPNet works at {size[0]} × {size[1]} latents only, got"
+                f" {noise.shape[2]} × {noise.shape[3]}. Generate at that size, or train a network of our own"
+                " (training/train_npnet.py), which takes any."
+            )
+        if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(noise):
+            raise ValueError(
+                f"Expected prompt embeddings ({len(noise)}, tokens, {config.text_dim}), one row for each of the"
+                f" {len(noise)} noises, got {tuple(prompt_embeds.shape)}."
+            )
+        tokens, width = prompt_embeds.shape[1:]
+        if width != config.text_dim:
+            raise ValueError(
+                f"NPNet was made for prompt embeddings of width {config.text_dim}, got {width}: it belongs to"
+                " another model's text encoder."
+            )
+        if tokens > config.max_tokens or (config.legacy and tokens != config.max_tokens):
+            least = "" if config.legacy else "at most "
+            raise ValueError(
+                f"NPNet was made for {least}{config.max_tokens} tokens, got {tokens}: shorten the prompt"
+                " (max_sequence_length), or train with a larger max_tokens."
+            )
+
+    @classmethod
+    def from_original(
+        cls, path: str | os.PathLike[str], *, svd_attention: bool = True, sample_size: int = 128
+    ) -> NPNetModel:
+        """Released weights: the official `.pth` file or the flat safetensors port of it.
+
+        Args:
+            path: the file.
+            svd_attention: see the class. True gives what the official inference code gives; False what the
+                SDXL weights were trained as.
+            sample_size: latents' height and width that the weights are for.
+
+        Raises:
+            ValueError: not one of the two layouts, keys missing or unknown, or weights of other sizes.
+            OSError: no such file.
+        """
+        from .convert import read_original
+
+        weights, sizes = read_original(path, svd_attention)
+        model = cls(**sizes, legacy=True, sample_size=sample_size, svd_attention=svd_attention)
+        wanted = {key: value.shape for key, value in model.released.state_dict().items()}
+        wrong = [
+            f"{key} {tuple(weights[key].shape)} instead of {tuple(shape)}"
+            for key, shape in wanted.items()
+            if key in weights and weights[key].shape != shape
+        ]
+        missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+        if wrong or missing or unknown:
+            faults = [("missing", missing), ("not expected", unknown), ("of another shape", wrong)]
+            text = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in faults if keys)
+            raise ValueError(f"{path} does not hold a whole NPNet. Keys {text}.")
+        model.released.load_state_dict(weights)
+        return model.eval()
