@@ -10,11 +10,16 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "GaussianStats": "diffusers_ext.teleport.gaussian",
+    "NPNetModel": "diffusers_ext.golden_noise.npnet",
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
+    "apply_golden_noise": "diffusers_ext.golden_noise.inject",
     "apply_teleport": "diffusers_ext.teleport.inject",
     "calibrate_skip": "diffusers_ext.teleport.calibrate",
     "fit_prompt_map": "diffusers_ext.teleport.prompt_map",
+    "golden_latents": "diffusers_ext.golden_noise.inject",
     "prompt_means": "diffusers_ext.teleport.prompt_mean",
+    "redenoise": "diffusers_ext.golden_noise.redenoise",
+    "remove_golden_noise": "diffusers_ext.golden_noise.inject",
     "remove_teleport": "diffusers_ext.teleport.inject",
     # Not in a module of its own name: importing that would put the module in place of the function.
     "summary": "diffusers_ext.overview",
@@ -26,6 +31,9 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from .golden_noise.inject import apply_golden_noise, golden_latents, remove_golden_noise
+    from .golden_noise.npnet import NPNetModel
+    from .golden_noise.redenoise import redenoise
     from .overview import summary
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
@@ -37,12 +45,17 @@ if TYPE_CHECKING:
 __all__ = [
     "GaussianStats",
     "ModelMixin",
+    "NPNetModel",
     "SchedulerMixin",
     "TeleportScheduler",
+    "apply_golden_noise",
     "apply_teleport",
     "calibrate_skip",
     "fit_prompt_map",
+    "golden_latents",
     "prompt_means",
+    "redenoise",
+    "remove_golden_noise",
     "remove_teleport",
     "summary",
 ]

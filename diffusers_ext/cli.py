@@ -1,4 +1,4 @@
-"""The command line: `diffusers-ext fit-gaussian | demo | version`.
+"""The command line: `diffusers-ext fit-gaussian | convert | demo | version`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -168,6 +168,37 @@ def _table(stats: GaussianStats) -> Table:
     table.add_row("residual variance", f"{stats.residual:.4g} a dimension")
     table.add_row("top eigenvalues", ", ".join(f"{value:.4g}" for value in stats.eigenvalues[:_TOP].tolist()))
     return table
+
+
+convert = typer.Typer(no_args_is_help=True, help="Turns published weights into folders of this package.")
+app.add_typer(convert, name="convert")
+
+
+@convert.command("npnet")
+@_one_line_errors
+def convert_npnet(
+    checkpoint: Annotated[Path, typer.Argument(help="The released .pth, or its .safetensors port.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    svd_attention: Annotated[
+        bool,
+        typer.Option(help="As the official inference code runs them; the SDXL weights were trained without."),
+    ] = True,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload there too.")] = None,
+) -> None:
+    """Turns released golden-noise weights into a folder for NPNetModel.from_pretrained."""
+    from .golden_noise.npnet import NPNetModel
+
+    npnet = NPNetModel.from_original(checkpoint, svd_attention=svd_attention)
+    npnet.save_pretrained(output)
+    console = Console()
+    console.print(
+        f"{npnet.num_parameters():,} parameters written to {escape(str(output))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if push_to_hub is not None:
+        npnet.push_to_hub(push_to_hub)
+        console.print(f"Uploaded to {escape(push_to_hub)}", soft_wrap=True)
 
 
 @app.command()

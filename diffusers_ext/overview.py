@@ -23,7 +23,7 @@ class Summary:
 
 def summary(pipe: Any) -> Summary:
     """A small report of the methods on `pipe`; `print(dx.summary(pipe))`."""
-    found = {"teleport": _teleport(pipe)}
+    found = {"teleport": _teleport(pipe), "golden noise": _golden_noise(pipe)}
     return Summary(type(pipe).__name__, {name: text for name, text in found.items() if text})
 
 
@@ -44,4 +44,17 @@ def _teleport(pipe: Any) -> str | None:
     ]
     if scheduler.skipped_to is not None:
         parts.append(f"last run skipped {scheduler.num_skipped_steps} steps to σ={scheduler.skipped_to:.3g}")
+    return ", ".join(parts)
+
+
+def _golden_noise(pipe: Any) -> str | None:
+    from .golden_noise.inject import golden_noise_of
+
+    applied = golden_noise_of(pipe)
+    npnet = applied.npnet if applied else getattr(pipe, "npnet", None)
+    if npnet is None:
+        return None
+    kind = "released architecture" if npnet.config.legacy else "compact"
+    parts = [f"{kind} NPNet, {npnet.num_parameters() / 1e6:.2f}M parameters"]
+    parts.append(f"strength {applied.strength:g}" if applied else "a component of the pipeline")
     return ", ".join(parts)

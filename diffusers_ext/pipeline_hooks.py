@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 Hook = Callable[[dict[str, Any], Any], Any]
@@ -60,3 +61,14 @@ def _hooked(original: Callable[..., Any], own: Any) -> Any:
 
     wrapper.__dict__.update(hooks=hooks, own=own)
     return wrapper
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline's own progress bar off."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**(before or {}))

@@ -116,6 +116,34 @@ def grade(
     Raises:
         ValueError: the counts differ, a picture has another size, or a prompt is no Fashion Scenes caption.
     """
+    crop, owner, want_item, want_color = _crops(pictures, prompts)
+    logits = torch.cat([classifier(c.amax(1, keepdim=True)) for c in crop.split(batch_size)])
+    item_right = (logits.argmax(1) == want_item).numpy()
+    color_right = (color_indices(crop) == want_color).numpy()
+    item, color = np.ones(len(prompts), bool), np.ones(len(prompts), bool)
+    np.logical_and.at(item, owner, item_right)
+    np.logical_and.at(color, owner, color_right)
+    return {"item": item, "color": color, "aligned": item & color}
+
+
+@torch.no_grad()
+def confidence(
+    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, prompts: Sequence[str]
+) -> np.ndarray:
+    """How sure the classifier is of every item of the prompt, float64 (n,) in [0, 1]; 0 with a wrong colour.
+
+    The least probable of a scene's items counts. Arguments and errors as for `grade`.
+    """
+    crop, owner, want_item, want_color = _crops(pictures, prompts)
+    likely = classifier(crop.amax(1, keepdim=True)).softmax(1)[torch.arange(len(crop)), want_item]
+    sure = (likely * (color_indices(crop) == want_color)).double().numpy()
+    least = np.ones(len(prompts))
+    np.minimum.at(least, owner, sure)
+    return least
+
+
+def _crops(pictures: np.ndarray | Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """Every garment's crop (m, 3, 32, 32), the scene it belongs to, and the item and colour that it should have."""
     x = _scene_tensor(pictures)
     if len(x) != len(prompts):
         raise ValueError(f"{len(x)} pictures but {len(prompts)} prompts: give one prompt for each picture.")
@@ -129,14 +157,7 @@ def grade(
             crops.append(x[n, :, :, start : start + SIZE])
             want_item.append(ITEMS.index(garment.item))
             want_color.append(colors.index(garment.color))
-    crop = torch.stack(crops)
-    logits = torch.cat([classifier(c.amax(1, keepdim=True)) for c in crop.split(batch_size)])
-    item_right = (logits.argmax(1) == torch.tensor(want_item)).numpy()
-    color_right = (color_indices(crop) == torch.tensor(want_color)).numpy()
-    item, color = np.ones(len(x), bool), np.ones(len(x), bool)
-    np.logical_and.at(item, owner, item_right)
-    np.logical_and.at(color, owner, color_right)
-    return {"item": item, "color": color, "aligned": item & color}
+    return torch.stack(crops), owner, torch.tensor(want_item), torch.tensor(want_color)
 
 
 @torch.no_grad()

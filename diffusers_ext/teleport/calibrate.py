@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..pipeline_hooks import quiet
 from .gaussian import GaussianStats
 from .inject import apply_teleport, remove_teleport
 from .prompt_map import prompt_features
-from .sources import pipeline_samples, quiet
+from .sources import pipeline_samples
 from .trust import trusted_sigma
 
 # A noisy solver has no reference trajectory; its deterministic counterpart has, on the same grid.

@@ -12,10 +12,9 @@ With nothing loaded they are their base classes, bit by bit.
 """
 
 import copy
-import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +28,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ..call_signature import adds_argument, named_arguments
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats
 from .inject import apply_teleport, remove_teleport, teleport_is_on
@@ -157,30 +157,9 @@ class TeleportMixin:
 # --- prompts ---
 
 
-def _sets_prompt_mean(base: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a `__call__` the signature and text of `base`'s, plus `teleport_prompt_mean`.
-
-    diffusers and this package read a pipeline's abilities off `inspect.signature(pipe.__call__)`.
-    """
-    original: Any = base.__call__
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        wrapper = functools.wraps(original)(function)
-        signature = inspect.signature(original)
-        extra = inspect.Parameter(
-            "teleport_prompt_mean", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool
-        )
-        *named, rest = signature.parameters.values()
-        wrapper.__dict__["__signature__"] = signature.replace(parameters=[*named, extra, rest])
-        wrapper.__doc__ = (
-            f"{original.__doc__}\n\n"
-            "        teleport_prompt_mean (`bool`, defaults to `True`): where the statistics are\n"
-            "        within-prompt ones, start every image from its prompt's own mean: the fitted one, or\n"
-            "        for a new prompt that of `prompt_means`, a model call that is made once a prompt.\n"
-        )
-        return wrapper
-
-    return decorate
+_DOC = """teleport_prompt_mean (`bool`, defaults to `True`): where the statistics are
+        within-prompt ones, start every image from its prompt's own mean: the fitted one, or
+        for a new prompt that of `prompt_means`, a model call that is made once a prompt."""
 
 
 class PromptTeleportMixin(TeleportMixin):
@@ -278,25 +257,21 @@ class PromptTeleportMixin(TeleportMixin):
 class TeleportStableDiffusionPipeline(PromptTeleportMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that can replace its first steps by the closed form of a Gaussian."""
 
-    @_sets_prompt_mean(StableDiffusionPipeline)
+    @adds_argument(StableDiffusionPipeline, "teleport_prompt_mean", True, _DOC)
     def __call__(self, *args: Any, teleport_prompt_mean: bool = True, **kwargs: Any) -> Any:
-        with self._prompt_mean(teleport_prompt_mean, _named(StableDiffusionPipeline, args, kwargs)):
+        with self._prompt_mean(teleport_prompt_mean, named_arguments(StableDiffusionPipeline, args, kwargs)):
             return super().__call__(*args, **kwargs)
 
 
 class TeleportStableDiffusionXLPipeline(PromptTeleportMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` that can replace its first steps by the closed form of a Gaussian."""
 
-    @_sets_prompt_mean(StableDiffusionXLPipeline)
+    @adds_argument(StableDiffusionXLPipeline, "teleport_prompt_mean", True, _DOC)
     def __call__(self, *args: Any, teleport_prompt_mean: bool = True, **kwargs: Any) -> Any:
-        with self._prompt_mean(teleport_prompt_mean, _named(StableDiffusionXLPipeline, args, kwargs)):
+        with self._prompt_mean(
+            teleport_prompt_mean, named_arguments(StableDiffusionXLPipeline, args, kwargs)
+        ):
             return super().__call__(*args, **kwargs)
-
-
-def _named(base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `base` by name; a wrong call is left for `base` to refuse."""
-    names = list(inspect.signature(base.__call__).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
 
 
 class TeleportDDPMPipeline(TeleportMixin, DDPMPipeline):

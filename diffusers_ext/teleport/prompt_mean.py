@@ -10,10 +10,11 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from ..pipeline_hooks import quiet
 from . import levels
 from .gaussian import GaussianStats
 from .scheduler import TeleportScheduler, _Wrapped
-from .sources import check_prompts, quiet
+from .sources import check_prompts
 
 
 class OneCall(TeleportScheduler):

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..pipeline_hooks import quiet
 from .pictures import Pictures, open_pictures, picture_batches
 from .scheduler import TeleportScheduler
 
@@ -160,17 +161,6 @@ def _rows_of(name: str, value: Any, rows: int) -> Any:
 def _pixels(images: Any) -> Tensor:
     """(b, C, H, W) float32 in [−1, 1] from a pipeline's (b, H, W, C) array in [0, 1]."""
     return torch.from_numpy(np.asarray(images, np.float32)).permute(0, 3, 1, 2) * 2.0 - 1.0
-
-
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own progress bar off."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**(before or {}))
 
 
 # --- pictures ---

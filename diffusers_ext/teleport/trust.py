@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import packing
+from ..pipeline_hooks import quiet
 from . import levels
 from .gaussian import GaussianStats
 from .inject import apply_teleport, remove_teleport
 from .prompt_mean import OneCall
-from .sources import quiet
 
 
 class _Probe(OneCall):

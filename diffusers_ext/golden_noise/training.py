@@ -1,0 +1,147 @@
+"""How NPNet is trained: the objective, the held-out split, and a validation with its controls."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..pipeline_hooks import quiet
+from .npnet import NPNetModel
+from .pair_store import NoisePairs
+from .scorers import Scorer, checked_scores
+
+
+class NPNetObjective(nn.Module):
+    """The squared error to the golden noise, arXiv:2411.09502 equation 6."""
+
+    def __init__(self, npnet: NPNetModel) -> None:
+        super().__init__()
+        self.npnet = npnet
+
+    def forward(self, noise: Tensor, golden: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) prompts, each row its own."""
+        return F.mse_loss(self.npnet(noise, prompt_embeds), golden)
+
+
+def split_by_prompt(pairs: NoisePairs, share: float) -> tuple[NoisePairs, NoisePairs]:
+    """(training, held-out) pairs; a prompt is on one side only, always the same one.
+
+    Raises:
+        ValueError: one side is empty.
+    """
+    held_out = torch.tensor([_fraction(prompt) < share for prompt in pairs.prompts])
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"{len(set(pairs.prompts))} prompts cannot be split with {share:.0%} held out: collect pairs of more"
+            " prompts."
+        )
+    return pairs.subset(torch.nonzero(~held_out)[:, 0]), pairs.subset(torch.nonzero(held_out)[:, 0])
+
+
+def _fraction(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+@torch.no_grad()
+def prompt_embeddings(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """What the pipeline's denoiser is shown of the prompts, (n, tokens, text_dim)."""
+    given = {
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+        "prompt_2": None,
+        "prompt_3": None,
+    }
+    names = inspect.signature(pipe.encode_prompt).parameters
+    options = {name: value for name, value in given.items() if name in names}
+    encoded = pipe.encode_prompt(prompt=list(prompts), device=pipe._execution_device, **options)
+    return encoded[0] if isinstance(encoded, tuple | list) else encoded
+
+
+@torch.no_grad()
+def relative_error(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, batch_size: int = 64) -> float:
+    """Mean squared error on pairs over that of the identity: below 1, or the network has learnt nothing."""
+    error = identity = 0.0
+    for rows in torch.arange(len(pairs)).split(batch_size):
+        part = pairs.subset(rows)
+        noise, golden = (x.float().to(npnet.device) for x in (part.noise, part.golden))
+        made = npnet(noise, prompt_embeddings(pipe, part.prompts))
+        error += float((made - golden).square().sum())
+        identity += float((noise - golden).square().sum())
+    return error / identity
+
+
+@torch.no_grad()
+def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs) -> dict[str, Tensor]:
+    """Noise to start from, (n, C, H, W) float32 each: without, with, the target, and the controls.
+
+    `random` is a random perturbation with each row's norm of change, `shuffled` the network with the next row's
+    prompt, `rescaled` the random noise with the golden noise's mean and variance.
+    """
+    noise, golden = (x.float().to(npnet.device) for x in (pairs.noise, pairs.golden))
+    embeds = prompt_embeddings(pipe, pairs.prompts)
+    made = npnet(noise, embeds)
+    return {
+        "plain": noise,
+        "npnet": made,
+        "re-denoised": golden,
+        "random": noise + equal_norm(made - noise, torch.Generator().manual_seed(0)),
+        "shuffled": npnet(noise, embeds.roll(1, 0)),
+        "rescaled": rescaled(noise, made),
+    }
+
+
+def equal_norm(change: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction for every row of `change`, with that row's norm."""
+    draw = torch.randn(change.shape, generator=generator).to(change)
+    factor = change.flatten(1).norm(dim=1) / draw.flatten(1).norm(dim=1)
+    return draw * factor[:, None, None, None]
+
+
+def rescaled(noise: Tensor, like: Tensor) -> Tensor:
+    """`noise` with each row's mean and standard deviation those of `like`."""
+    axes = (1, 2, 3)
+    unit = (noise - noise.mean(axes, keepdim=True)) / noise.std(axes, keepdim=True)
+    return unit * like.std(axes, keepdim=True) + like.mean(axes, keepdim=True)
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any, prompts: Sequence[str], latents: Tensor, batch_size: int = 32, **call_kwargs: Any
+) -> np.ndarray:
+    """Pictures float32 (n, h, w, 3) in [0, 1] from given unit noise (n, C, H, W), packed here if need be."""
+    from .. import packing
+
+    packs = hasattr(pipe, "_pack_latents")
+    pictures = []
+    for rows in torch.arange(len(prompts)).split(batch_size):
+        x = latents[rows].to(pipe._execution_device, pipe.dtype)
+        chosen = [prompts[i] for i in rows.tolist()]
+        with quiet(pipe):
+            result = pipe(chosen, latents=packing.pack(x) if packs else x, output_type="np", **call_kwargs)
+        pictures.append(np.asarray(result.images, dtype=np.float32))
+    return np.concatenate(pictures)
+
+
+def compare(
+    npnet: NPNetModel, pipe: Any, pairs: NoisePairs, scorer: Scorer | None, **call_kwargs: Any
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Mean scores of all `variants` on held-out pairs, and their pictures; without a scorer only the pictures of the
+    first three."""
+    starts = variants(npnet, pipe, pairs)
+    if scorer is None:
+        starts = {name: starts[name] for name in ("plain", "npnet", "re-denoised")}
+    pictures = {name: sample(pipe, pairs.prompts, x, **call_kwargs) for name, x in starts.items()}
+    if scorer is None:
+        return {}, pictures
+    scores = {
+        f"score, {name}": float(checked_scores(scorer, images, pairs.prompts).mean())
+        for name, images in pictures.items()
+    }
+    return scores, pictures

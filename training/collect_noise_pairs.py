@@ -1,0 +1,98 @@
+"""Collects pairs of random and golden noise, the training data of NPNet, from any text-to-image pipeline.
+
+    accelerate launch training/collect_noise_pairs.py --pretrained_model_name_or_path MODEL \\
+        --prompts prompts.txt --num_pairs 20000 --output_dir runs/pairs --scorer pickscore --margin 0.1
+
+Golden noise is the random noise re-denoised (arXiv:2411.09502): one step down with --guidance_scale, one step back
+up with --inversion_guidance_scale. With --scorer both noises' pictures are made, and a pair is kept if the golden
+one's score is higher by more than --margin. A killed run goes on when it is started again; several processes share
+the work. On several CPUs, start one process each with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+import diffusers_ext.registration  # noqa: F401
+from diffusers_ext.data import fashion_scenes
+from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs
+from diffusers_ext.golden_noise.scorers import load_scorer
+
+
+def parse_args() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True)
+    add("--revision", default=None)
+    add("--variant", default=None)
+    add("--prompts", default=None, help="text file, one prompt a line; without it, Fashion Scenes' own")
+    add("--num_pairs", type=int, default=20_000, help="attempts in all")
+    add("--output_dir", required=True)
+    add("--seed", type=int, default=0)
+    add("--train_batch_size", type=int, default=8, help="attempts a shard, all made at once")
+    add("--height", type=int, default=None, help="of the pictures; default: the pipeline's")
+    add("--width", type=int, default=None)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
+    add(
+        "--scorer",
+        default=None,
+        help="fashion-grader, clip[:MODEL], pickscore, hpsv2, imagereward, FILE.py:FUNCTION",
+    )
+    for field in fields(PairSettings):
+        kind: Any = type(field.default)
+        if kind is bool:
+            add(f"--{field.name}", action="store_true")
+        else:
+            add(f"--{field.name}", type=kind, default=field.default)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Loads the pipeline, collects, and says what was kept."""
+    args = parse_args()
+    accelerator = Accelerator()
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    options = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
+    pipe: Any = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
+    pipe.to(accelerator.device)
+    size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
+    mine = collect_pairs(
+        pipe,
+        read_prompts(args.prompts, args.num_pairs, args.seed),
+        args.num_pairs,
+        args.output_dir,
+        PairSettings(**{field.name: getattr(args, field.name) for field in fields(PairSettings)}),
+        seed=args.seed,
+        batch_size=args.train_batch_size,
+        scorer=load_scorer(args.scorer, accelerator.device) if args.scorer else None,
+        scorer_name=args.scorer,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        progress=accelerator.is_local_main_process,
+        **size,
+    )
+    counts: Any = accelerator.reduce(torch.tensor([mine.kept, mine.tried], device=accelerator.device), "sum")
+    accelerator.print(f"{args.output_dir}: {int(counts[0])} pairs kept of {int(counts[1])} tried")
+    accelerator.end_training()
+
+
+def read_prompts(path: str | None, count: int, seed: int) -> list[str]:
+    """The lines of a file, or training prompts of Fashion Scenes."""
+    if path is None:
+        return [fashion_scenes.caption(scene) for scene in fashion_scenes.draw_scenes("train", count, seed)]
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ValueError(f"{path} holds no prompts: write one a line.")
+    return [line for line in lines if line]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Trains NPNet, which turns random noise into noise that suits the prompt, on pairs of noises.
+
+    accelerate launch training/train_npnet.py --pretrained_model_name_or_path MODEL \\
+        --train_data_dir runs/pairs --output_dir runs/npnet --use_ema
+
+The pairs come from training/collect_noise_pairs.py, or with --dataset_name from a data set on the Hub that holds
+such a folder. MODEL's text encoder conditions the network. The finished network is in OUTPUT_DIR/model with its
+card: `diffusers_ext.NPNetModel.from_pretrained`. A killed run goes on with --resume_from_checkpoint latest. On
+several CPUs, start one process each with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+import diffusers_ext.registration  # noqa: F401
+from diffusers_ext.data.base_training import save_grid
+from diffusers_ext.evaluation.grader import to_tensor
+from diffusers_ext.golden_noise.npnet import NPNetModel
+from diffusers_ext.golden_noise.pair_store import NoisePairs, read_manifest
+from diffusers_ext.golden_noise.pairs import describe_model
+from diffusers_ext.golden_noise.scorers import load_scorer
+from diffusers_ext.golden_noise.training import (
+    NPNetObjective,
+    compare,
+    prompt_embeddings,
+    relative_error,
+    split_by_prompt,
+)
+from diffusers_ext.publishing import create_hub_repo, publish
+from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
+
+ABOUT = """\
+# Golden noise for {model}
+
+An NPNet (Zhou et al., arXiv:2411.09502): it turns the random noise that a picture starts from into noise that suits
+the prompt. Trained on {pairs} pairs of {prompts} prompts.
+
+```python
+import diffusers_ext as dx
+
+npnet = dx.NPNetModel.from_pretrained("FOLDER")
+dx.apply_golden_noise(pipe, npnet)
+```
+
+In the table, `relative error` is the squared error on held-out prompts' pairs over that of leaving the noise as it
+is; scores are means over held-out pairs: *re-denoised* is the target itself, *random* a random change of the same
+size, *shuffled* the network with another prompt, *rescaled* the noise with only the network's mean and variance."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The arguments: NPNet's own and those that all training scripts share."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="the pipeline that the pairs come from")
+    add("--revision", default=None)
+    add("--variant", default=None)
+    add("--train_data_dir", default=None, help="a folder that collect_noise_pairs.py wrote")
+    add("--dataset_name", default=None, help="a data set on the Hub that holds such a folder")
+    add("--width", type=int, default=128, help="features of a patch")
+    add("--depth", type=int, default=4, help="number of blocks")
+    add("--held_out_share", type=float, default=0.1, help="share of the prompts that is not trained on")
+    add("--scorer", default=None, help="of the validation pictures; see collect_noise_pairs.py")
+    add("--num_validation_images", type=int, default=64)
+    add("--num_inference_steps", type=int, default=30, help="of the validation pictures")
+    add("--guidance_scale", type=float, default=5.5, help="of the validation pictures")
+    add_training_arguments(parser)
+    args = parser.parse_args()
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --train_data_dir or --dataset_name")
+    return args
+
+
+def main() -> None:
+    """Trains; the main process writes, prints and uploads the outcome."""
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    repo_id = create_hub_repo(args) if accelerator.is_main_process else None
+    folder = args.train_data_dir or snapshot_download(args.dataset_name, repo_type="dataset")
+    pairs = NoisePairs.load(folder)
+    training, held_out = split_by_prompt(pairs, args.held_out_share)
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
+    ).to(accelerator.device)
+    made_by = read_manifest(folder)
+    if made_by["model"] != describe_model(pipe):
+        raise ValueError(
+            f"{folder} holds pairs of another model: {made_by['model']} there, {describe_model(pipe)} here."
+        )
+    npnet = build(args, training, prompt_embeddings(pipe, training.prompts[:1]))
+
+    def make_batch(rows: Rows) -> dict[str, Tensor]:
+        part = training.subset(rows.indices(len(training)))
+        embeds = prompt_embeddings(pipe, part.prompts).float()
+        return {"noise": part.noise.float(), "golden": part.golden.float(), "prompt_embeds": embeds}
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        few = held_out.subset(torch.arange(min(args.num_validation_images, len(held_out))))
+        scorer = load_scorer(args.scorer, accelerator.device) if args.scorer else None
+        height, width = (size * pipe.vae_scale_factor for size in training.noise.shape[2:])
+        size = {"height": height, "width": width}
+        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        scores, pictures = compare(npnet, pipe, few, scorer, **size, **call)
+        rows = [to_tensor(pictures[name])[:8] for name in ("plain", "npnet", "re-denoised")]
+        save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
+        return {"relative error": relative_error(npnet, pipe, held_out), **scores}
+
+    record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate)
+    if accelerator.is_main_process:
+        record |= {
+            "parameters": npnet.num_parameters(),
+            "pairs": len(training),
+            "held-out pairs": len(held_out),
+        }
+        name = Path(args.pretrained_model_name_or_path).name
+        about = ABOUT.format(model=name, pairs=len(training), prompts=len(set(training.prompts)))
+        publish(
+            args,
+            sys.argv,
+            record,
+            npnet.cpu().half().save_pretrained,
+            about,
+            ["golden-noise", "npnet"],
+            repo_id,
+        )
+        print(json.dumps(record, indent=1))
+
+
+def build(args: argparse.Namespace, pairs: NoisePairs, embeds: Tensor) -> NPNetModel:
+    """An untrained network for these pairs and prompt embeddings (1, tokens, text_dim)."""
+    return NPNetModel(
+        latent_channels=pairs.noise.shape[1],
+        text_dim=embeds.shape[2],
+        max_tokens=embeds.shape[1],
+        width=args.width,
+        depth=args.depth,
+    )
+
+
+if __name__ == "__main__":
+    main()
