@@ -69,9 +69,16 @@ def paired_difference(ours: np.ndarray, control: np.ndarray, seed: int = 0) -> E
 
 
 def paired_frechet_difference(
-    ours: np.ndarray, control: np.ndarray, reference: FeatureStats, num_resamples: int = 100, seed: int = 0
+    ours: np.ndarray,
+    control: np.ndarray,
+    reference: FeatureStats,
+    num_resamples: int = 100,
+    seed: int = 0,
+    group_size: int = 1,
 ) -> Estimate:
     """Fréchet distance of `ours` less that of `control`, features (n, d) on the same seeds, to one reference.
+
+    Rows that follow each other in groups of `group_size`, as one prompt's pictures, are resampled together.
 
     Resampling raises both distances alike (repeated rows lose rank), so the percentiles are centred on the
     difference of the whole sets.
@@ -79,11 +86,12 @@ def paired_frechet_difference(
     if ours.shape != control.shape:
         raise ValueError(f"A paired comparison needs equal shapes, got {ours.shape} and {control.shape}.")
 
-    def difference(rows: np.ndarray) -> float:
+    def difference(groups: np.ndarray) -> float:
+        rows = _rows(groups, group_size)
         a, b = FeatureStats.of(ours[rows]), FeatureStats.of(control[rows])
         return frechet_distance(a, reference) - frechet_distance(b, reference)
 
-    return _centred(bootstrap(difference, len(ours), num_resamples, seed))
+    return _centred(bootstrap(difference, len(ours) // group_size, num_resamples, seed))
 
 
 def _centred(estimate: Estimate) -> Estimate:
@@ -92,14 +100,25 @@ def _centred(estimate: Estimate) -> Estimate:
 
 
 def frechet_interval(
-    features: np.ndarray, reference: FeatureStats, num_resamples: int = 100, seed: int = 0
+    features: np.ndarray,
+    reference: FeatureStats,
+    num_resamples: int = 100,
+    seed: int = 0,
+    group_size: int = 1,
 ) -> Estimate:
-    """Fréchet distance of features (n, d) to a reference, with a bootstrap interval centred on it."""
+    """Fréchet distance of features (n, d) to a reference, with a bootstrap interval centred on it.
 
-    def distance(rows: np.ndarray) -> float:
-        return frechet_distance(FeatureStats.of(features[rows]), reference)
+    `group_size`: see `paired_frechet_difference`.
+    """
 
-    return _centred(bootstrap(distance, len(features), num_resamples, seed))
+    def distance(groups: np.ndarray) -> float:
+        return frechet_distance(FeatureStats.of(features[_rows(groups, group_size)]), reference)
+
+    return _centred(bootstrap(distance, len(features) // group_size, num_resamples, seed))
+
+
+def _rows(groups: np.ndarray, group_size: int) -> np.ndarray:
+    return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

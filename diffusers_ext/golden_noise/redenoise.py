@@ -96,8 +96,8 @@ def schedule_levels(scheduler: Any, count: int) -> list[Level]:
     if have < count:
         raise ValueError(f"Re-denoising needs num_inference_steps of at least {count}, got {have}.")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return [Level(1 - float(sigma), float(sigma)) for sigma in scheduler.sigmas[:count]]
-    cumulative = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps[:count]]
+        return [Level(1 - sigma, sigma) for sigma in scheduler.sigmas.tolist()[:count]]
+    cumulative = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps.tolist()[:count]]
     return [Level(a**0.5, (1 - a) ** 0.5) for a in cumulative]
 
 

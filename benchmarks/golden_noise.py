@@ -1,0 +1,56 @@
+"""Golden noise against its controls on the embedded text-to-image model, at the same prompts and seeds.
+
+    python benchmarks/golden_noise.py --workers 2 --output_dir benchmarks/results
+
+Every run is kept in `--cache_dir`, so an interrupted benchmark goes on where it stopped. Writes a Markdown table, a
+plot and a sheet of pictures. Intervals are over prompts: the pictures of one prompt are resampled together. Fréchet
+distances and diversity are on the small grader's features and are not FID.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+from golden_noise_report import write_report
+from golden_noise_runs import BEST_OF, Job, Outcome, best_of, job_path, jobs, outcome, prompts, run
+from tqdm.auto import tqdm
+
+
+def main() -> None:
+    """Runs what is missing and writes the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--cache_dir", type=Path, default=Path("runs/golden_noise"))
+    parser.add_argument("--num_prompts", type=int, default=400)
+    parser.add_argument("--num_seeds", type=int, default=5, help="pictures a prompt and variant")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--variants", nargs="+", default=None, help="run only these, and write no report")
+    args = parser.parse_args()
+    for folder in (args.output_dir, args.cache_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    wanted = [job for job in jobs(args.num_seeds) if not args.variants or job.variant in args.variants]
+    paths = {job: job_path(job, args.num_prompts, args.cache_dir) for job in wanted}
+    with ProcessPoolExecutor(args.workers) as pool:
+        tasks = [pool.submit(run, job, args.num_prompts, path) for job, path in paths.items()]
+        for task in tqdm(as_completed(tasks), total=len(tasks), desc="runs of all prompts"):
+            task.result()
+    if args.variants:
+        return
+    draws = [BEST_OF * s for s in range(args.num_seeds)]
+
+    def collect(job: Job) -> Outcome:
+        """All seeds of `job`'s variant."""
+        return outcome([paths[replace(job, draw=draw)] for draw in draws])
+
+    def collect_best(guidance: float, count: int) -> Outcome:
+        """The best of `count` plain pictures a seed."""
+        return best_of([outcome([paths[Job("plain", guidance, d + k)] for d in draws]) for k in range(count)])
+
+    write_report(args.output_dir, prompts(args.num_prompts), args.num_seeds, collect, collect_best)
+
+
+if __name__ == "__main__":
+    main()
