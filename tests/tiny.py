@@ -1,7 +1,7 @@
 """Tiny random pipelines, built in memory in well under a second each; nothing is downloaded.
 
 `build(name)` gives a pipeline, `inputs(name)` keyword arguments for its call, `LATENT_SHAPES[name]` the shape
-of one latent before any packing, `gaussian(shape)` random statistics. Weights depend on `seed` alone.
+of one latent before any packing, `gaussian(shape)` random statistics, `npnet(name)` a random noise network. Weights depend on `seed` alone.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from diffusers_ext import GaussianStats
+from diffusers_ext import GaussianStats, NPNetModel
 
 NAMES = ("sd", "sdxl", "sd3", "flux", "ddpm")
 
@@ -264,3 +264,19 @@ def gaussian(
         "calibration": {},
     }
     return GaussianStats(**{**given, **fields})
+
+
+# Width of the prompt embeddings that each pipeline's denoiser is shown, and the most tokens they have.
+PROMPTS = {"sd": (_TEXT_WIDTH, 77), "sdxl": (2 * _TEXT_WIDTH, 77), "sd3": (32, 333), "flux": (32, 4)}
+
+
+def npnet(name: str, seed: int = 0, trained: bool = True) -> NPNetModel:
+    """A small network for `build(name)`; with `trained` its last layer is random, so that it changes the noise."""
+    text_dim, max_tokens = PROMPTS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        channels = LATENT_SHAPES[name][0]
+        model = NPNetModel(channels, text_dim, max_tokens, width=32, depth=1)
+        if trained:
+            torch.nn.init.normal_(model.compact.out.weight, std=0.3)
+    return model.eval()

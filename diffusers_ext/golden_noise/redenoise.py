@@ -92,12 +92,12 @@ def schedule_levels(scheduler: Any, count: int) -> list[Level]:
     Raises:
         ValueError: fewer steps than that.
     """
-    have = len(scheduler.timesteps)
-    if have < count:
+    timesteps: Any = scheduler.timesteps
+    if (have := len(timesteps)) < count:
         raise ValueError(f"Re-denoising needs num_inference_steps of at least {count}, got {have}.")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return [Level(1 - sigma, sigma) for sigma in scheduler.sigmas.tolist()[:count]]
-    cumulative = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps.tolist()[:count]]
+    cumulative = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps.tolist()[:count]]
     return [Level(a**0.5, (1 - a) ** 0.5) for a in cumulative]
 
 

@@ -48,12 +48,24 @@ def _teleport(mean_from: str) -> Callable[[Any, str], Any]:
     return apply
 
 
+def _golden_noise(pipe: Any, name: str) -> Any:
+    return dx.apply_golden_noise(pipe, tiny.npnet(name))
+
+
 METHODS = {
     "teleport": Method(
         _teleport("stats"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
     ),
     "teleport-first-call": Method(
         _teleport("first_call"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
+    ),
+    # Saved with the pipeline by the classes in pipelines/golden_noise_*, which have tests of their own.
+    "golden-noise": Method(
+        _golden_noise,
+        dx.remove_golden_noise,
+        twice="Golden noise is on",
+        pipelines=("sd", "sdxl", "sd3", "flux"),
+        saves=False,
     ),
 }
 CASES = [pytest.param(METHODS[m], name, id=f"{m}-{name}") for m in METHODS for name in METHODS[m].pipelines]
@@ -250,3 +262,25 @@ def test_loading_in_a_fresh_process(tmp_path: Any) -> None:
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     expected = f"TeleportScheduler {type(pipe.scheduler.inner).__name__}"
     assert done.stdout.strip().endswith(expected), done.stderr
+
+
+@pytest.mark.parametrize("name", METHODS["golden-noise"].pipelines)
+@pytest.mark.parametrize("taken_off_first", [0, 1])
+@pytest.mark.parametrize("put_on_first", [0, 1])
+def test_methods_stack_and_come_off_in_any_order(name: str, put_on_first: int, taken_off_first: int) -> None:
+    pair = [METHODS["teleport"], METHODS["golden-noise"]]
+    pipe = tiny.build(name)
+    plain, before, scheduler = tiny.images(pipe, name, 2), traces(pipe), pipe.scheduler
+    alone = [tiny.images(on(method, name), name, 2) for method in pair]
+    for method in (pair[put_on_first], pair[1 - put_on_first]):
+        method.apply(pipe, name)
+    both = tiny.images(pipe, name, 2)
+    assert not any(torch.equal(both, images) for images in (plain, *alone))
+    assert str(dx.summary(pipe)).count("\n") == 2
+    pair[taken_off_first].remove(pipe)
+    assert torch.equal(tiny.images(pipe, name, 2), alone[1 - taken_off_first])
+    pair[1 - taken_off_first].remove(pipe)
+    assert torch.equal(tiny.images(pipe, name, 2), plain)
+    assert traces(pipe) == before
+    assert pipe.scheduler is scheduler
+    assert not {"encode_prompt", "prepare_latents", "check_inputs"} & vars(pipe).keys()

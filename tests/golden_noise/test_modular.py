@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPTS = ["a aaa", "a bbb"]
 BATCH = 4  # two prompts, two pictures each
+CALL = {"prompt": PROMPTS, "height": 8, "width": 8, "num_inference_steps": 3, "output_type": "pt"}
 PREPARE = "denoise.before_denoise.prepare_latents"
 
 
@@ -51,16 +52,8 @@ def plain_blocks() -> Any:
 
 
 def call(pipe: Any, output: str = "images", **changes: Any) -> Tensor:
-    given = {
-        "prompt": PROMPTS,
-        "num_images_per_prompt": 2,
-        "generator": tiny.generators(BATCH),
-        "height": 8,
-        "width": 8,
-        "num_inference_steps": 3,
-        "output_type": "pt",
-    }
-    return pipe(output=output, **{**given, **changes})
+    given = {"num_images_per_prompt": 2, "generator": tiny.generators(BATCH)}
+    return pipe(output=output, **{**CALL, **given, **changes})
 
 
 def start(pipe: Any, **changes: Any) -> Tensor:
@@ -107,23 +100,32 @@ def test_the_start_is_the_networks_noise() -> None:
     torch.testing.assert_close(start(pipe, golden_strength=0.5) / scale(), half, atol=1e-5, rtol=0)
 
 
-def test_equals_the_classic_pipeline_with_golden_latents() -> None:
+@pytest.mark.parametrize("each", [1, 2])
+def test_equals_the_classic_pipeline_with_golden_latents(each: int) -> None:
     npnet = network()
+    given = {"num_images_per_prompt": each, "generator": tiny.generators(2 * each)}
+    result = modular(golden_noise_blocks(), npnet)(
+        **{**CALL, **given}, output=["images", "pooled_prompt_embeds"]
+    )
+    embeds, negative, pooled, negative_pooled = stock().encode_prompt(PROMPTS, num_images_per_prompt=each)
+    noise = randn_tensor((2 * each, 4, 8, 8), generator=tiny.generators(2 * each))
     with torch.no_grad():
-        latents = npnet(unit_noise(), prompt_embeds())
+        latents = npnet(noise, embeds)
+    # diffusers 0.42's input step repeats the pooled embeddings as 0 1 0 1, and all others as 0 0 1 1.
+    if each == 1:
+        assert torch.equal(result["pooled_prompt_embeds"], pooled)
     classic = stock()(
-        PROMPTS,
-        num_images_per_prompt=2,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        pooled_prompt_embeds=result["pooled_prompt_embeds"],
+        negative_pooled_prompt_embeds=negative_pooled,
         latents=latents,
         guidance_scale=5.0,
-        height=8,
-        width=8,
-        num_inference_steps=3,
-        output_type="pt",
+        **{key: CALL[key] for key in ("height", "width", "num_inference_steps", "output_type")},
     ).images
-    golden = call(modular(golden_noise_blocks(), npnet))
-    torch.testing.assert_close(golden, classic, atol=1e-4, rtol=0)
-    assert (golden - call(modular(plain_blocks()))).abs().amax((1, 2, 3)).min() > 1e-3
+    torch.testing.assert_close(result["images"], classic, atol=1e-4, rtol=0)
+    plain = call(modular(plain_blocks()), num_images_per_prompt=each, generator=tiny.generators(2 * each))
+    assert (classic - plain).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_strength_0_is_off() -> None:
@@ -220,3 +222,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     again.set_progress_bar_config(disable=True)
     assert isinstance(again.npnet, NPNetModel)
     assert torch.equal(call(again), call(pipe))
+
+
+def test_components_of_a_classic_repository(tmp_path: Path) -> None:
+    stock().save_pretrained(tmp_path / "sdxl")
+    network().save_pretrained(tmp_path / "npnet")
+    pipe = golden_noise_blocks().init_pipeline(str(tmp_path / "sdxl"))
+    pipe.load_components()
+    pipe.update_components(npnet=NPNetModel.from_pretrained(tmp_path / "npnet"))
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(start(pipe), start(modular(golden_noise_blocks(), network())))
+    assert call(pipe).shape == (BATCH, 3, 8, 8)

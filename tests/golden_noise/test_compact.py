@@ -1,0 +1,132 @@
+"""The small network: sizes, identity, prompts row by row, dtypes, saving and refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffusers_ext as dx
+
+
+def build(channels: int = 4, trained: bool = True, **config: Any) -> dx.NPNetModel:
+    options = {"text_dim": 8, "max_tokens": 6, "width": 32, "depth": 2, **config}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = dx.NPNetModel(channels, **options)
+        if trained:
+            torch.nn.init.normal_(model.compact.out.weight, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+def inputs(*shape: int, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=draw), torch.randn(shape[0], tokens, 8, generator=draw)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+@given(height=st.integers(1, 13), width=st.integers(1, 13), tokens=st.integers(1, 6))
+@settings(max_examples=15, deadline=None)
+def test_any_size_and_the_identity_before_training(
+    channels: int, height: int, width: int, tokens: int
+) -> None:
+    noise, text = inputs(2, channels, height, width, tokens=tokens)
+    assert torch.equal(build(channels, trained=False)(noise, text), noise)
+    golden = build(channels)(noise, text)
+    assert golden.shape == noise.shape
+    assert torch.isfinite(golden).all()
+    assert not torch.equal(golden, noise)
+
+
+def test_every_row_has_its_own_prompt() -> None:
+    model = build()
+    noise, text = inputs(3, 4, 6, 10)
+    batch = model(noise, text)
+    rows = torch.cat([model(noise[i : i + 1], text[i : i + 1]) for i in range(3)])
+    # Another batch size may take another matrix kernel: float32 rounding.
+    assert torch.allclose(batch, rows, atol=1e-5)
+    other = model(noise, text[[0, 2, 1]])
+    assert torch.equal(other[0], batch[0])
+    assert not torch.allclose(other[1:], batch[1:], atol=1e-3)
+
+
+def test_every_token_and_its_place_count() -> None:
+    model = build()
+    noise, text = inputs(1, 4, 6, 6)
+    for i in range(6):
+        changed = text.clone()
+        changed[:, i] += 1 + torch.arange(8.0)
+        assert not torch.allclose(model(noise, changed), model(noise, text), atol=1e-4)
+    assert not torch.allclose(model(noise, text.flip(1)), model(noise, text), atol=1e-4)
+
+
+def test_the_same_patch_elsewhere_is_changed_otherwise() -> None:
+    golden = build()(torch.zeros(1, 4, 12, 12), inputs(1, 4, 1, 1)[1])
+    assert not torch.allclose(golden[..., :6], golden[..., 6:], atol=1e-3)
+    assert not torch.allclose(golden[..., :6, :], golden[..., 6:, :], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_and_inputs(dtype: torch.dtype) -> None:
+    noise, text = inputs(2, 4, 6, 6)
+    exact = build()(noise, text)
+    half = build().to(dtype)(noise.to(dtype), text.to(dtype))
+    assert half.dtype == dtype
+    # Three or two significant digits of a residual of about 1.
+    assert (half - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.15)
+    mixed = build().to(dtype)(noise, text)
+    assert mixed.dtype == torch.float32
+    untrained = build(trained=False).to(dtype)
+    assert torch.equal(untrained(noise, text), noise)
+
+
+def test_save_and_load(tmp_path: Any) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    loaded: Any = dx.NPNetModel.from_pretrained(tmp_path)
+    noise, text = inputs(2, 4, 5, 7)
+    assert torch.equal(loaded(noise, text), model(noise, text))
+    assert dict(loaded.config)["text_dim"] == 8
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = build().requires_grad_(True)
+    noise, text = inputs(2, 4, 6, 6)
+    model(noise, text).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A key's bias adds the same to every token's score, and softmax doesn't see it.
+    assert [name for name in without if not name.endswith("to_k.bias")] == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "text", "message"),
+    [
+        ((2, 3, 6, 6), (2, 6, 8), r"noise \(B, 4, H, W\), got \(2, 3, 6, 6\)"),
+        ((4, 6, 6), (2, 6, 8), r"noise \(B, 4, H, W\)"),
+        ((2, 4, 6, 6), (2, 6, 9), "width 8, got 9"),
+        ((2, 4, 6, 6), (2, 7, 8), "at most 6 tokens, got 7"),
+        ((2, 4, 6, 6), (1, 6, 8), "one row for each of the 2 noises"),
+        ((2, 4, 6, 6), (2, 8), r"got \(2, 8\)"),
+    ],
+)
+def test_wrong_shapes_are_named(noise: Any, text: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()(torch.zeros(noise), torch.zeros(text))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"width": 40}, "width must be a multiple of 32"),
+        ({"depth": 0}, "must be 1 or more"),
+        ({"legacy": True, "latent_channels": 3}, "folds the channels in two"),
+    ],
+)
+def test_sizes_that_do_not_go_together(config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.NPNetModel(**config)
