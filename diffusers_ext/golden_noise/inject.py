@@ -89,9 +89,10 @@ def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float
 
 def noise_scale(pipe: Any) -> float:
     """The factor between unit noise, which `latents=` takes, and what `pipe.prepare_latents` returns."""
-    # Flow pipelines don't multiply, even where a scheduler has the attribute.
-    code = inspect.unwrap(type(pipe).prepare_latents).__code__
-    return float(pipe.scheduler.init_noise_sigma) if "init_noise_sigma" in code.co_names else 1.0
+    # Flow pipelines don't multiply, even where a scheduler has the attribute. A subclass may only wrap the method.
+    methods = [vars(c)["prepare_latents"] for c in type(pipe).__mro__ if "prepare_latents" in vars(c)]
+    scales = any("init_noise_sigma" in inspect.unwrap(method).__code__.co_names for method in methods)
+    return float(pipe.scheduler.init_noise_sigma) if scales else 1.0
 
 
 def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[int, int, int]:
