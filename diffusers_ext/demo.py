@@ -1,4 +1,4 @@
-"""`diffusers-ext demo`: the embedded models with and without teleportation, at the same seeds, on one page."""
+"""`diffusers-ext demo`: the embedded models without and with each method, at the same seeds, on one page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import diffusers_ext as dx
+
 from .evaluation.frechet import FeatureStats, frechet_distance
 from .evaluation.report import proportion
 from .evaluation.testbed import Run, held_out_prompts, load_reference, run_garments, run_scenes
@@ -25,10 +27,12 @@ matplotlib.use("Agg")
 # Chosen by benchmarks/teleport.py; the README shows its tables.
 SCENE_STEPS, SCENE_SKIP, SCENE_GUIDANCE = 6, 0.34, 2.0
 GARMENT_STEPS, GARMENT_SKIP = 20, 0.25
+# Of benchmarks/golden_noise.py: without guidance, where golden noise pays most.
+GOLDEN_STEPS = 6
 
 
 def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
-    """Generates, compares, and writes `teleport.png`.
+    """Generates, compares, and writes `demo.png`.
 
     Args:
         output_dir: created if need be.
@@ -55,19 +59,25 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
         return run_scenes(pipe, prompts, seed=seed, num_inference_steps=steps, guidance_scale=SCENE_GUIDANCE)
 
     with Progress(console=console) as progress:
-        garments = _compare(
+        garments = _teleport(
             "fashion-ddpm", "teleport_ddpm", GARMENT_STEPS, GARMENT_SKIP, draw_garments, progress
         )
-        scenes = _compare("fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress)
-    _print_table(console, "fashion-ddpm: unconditional garments", garments, load_reference("garments-test"))
-    _print_table(console, "fashion-scenes: held-out prompts", scenes, load_reference("scenes-test"))
-    path = output / "teleport.png"
-    _picture(path, garments, scenes, prompts)
+        scenes = _teleport("fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress)
+        golden = _golden_noise(prompts, seed, progress)
+    parts = {
+        "fashion-ddpm: unconditional garments": (garments, load_reference("garments-test")),
+        "fashion-scenes: held-out prompts": (scenes, load_reference("scenes-test")),
+        "fashion-scenes: golden noise": (golden, load_reference("scenes-test")),
+    }
+    for title, (runs, reference) in parts.items():
+        _print_table(console, title, runs, reference)
+    path = output / "demo.png"
+    _picture(path, {title: runs for title, (runs, _) in parts.items()}, prompts)
     console.print(f"The same seeds side by side: [bold]{path}[/bold]")
     return path
 
 
-def _compare(
+def _teleport(
     name: str, pipeline: str, steps: int, skip: float, generate: Callable[[Any, int], Run], progress: Progress
 ) -> dict[str, Run]:
     """One embedded model plain, teleported, and plain with no fewer calls; `generate` takes pipeline and steps."""
@@ -93,6 +103,33 @@ def _compare(
     return {"DPM++ 2M": plain, f"teleport, skip={skip:g}": teleported, "DPM++ 2M, respaced": respaced}
 
 
+def _golden_noise(prompts: list[str], seed: int, progress: Progress) -> dict[str, Run]:
+    """The scenes without guidance, plain and from golden noise, and guided at the same cost: half the steps."""
+    cards = resource_dir("model_cards")
+    pipe: Any = DiffusionPipeline.from_pretrained(cards / "fashion-scenes", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    npnet: Any = dx.NPNetModel.from_pretrained(cards / "npnet-fashion-scenes", torch_dtype=torch.float32)
+    task = progress.add_task("golden noise", total=3)
+
+    def draw(guidance_scale: float, steps: int) -> Run:
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        result = run_scenes(pipe, prompts, seed=seed, **options)
+        progress.advance(task)
+        return result
+
+    plain = draw(1.0, GOLDEN_STEPS)
+    dx.apply_golden_noise(pipe, npnet.eval())
+    golden = draw(1.0, GOLDEN_STEPS)
+    dx.remove_golden_noise(pipe)
+    guided = draw(SCENE_GUIDANCE, GOLDEN_STEPS // 2)
+    return {
+        "no guidance": plain,
+        "no guidance, golden noise": golden,
+        f"guidance {SCENE_GUIDANCE:g}, half the steps": guided,
+    }
+
+
 def _print_table(console: Console, title: str, runs: dict[str, Run], reference: FeatureStats) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("", "NFE", "seconds", "every word right", "small-feature Fréchet distance"):
@@ -101,20 +138,20 @@ def _print_table(console: Console, title: str, runs: dict[str, Run], reference: 
         aligned = proportion(result.grades["aligned"]).format(1, 100) + " %" if result.grades else "–"
         distance = frechet_distance(FeatureStats.of(result.features), reference)
         table.add_row(name, f"{result.calls:.3g}", f"{result.seconds:.1f}", aligned, f"{distance:.2f}")
-    table.caption = "Few pictures raise the distance: compare the rows with each other, not with other pages."
+    table.caption = (
+        "A guided step counts as one NFE and evaluates the denoiser twice. Few pictures raise the distance: compare"
+        " the rows with each other, not with other pages."
+    )
     console.print(table)
 
 
-def _picture(path: Path, garments: dict[str, Run], scenes: dict[str, Run], prompts: list[str]) -> None:
+def _picture(path: Path, parts: dict[str, dict[str, Run]], prompts: list[str]) -> None:
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        len(garments) + len(scenes), 1, figsize=(11, 0.95 * (len(garments) + len(scenes)) + 0.3)
-    )
-    rows = [("garments", n, r, 16) for n, r in garments.items()] + [
-        ("scenes", n, r, 8) for n, r in scenes.items()
-    ]
-    for axis, (_, name, result, count) in zip(axes, rows):
+    rows = [(name, result) for runs in parts.values() for name, result in runs.items()]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(11, 0.95 * len(rows) + 0.3))
+    for axis, (name, result) in zip(axes, rows):
+        count = 8 if result.grades else 16
         axis.imshow(np.concatenate(list(result.pictures[:count].squeeze()), 1), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{name}: {result.calls:.3g} NFE", fontsize=9, loc="left")
         axis.axis("off")

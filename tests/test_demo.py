@@ -11,6 +11,7 @@ def test_demo_runs_offline_on_the_embedded_models(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "NFE" in printed
     assert "teleport" in printed
+    assert "golden noise" in printed
 
 
 def test_demo_refuses_too_few_pictures(tmp_path):

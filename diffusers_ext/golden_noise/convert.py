@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,9 +55,11 @@ def _read_flat(path: str | os.PathLike[str]) -> Weights:
 
 
 def _read_nested(path: str | os.PathLike[str]) -> Weights:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
     try:
         given: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} was not loaded: it holds more than tensors, which could run code, or is not whole. Expected"
             f" the official NPNet checkpoint or its safetensors port. ({str(error).splitlines()[0]})"

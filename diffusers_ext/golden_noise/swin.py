@@ -81,6 +81,8 @@ class _Block(nn.Module):
 
 
 class _WindowAttention(nn.Module):
+    index: Tensor
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
