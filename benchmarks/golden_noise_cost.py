@@ -57,8 +57,8 @@ def table(measure: bool) -> str:
         "text_embeds": torch.randn(1, POOLED, dtype=dtype),
         "time_ids": torch.randn(1, 6, dtype=dtype),
     }
-    unet: Any = UNet2DConditionModel(**SDXL).to(dtype).eval()
-    compact, released = (dx.NPNetModel(legacy=legacy).to(dtype).eval() for legacy in (False, True))
+    models: list[Any] = [UNet2DConditionModel(**SDXL), dx.NPNetModel(), dx.NPNetModel(legacy=True)]
+    unet, compact, released = (model.to(dtype).eval() for model in models)
     step = torch.tensor(900)
     work: dict[str, tuple[Any, Callable[[], Any]]] = {
         "SDXL's UNet, one row": (

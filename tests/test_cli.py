@@ -181,3 +181,13 @@ def test_examples(name: str, sd: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(builtins, "print", lambda *args, **kwargs: None)
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_golden_noise_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed: list[str] = []
+    monkeypatch.setattr(builtins, "print", lambda *args, **kwargs: printed.append(str(args[0])))
+    runpy.run_path(str(ROOT / "examples" / "golden_noise.py"), run_name="__main__")
+    assert Image.open(tmp_path / "golden_noise.png").size == (3 * 64, 2 * 32)
+    assert "golden noise: compact NPNet" in printed[0]

@@ -62,7 +62,7 @@ def _read_nested(path: str | os.PathLike[str]) -> Weights:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} was not loaded: it holds more than tensors, which could run code, or is not whole. Expected"
-            f" the official NPNet checkpoint or its safetensors port. ({str(error).splitlines()[0]})"
+            f" the official NPNet checkpoint or its safetensors port. ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
     expected = {*_NESTED, *_SCALARS}
     if not isinstance(given, dict) or not expected <= given.keys():

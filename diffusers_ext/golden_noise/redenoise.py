@@ -95,7 +95,7 @@ def schedule_levels(scheduler: Any, count: int) -> list[Level]:
     timesteps: Any = scheduler.timesteps
     if (have := len(timesteps)) < count:
         raise ValueError(f"Re-denoising needs num_inference_steps of at least {count}, got {have}.")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if prediction_of(scheduler) == "flow_prediction":
         return [Level(1 - sigma, sigma) for sigma in scheduler.sigmas.tolist()[:count]]
     cumulative = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps.tolist()[:count]]
     return [Level(a**0.5, (1 - a) ** 0.5) for a in cumulative]

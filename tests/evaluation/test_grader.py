@@ -7,6 +7,7 @@ from diffusers_ext.evaluation.grader import (
     GarmentClassifier,
     augment,
     color_indices,
+    confidence,
     garment_features,
     grade,
     scene_features,
@@ -43,6 +44,19 @@ def test_a_swapped_prompt_is_graded_wrong(grader, real):
     assert not swapped["color"].any()
     assert swapped["item"].mean() < 0.05
     assert not swapped["aligned"].any()
+
+
+def test_confidence_is_a_probability_that_knows_what_is_right(grader, real):
+    sure, right = confidence(grader, *real), grade(grader, *real)["aligned"]
+    assert ((sure >= 0) & (sure <= 1)).all()
+    assert sure[right].mean() > 0.8
+    # A wrong item is less likely than the one that was read.
+    assert sure[~right].max() <= 0.5
+    turned = [fs.caption(tuple(fs.Garment(g.color, "bag") for g in fs.parse_caption(p))) for p in real[1]]
+    assert confidence(grader, real[0], turned).mean() < 0.3
+    recoloured = [p.replace("red", "cyan") for p in real[1]]
+    changed = [n for n, p in enumerate(recoloured) if p != real[1][n] and "cyan" not in real[1][n]]
+    assert (confidence(grader, real[0][changed], [recoloured[n] for n in changed]) == 0).all()
 
 
 def test_one_wrong_word_is_enough(grader, real):

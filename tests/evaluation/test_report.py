@@ -55,6 +55,25 @@ def test_paired_frechet_difference():
     assert single.low < single.value < single.high
 
 
+def test_groups_are_resampled_together():
+    rng = np.random.default_rng(3)
+    reference = FeatureStats.of(rng.normal(size=(2000, 3)))
+    # Four equal rows in a group: as uncertain as 100 rows, not as 400.
+    few = rng.normal(size=(100, 3))
+    rows = np.repeat(few, 4, axis=0)
+
+    def width(estimate):
+        return estimate.high - estimate.low
+
+    grouped, alone = (width(frechet_interval(rows, reference, 300, group_size=n)) for n in (4, 1))
+    assert grouped > 1.5 * alone  # twice, but for resampling noise and bias
+    change = np.repeat(0.3 * rng.normal(size=(100, 3)), 4, axis=0)
+    grouped, alone = (
+        width(paired_frechet_difference(rows + change, rows, reference, 300, group_size=n)) for n in (4, 1)
+    )
+    assert grouped > 1.5 * alone
+
+
 def test_errors():
     with pytest.raises(ValueError, match="No results"):
         proportion(np.zeros(0, bool))

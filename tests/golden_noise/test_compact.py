@@ -90,7 +90,9 @@ def test_save_and_load(tmp_path: Any) -> None:
     ]
     loaded: Any = dx.NPNetModel.from_pretrained(tmp_path)
     noise, text = inputs(2, 4, 5, 7)
-    assert torch.equal(loaded(noise, text), model(noise, text))
+    # Weights that lie elsewhere in memory may take another kernel.
+    assert torch.allclose(loaded(noise, text), model(noise, text), atol=1e-5)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert dict(loaded.config)["text_dim"] == 8
 
 
