@@ -1,0 +1,188 @@
+"""Step-wise variation regularisation: a constant change of the noise shall change the prediction by a constant amount.
+
+Guo et al., *Smooth Diffusion: Crafting Smooth Latent Spaces in Diffusion Models*, CVPR 2024, arXiv:2312.04410,
+section 3.3. With x_t = αx0 + σε and the clean prediction x̂0(ε), the variation of a row is
+
+    v = ‖∂⟨x̂0, Δ⟩/∂ε‖₂,    Δ = σ · n/√D,  n standard normal of D elements,
+
+and the loss is (v − a)² with a running mean a of v: a flatter or a steeper spot costs, a smooth space does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_ESTIMATORS = ("vjp", "finite_difference")
+_MEANS = ("global", "per_timestep")
+_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+class Variation(NamedTuple):
+    """What one evaluation gives.
+
+    Attributes:
+        loss: mean of (v − a)², to be weighted and added to the training loss.
+        values: (B,) the variations v, detached.
+        output: the denoiser's output for the unchanged noise, for the training loss.
+    """
+
+    loss: Tensor
+    values: Tensor
+    output: Tensor
+
+
+class StepwiseVariationLoss(nn.Module):
+    """The regulariser, with its running mean as a buffer that is saved and resumed with everything else.
+
+    Args:
+        prediction_type: of the denoiser: `epsilon`, `v_prediction`, `sample` or `flow_prediction`.
+        estimator: `vjp` differentiates through the denoiser and once more for the loss, as the paper does: exact,
+            float32, with attention that can be differentiated twice (`double_differentiable`).
+            `finite_difference` compares two evaluations instead: no second derivative, so any attention, half
+            precision and gradient checkpointing. Of the same mean square, E‖JᵀΔ‖² = E‖JΔ‖², not equal row by row.
+        mean: `global`, one running mean as in the paper, or `per_timestep`, one for each of `num_bins` ranges of
+            timesteps: v depends on the noise level, and one number cannot suit all.
+        rate: of the running mean, in (0, 1]; 0.01 in the paper.
+        num_bins: for `per_timestep`.
+        step: norm of a finite difference's change of the noise, relative to the noise's.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
+    """
+
+    running_mean: Tensor
+
+    def __init__(
+        self,
+        prediction_type: str = "epsilon",
+        estimator: str = "vjp",
+        mean: str = "global",
+        rate: float = 0.01,
+        num_bins: int = 20,
+        step: float = 0.01,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("prediction_type", prediction_type, _PREDICTIONS),
+            ("estimator", estimator, _ESTIMATORS),
+            ("mean", mean, _MEANS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        if not 0 < rate <= 1 or num_bins < 1 or step <= 0:
+            raise ValueError(
+                f"Expected rate in (0, 1], num_bins of 1 or more and step above 0; got {rate}, {num_bins}, {step}."
+            )
+        self.prediction_type, self.estimator, self.rate, self.step = prediction_type, estimator, rate, step
+        self.register_buffer("running_mean", torch.zeros(num_bins if mean == "per_timestep" else 1))
+
+    def forward(
+        self,
+        denoise: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        noise: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        time: Tensor,
+        direction: Tensor,
+    ) -> Variation:
+        """The loss of one batch; moves the running mean when in training mode.
+
+        Args:
+            denoise: the denoiser's output (B, ...) for noisy samples (B, ...), everything else bound.
+            clean, noise: (B, ...) samples and standard normal noise.
+            alpha, sigma: (B,) so that the noisy sample is alpha · clean + sigma · noise.
+            time: (B,) in [0, 1), the share of the schedule, for `per_timestep`.
+            direction: (B, ...) standard normal, drawn for this call.
+
+        Raises:
+            ValueError: `vjp` in half precision, whose second derivatives overflow.
+        """
+        a, s = (level.reshape(-1, *[1] * (clean.ndim - 1)).to(clean) for level in (alpha, sigma))
+        delta = s * direction / direction[0].numel() ** 0.5
+        estimate = self._vjp if self.estimator == "vjp" else self._finite_difference
+        values, output = estimate(denoise, clean, noise, a, s, delta)
+        bins = (time.to(values.device) * len(self.running_mean)).long().clamp(0, len(self.running_mean) - 1)
+        target = self._moved_mean(values, bins)[bins]
+        loss = (values - target).square().mean()
+        return Variation(loss, values.detach(), output)
+
+    def _clean(self, output: Tensor, sample: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return (sample - s * output) / a
+        if self.prediction_type == "v_prediction":
+            return a * sample - s * output
+        return output if self.prediction_type == "sample" else sample - s * output
+
+    def _vjp(self, denoise: Any, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor, delta: Tensor) -> Any:
+        if clean.dtype != torch.float32 and clean.dtype != torch.float64:
+            raise ValueError(
+                f'estimator="vjp" differentiates twice, which overflows in {clean.dtype}: train in float32, or use'
+                ' estimator="finite_difference".'
+            )
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            noise = noise.detach().requires_grad_()
+            sample = a * clean + s * noise
+            output = denoise(sample)
+            product = (self._clean(output, sample, a, s) * delta).sum()
+            (gradient,) = torch.autograd.grad(product, noise, create_graph=twice)
+        return gradient.flatten(1).norm(dim=1), output
+
+    def _finite_difference(
+        self, denoise: Any, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor, delta: Tensor
+    ) -> Any:
+        sample = a * clean + s * noise
+        # delta has a norm of about sigma and the noise of about √D: this changes the noise by the share `step`.
+        size = self.step * delta[0].numel() ** 0.5 / s
+        moved = a * clean + s * (noise + size * delta)
+        output = denoise(sample)
+        change = self._clean(denoise(moved), moved, a, s) - self._clean(output, sample, a, s)
+        change = change.to(torch.promote_types(change.dtype, torch.float32))
+        return (change / size).flatten(1).norm(dim=1), output
+
+    def _moved_mean(self, values: Tensor, bins: Tensor) -> Tensor:
+        """The running means after this batch, with the batch's gradient; stored without."""
+        count = torch.zeros_like(self.running_mean).index_add(0, bins, torch.ones_like(values))
+        total = torch.zeros_like(self.running_mean).index_add(0, bins, values)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Differentiable: every process's rows move the mean that every process compares with.
+            from torch.distributed.nn.functional import all_reduce
+
+            count, total = all_reduce(count), all_reduce(total)
+        seen = count > 0
+        batch = torch.where(seen, total / count.clamp_min(1), self.running_mean)
+        moved = self.running_mean + self.rate * (batch - self.running_mean)
+        if self.training:
+            self.running_mean = moved.detach()
+        return moved
+
+
+@contextmanager
+def double_differentiable(denoiser: Any) -> Iterator[None]:
+    """Attention that can be differentiated twice, for the time of the block.
+
+    Flash and memory-efficient kernels have no second derivative: torch's attention takes its plain kernel, and
+    xformers' processors, which would be replaced for good by diffusers' own switch, are put back afterwards.
+    """
+    before = dict(getattr(denoiser, "attn_processors", {}))
+    plain = {
+        name: AttnProcessor2_0() if "XFormers" in type(processor).__name__ else processor
+        for name, processor in before.items()
+    }
+    changed = any(plain[name] is not processor for name, processor in before.items())
+    if changed:
+        denoiser.set_attn_processor(plain)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if changed:
+            denoiser.set_attn_processor(before)
