@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import packing
+from ..pipeline_calls import initial_noise, noise_scale, unpacked_shape
 from ..pipeline_hooks import HookHandle, add_hook
 from .npnet import NPNetModel
 
@@ -85,26 +86,6 @@ def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float
             f" {npnet.dtype}; load it with torch.float32."
         )
     return golden if strength == 1 else noise + strength * (golden - noise)
-
-
-def noise_scale(pipe: Any) -> float:
-    """The factor between unit noise, which `latents=` takes, and what `pipe.prepare_latents` returns."""
-    # Flow pipelines don't multiply, even where a scheduler has the attribute. A subclass may only wrap the method.
-    methods = [vars(c)["prepare_latents"] for c in type(pipe).__mro__ if "prepare_latents" in vars(c)]
-    scales = any("init_noise_sigma" in inspect.unwrap(method).__code__.co_names for method in methods)
-    return float(pipe.scheduler.init_noise_sigma) if scales else 1.0
-
-
-def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of latents packed to (B, H/2 · W/2, 4C), from the call's picture size."""
-    step = 2 * pipe.vae_scale_factor
-    shape = (packed.shape[2] // 4, 2 * (int(given["height"]) // step), 2 * (int(given["width"]) // step))
-    if not packing.is_packed(packed.shape[1:], shape):
-        raise ValueError(
-            f"{type(pipe).__name__} keeps its latents as {tuple(packed.shape[1:])}, which is not {shape} packed"
-            " in 2 × 2 patches: golden noise does not know this layout."
-        )
-    return shape
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -197,29 +178,6 @@ def _hook(pipe: Any, golden: GoldenNoise) -> GoldenNoise:
         add_hook(pipe, "prepare_latents", replace),
     ]
     return golden
-
-
-class _LatentsReady(Exception):
-    """Ends a call of the pipeline that was only made for its noise."""
-
-
-def initial_noise(pipe: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """The noise that `pipe(**call)` would start from, with unit variance, and the arguments that it was drawn by."""
-    found: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def stop(given: dict[str, Any], prepared: Any) -> Any:
-        latents = prepared[0] if isinstance(prepared, tuple) else prepared
-        found.append((latents / noise_scale(pipe), given))
-        raise _LatentsReady
-
-    handle = add_hook(pipe, "prepare_latents", stop)
-    try:
-        pipe(**call, output_type="latent")
-    except _LatentsReady:
-        return found[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(pipe).__name__} has made pictures without drawing noise by prepare_latents.")
 
 
 def golden_latents(

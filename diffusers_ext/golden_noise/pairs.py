@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import packing
+from ..pipeline_calls import initial_noise, unpacked_shape
 from ..pipeline_hooks import quiet
-from .inject import initial_noise, unpacked_shape
 from .pair_store import ShardSummary, read_summary, shard_path, write_manifest, write_shard
 from .redenoise import pair_scheduler, redenoise
 from .scorers import Scorer, checked_scores

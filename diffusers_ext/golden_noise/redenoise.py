@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..pipeline_hooks import add_hook, quiet
+from ..pipeline_calls import model_output
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -105,29 +105,6 @@ def prediction_of(scheduler: Any) -> str:
     """The prediction type of a scheduler made by `pair_scheduler`."""
     flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     return "flow_prediction" if flow else scheduler.config.prediction_type
-
-
-class _Called(Exception):
-    """Ends a pipeline's call that was only made for one model output."""
-
-
-def model_output(pipe: Any, latents: Tensor, call: dict[str, Any]) -> Tensor:
-    """What `pipe`'s denoiser says of `latents` at the first timestep of a call, guidance done, float32."""
-    found: list[Tensor] = []
-
-    def read(given: dict[str, Any], result: Any) -> Any:
-        found.append(given["model_output"].float())
-        raise _Called
-
-    handle = add_hook(pipe.scheduler, "step", read)
-    try:
-        with quiet(pipe):
-            pipe(**call, latents=latents, output_type="latent")
-    except _Called:
-        return found[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(pipe).__name__} has not called its scheduler's step.")
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ import diffusers_ext as dx
 from diffusers_ext.golden_noise.redenoise import (
     Level,
     displacement_factor,
-    model_output,
     move,
     pair_scheduler,
     schedule_levels,
     split_prediction,
 )
+from diffusers_ext.pipeline_calls import model_output
 from tests import tiny
 
 SD: dict[str, Any] = {
