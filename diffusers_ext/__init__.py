@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GaussianStats": "diffusers_ext.teleport.gaussian",
     "NPNetModel": "diffusers_ext.golden_noise.npnet",
+    "StepwiseVariationLoss": "diffusers_ext.smooth_lora.variation",
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
     "apply_golden_noise": "diffusers_ext.golden_noise.inject",
     "apply_teleport": "diffusers_ext.teleport.inject",
     "calibrate_skip": "diffusers_ext.teleport.calibrate",
+    "compute_istd": "diffusers_ext.evaluation.istd",
     "fit_prompt_map": "diffusers_ext.teleport.prompt_map",
     "golden_latents": "diffusers_ext.golden_noise.inject",
     "prompt_means": "diffusers_ext.teleport.prompt_mean",
@@ -31,10 +33,12 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from .evaluation.istd import compute_istd
     from .golden_noise.inject import apply_golden_noise, golden_latents, remove_golden_noise
     from .golden_noise.npnet import NPNetModel
     from .golden_noise.redenoise import redenoise
     from .overview import summary
+    from .smooth_lora.variation import StepwiseVariationLoss
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
     from .teleport.inject import apply_teleport, remove_teleport
@@ -47,10 +51,12 @@ __all__ = [
     "ModelMixin",
     "NPNetModel",
     "SchedulerMixin",
+    "StepwiseVariationLoss",
     "TeleportScheduler",
     "apply_golden_noise",
     "apply_teleport",
     "calibrate_skip",
+    "compute_istd",
     "fit_prompt_map",
     "golden_latents",
     "prompt_means",

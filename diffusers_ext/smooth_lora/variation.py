@@ -161,7 +161,8 @@ class StepwiseVariationLoss(nn.Module):
         batch = torch.where(seen, total / count.clamp_min(1), self.running_mean)
         moved = self.running_mean + self.rate * (batch - self.running_mean)
         if self.training:
-            self.running_mean = moved.detach()
+            # In place, as distributed training keeps hold of the buffer itself.
+            self.running_mean.copy_(moved.detach())
         return moved
 
 
