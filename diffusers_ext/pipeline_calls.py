@@ -1,10 +1,12 @@
-"""What a pipeline does within one call, read off it without a word about its class: its noise, and a model output."""
+"""What a pipeline does within one call, read off it without a word about its class: prompts, noise, a model output."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import packing
@@ -75,3 +77,38 @@ def model_output(pipe: Any, latents: Tensor, call: dict[str, Any]) -> Tensor:
     finally:
         handle.remove()
     raise RuntimeError(f"{type(pipe).__name__} has not called its scheduler's step.")
+
+
+# What a call takes for each part of what encode_prompt returns, by their number.
+_ENCODED = {
+    2: ("prompt_embeds", "negative_prompt_embeds"),
+    3: ("prompt_embeds", "pooled_prompt_embeds"),
+    4: (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+}
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True) -> dict[str, Tensor]:
+    """Prompts as keyword arguments of the pipeline's call, a row each: SD, SDXL, SD3, Flux and their kin.
+
+    Args:
+        pipe: the pipeline.
+        prompts: texts.
+        guidance: encode the empty negative prompt too, which calls with guidance need.
+
+    Raises:
+        ValueError: `encode_prompt` returns something else than those pipelines' do.
+    """
+    given: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
+    given["do_classifier_free_guidance"] = guidance
+    names = inspect.signature(pipe.encode_prompt).parameters
+    options = {name: value for name, value in given.items() if name in names}
+    encoded = pipe.encode_prompt(prompt=list(prompts), device=pipe._execution_device, **options)
+    if not isinstance(encoded, tuple | list) or len(encoded) not in _ENCODED:
+        raise ValueError(f"{type(pipe).__name__}.encode_prompt returns a layout that is not known here.")
+    return {name: value for name, value in zip(_ENCODED[len(encoded)], encoded) if value is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..pipeline_calls import encode_prompts
 from ..pipeline_hooks import quiet
 from .npnet import NPNetModel
 from .pair_store import NoisePairs
@@ -49,19 +49,9 @@ def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-@torch.no_grad()
 def prompt_embeddings(pipe: Any, prompts: Sequence[str]) -> Tensor:
     """What the pipeline's denoiser is shown of the prompts, (n, tokens, text_dim)."""
-    given = {
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
-        "prompt_2": None,
-        "prompt_3": None,
-    }
-    names = inspect.signature(pipe.encode_prompt).parameters
-    options = {name: value for name, value in given.items() if name in names}
-    encoded = pipe.encode_prompt(prompt=list(prompts), device=pipe._execution_device, **options)
-    return encoded[0] if isinstance(encoded, tuple | list) else encoded
+    return encode_prompts(pipe, prompts, guidance=False)["prompt_embeds"]
 
 
 @torch.no_grad()
