@@ -19,10 +19,15 @@ _EXPORTS = {
     "compute_istd": "diffusers_ext.evaluation.istd",
     "fit_prompt_map": "diffusers_ext.teleport.prompt_map",
     "golden_latents": "diffusers_ext.golden_noise.inject",
+    "ddim_invert": "diffusers_ext.smooth_lora.inversion",
+    "interpolate": "diffusers_ext.smooth_lora.interpolation",
+    "load_smooth_lora": "diffusers_ext.smooth_lora.adapter",
+    "null_text_invert": "diffusers_ext.smooth_lora.inversion",
     "prompt_means": "diffusers_ext.teleport.prompt_mean",
     "redenoise": "diffusers_ext.golden_noise.redenoise",
     "remove_golden_noise": "diffusers_ext.golden_noise.inject",
     "remove_teleport": "diffusers_ext.teleport.inject",
+    "unload_smooth_lora": "diffusers_ext.smooth_lora.adapter",
     # Not in a module of its own name: importing that would put the module in place of the function.
     "summary": "diffusers_ext.overview",
     # diffusers looks the base classes up in the package that a component's model_index.json entry names.
@@ -38,6 +43,9 @@ if TYPE_CHECKING:
     from .golden_noise.npnet import NPNetModel
     from .golden_noise.redenoise import redenoise
     from .overview import summary
+    from .smooth_lora.adapter import load_smooth_lora, unload_smooth_lora
+    from .smooth_lora.interpolation import interpolate
+    from .smooth_lora.inversion import ddim_invert, null_text_invert
     from .smooth_lora.variation import StepwiseVariationLoss
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
@@ -57,13 +65,18 @@ __all__ = [
     "apply_teleport",
     "calibrate_skip",
     "compute_istd",
+    "ddim_invert",
     "fit_prompt_map",
     "golden_latents",
+    "interpolate",
+    "load_smooth_lora",
+    "null_text_invert",
     "prompt_means",
     "redenoise",
     "remove_golden_noise",
     "remove_teleport",
     "summary",
+    "unload_smooth_lora",
 ]
 
 
