@@ -1,0 +1,154 @@
+"""The objective of a Smooth-LoRA: a diffusion model's own loss plus the step-wise variation loss, on LoRA layers only."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .variation import StepwiseVariationLoss, double_differentiable
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_STATE = "trained.safetensors"
+
+
+def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
+    """Freezes a denoiser and gives its attention layers LoRA matrices that start at no change, scale 1.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be 1 or more, got {rank}.")
+    from peft import LoraConfig
+
+    denoiser.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    denoiser.add_adapter(config, adapter_name)
+
+
+class SmoothLoraObjective(nn.Module):
+    """Denoising loss + λ · variation loss; λ = 0 is exactly the training of a plain LoRA.
+
+    Args:
+        denoiser: a UNet with trainable LoRA layers.
+        scheduler: gives the noise schedule and `prediction_type`.
+        variation: the regulariser; None, or a weight of 0, leaves it out and its cost with it.
+        weight: λ; 1 in the paper.
+        snr_gamma: min-SNR weights of the denoising loss (Hang et al. 2023); None for equal ones.
+
+    Raises:
+        ValueError: a negative weight, or a prediction type that the scheduler and the regulariser don't share.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Any,
+        variation: StepwiseVariationLoss | None,
+        weight: float = 1.0,
+        snr_gamma: float | None = None,
+    ) -> None:
+        super().__init__()
+        kind = scheduler.config.prediction_type
+        if weight < 0:
+            raise ValueError(f"The weight of the variation loss must be 0 or more, got {weight}.")
+        if variation is not None and variation.prediction_type != kind:
+            raise ValueError(
+                f"The scheduler's prediction_type is {kind}, the variation loss's {variation.prediction_type}."
+            )
+        self.denoiser, self.variation = denoiser, variation if weight else None
+        self.scheduler, self.weight, self.snr_gamma = scheduler, weight, snr_gamma
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        direction: Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            latents, noise, direction: (b, C, H, W): clean, and two standard normal draws.
+            timesteps: (b,) int64.
+            prompt_embeds: (b, tokens, width).
+            pooled_prompt_embeds, time_ids: SDXL's (b, width) and (b, 6).
+        """
+        conditions: dict[str, Any] = {"encoder_hidden_states": prompt_embeds}
+        if pooled_prompt_embeds is not None:
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids}
+
+        def denoise(sample: Tensor) -> Tensor:
+            return self.denoiser(sample, timesteps, **conditions).sample
+
+        if self.variation is None:
+            return self._denoising_loss(
+                denoise(self._noisy(latents, noise, timesteps)), latents, noise, timesteps
+            )
+        cumulative = self.scheduler.alphas_cumprod.to(latents)[timesteps]
+        twice = self.variation.estimator == "vjp"
+        with double_differentiable(self.denoiser) if twice else contextlib.nullcontext():
+            found = self.variation(
+                denoise,
+                latents,
+                noise,
+                cumulative.sqrt(),
+                (1 - cumulative).sqrt(),
+                timesteps / self.scheduler.config.num_train_timesteps,
+                direction,
+            )
+        return self._denoising_loss(found.output, latents, noise, timesteps) + self.weight * found.loss
+
+    def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def _denoising_loss(self, output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        kind = self.scheduler.config.prediction_type
+        velocity = kind == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        error = (output.float() - target.float()).square().mean((1, 2, 3))
+        if self.snr_gamma is not None:
+            snr = compute_snr(self.scheduler, timesteps)
+            error = error * snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
+        return error.mean()
+
+
+def checkpoint_only_what_is_trained(accelerator: Accelerator) -> None:
+    """Leaves the frozen weights out of the checkpoints: they are where they came from."""
+
+    def trained(model: nn.Module) -> dict[str, Tensor]:
+        wanted = {name for name, value in model.named_parameters() if value.requires_grad}
+        wanted |= {name for name, _ in model.named_buffers() if name.startswith("variation.")}
+        return {name: value for name, value in model.state_dict().items() if name in wanted}
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            state = trained(accelerator.unwrap_model(models[0]))
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / _STATE)
+        weights.clear()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        model = accelerator.unwrap_model(models.pop())
+        state = load_file(Path(folder) / _STATE)
+        missing = trained(model).keys() ^ state.keys()
+        if missing:
+            raise ValueError(f"The checkpoint is of another network: {', '.join(sorted(missing)[:3])}, ...")
+        model.load_state_dict(state, strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def sdxl_time_ids(height: int, width: int, batch: int) -> Tensor:
+    """SDXL's size conditioning of uncropped pictures, (batch, 6)."""
+    return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(batch, -1)

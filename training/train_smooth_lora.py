@@ -1,0 +1,205 @@
+"""Trains a Smooth-LoRA: a LoRA under which pictures change evenly with the noise.
+
+    accelerate launch training/train_smooth_lora.py --pretrained_model_name_or_path MODEL \\
+        --train_data_dir FOLDER --resolution 512 --output_dir runs/smooth-lora
+
+FOLDER is an image folder with captions in metadata.jsonl, as for diffusers' own scripts; --dataset_name takes a data
+set on the Hub, or `fashion-scenes` with Fashion-MNIST's files in --train_data_dir. --variation_weight 0 is exactly a plain
+LoRA's training. Stable Diffusion and SDXL. The finished weights are in OUTPUT_DIR/model with their card:
+`diffusers_ext.load_smooth_lora(pipe, "OUTPUT_DIR/model")`. A killed run goes on with --resume_from_checkpoint latest. On
+several CPUs, start one process each with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_ext.data import fashion_scenes
+from diffusers_ext.evaluation.istd import compute_istd
+from diffusers_ext.extras import require
+from diffusers_ext.pipeline_calls import encode_prompts
+from diffusers_ext.publishing import create_hub_repo, publish
+from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME, lora_state
+from diffusers_ext.smooth_lora.inversion import encode_pictures
+from diffusers_ext.smooth_lora.training import (
+    SmoothLoraObjective,
+    add_lora,
+    checkpoint_only_what_is_trained,
+    sdxl_time_ids,
+)
+from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
+from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
+
+ABOUT = """\
+# Smooth-LoRA for {model}
+
+A LoRA (rank {rank}) trained with the step-wise variation loss of Smooth Diffusion (Guo et al., arXiv:2312.04410), weight
+{weight:g}: pictures change more evenly with the noise that they start from.
+
+```python
+import diffusers_ext as dx
+
+dx.load_smooth_lora(pipe, "FOLDER")
+```
+
+`ISTD` in the table is on a few validation prompts, pictures in [−1, 1]; lower is more even."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The arguments: Smooth-LoRA's own and those that all training scripts share."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True)
+    add("--revision", default=None)
+    add("--variant", default=None)
+    add("--dataset_name", default=None, help="on the Hub, or fashion-scenes")
+    add("--train_data_dir", default=None, help="an image folder; with fashion-scenes, Fashion-MNIST's files")
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--resolution", type=int, default=None, help="resize and crop to this square; default: as they are")
+    add("--max_train_samples", type=int, default=None)
+    add("--cache_latents", action="store_true", help="encode every picture once, before training")
+    add("--rank", type=int, default=8)
+    add("--variation_weight", type=float, default=1.0, help="λ; 0 trains a plain LoRA")
+    add("--estimator", choices=["vjp", "finite_difference"], default="vjp")
+    add("--running_mean", choices=["global", "per_timestep"], default="global")
+    add("--snr_gamma", type=float, default=None)
+    add("--validation_prompts", nargs="*", default=[], help="ISTD is measured on these")
+    add("--num_inference_steps", type=int, default=20, help="of the validation pictures")
+    add("--guidance_scale", type=float, default=7.5, help="of the validation pictures")
+    add_training_arguments(parser)
+    args = parser.parse_args()
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("give --dataset_name or --train_data_dir")
+    return args
+
+
+def load_dataset(args: argparse.Namespace) -> Any:
+    """Pictures and captions."""
+    if args.dataset_name == "fashion-scenes":
+        return fashion_scenes.make_dataset(
+            args.train_data_dir, "train", args.max_train_samples or 20_000, args.seed
+        )
+    load: Any = require("datasets", "train").load_dataset
+    data = load(args.dataset_name, split="train") if args.dataset_name else None
+    data = data if data is not None else load("imagefolder", data_dir=args.train_data_dir, split="train")
+    missing = [c for c in (args.image_column, args.caption_column) if c not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"The data has no column {' and no '.join(missing)}: it has {', '.join(data.column_names)}."
+        )
+    return data.select(range(min(len(data), args.max_train_samples or len(data))))
+
+
+def pictures_of(args: argparse.Namespace, rows: list[dict[str, Any]]) -> np.ndarray:
+    """(n, h, w, 3) in [0, 1], all of one size."""
+    images = [row[args.image_column].convert("RGB") for row in rows]
+    if args.resolution is not None:
+        images = [_square(image, args.resolution) for image in images]
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Pictures of different sizes {sorted(sizes)[:3]}: give --resolution to make them one."
+        )
+    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    scale = size / min(width, height)
+    image = image.resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.LANCZOS
+    )
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def main() -> None:
+    """Trains; the main process writes, prints and uploads the outcome."""
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    repo_id = create_hub_repo(args) if accelerator.is_main_process else None
+    data = load_dataset(args)
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
+    ).to(accelerator.device)
+    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    add_lora(pipe.unet, args.rank)
+    kind = scheduler.config.prediction_type
+    variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean)
+    objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
+    checkpoint_only_what_is_trained(accelerator)
+    cached = cache(args, pipe, data) if args.cache_latents else None
+
+    def make_batch(rows: Rows) -> dict[str, Tensor]:
+        index = rows.indices(len(data))
+        if cached is not None:
+            latents = cached[index]
+        else:
+            latents = encode_pictures(pipe, pictures_of(args, [data[int(i)] for i in index])).cpu()
+        captions = [data[int(i)][args.caption_column] for i in index]
+        encoded = encode_prompts(pipe, captions, guidance=False)
+        extra = {}
+        if "pooled_prompt_embeds" in encoded:
+            size = [n * pipe.vae_scale_factor for n in latents.shape[2:]]
+            extra = {"pooled_prompt_embeds": encoded["pooled_prompt_embeds"]}
+            extra["time_ids"] = sdxl_time_ids(size[0], size[1], len(latents))
+        return {
+            "latents": latents,
+            "noise": rows.normal(*latents.shape[1:]),
+            "timesteps": rows.integers(scheduler.config.num_train_timesteps),
+            "direction": rows.normal(*latents.shape[1:]),
+            "prompt_embeds": encoded["prompt_embeds"],
+            **extra,
+        }
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        if not args.validation_prompts:
+            return {}
+        height, width = pictures_of(args, [data[0]]).shape[1:3]
+        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        found = compute_istd(
+            pipe, args.validation_prompts, height=height, width=width, progress=False, **call
+        )
+        return {"ISTD": found.istd, "mean adjacent distance": found.mean_distance, "relative": found.relative}
+
+    record = train(accelerator, args, objective, make_batch, validate)
+    if accelerator.is_main_process:
+        record["pictures"] = len(data)
+        name = Path(args.pretrained_model_name_or_path).name
+        about = ABOUT.format(model=name, rank=args.rank, weight=args.variation_weight)
+        state = lora_state(pipe.unet)
+
+        def save(folder: Path) -> None:
+            save_file({key: value.half() for key, value in state.items()}, folder / WEIGHT_NAME)
+
+        publish(args, sys.argv, record, save, about, ["smooth-diffusion", "lora"], repo_id)
+        print(json.dumps(record, indent=1))
+
+
+def cache(args: argparse.Namespace, pipe: Any, data: Any) -> Tensor:
+    """Latents of all pictures, (n, C, h, w), on the CPU."""
+    parts = []
+    for low in tqdm(range(0, len(data), 64), desc="encoding"):
+        rows = [data[i] for i in range(low, min(low + 64, len(data)))]
+        parts.append(encode_pictures(pipe, pictures_of(args, rows)).cpu())
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    main()
