@@ -203,6 +203,10 @@ def _more(
         (f"guidance {g:g}, half the steps", Job("plain", g, 0, steps=STEPS // 2)) for g in GUIDANCES[1:]
     ]
     cost = [line(name, job, golden) for name, job in guided]
+    half = []
+    for g in GUIDANCES[1:]:
+        control = collect(Job("plain", g, 0, steps=STEPS // 2))
+        half.append(line(f"guidance {g:g}", Job("npnet", g, 0, steps=STEPS // 2), control))
     other = []
     for name, options in (("20 steps", {"steps": 20}), ("trailing timesteps", {"spacing": "trailing"})):
         settings: dict[str, Any] = options
@@ -224,6 +228,9 @@ def _more(
         "Plain noise with guidance, against golden noise without (guidance 1, strength 1): the difference is to golden"
         " noise, so above 0 the guided plain noise is better.",
         markdown_table(columns, cost),
+        f"Golden noise with guidance in half the steps ({STEPS // 2}), which costs what {STEPS} steps without guidance do; the"
+        " control is plain noise in the same sampling.",
+        markdown_table(columns, half),
         "Other samplings, guidance 1; the control is plain noise in the same sampling. Trailing timesteps begin at the"
         " highest noise level, which the default leaves out.",
         markdown_table(columns, other),
@@ -258,11 +265,13 @@ def _plot(path: Path, found: dict[tuple[str, float], Outcome], collect: Collect,
         )
         for g, x, y in zip(GUIDANCES, rows, values):
             right.annotate(f"{g:g}", (x, y), textcoords="offset points", xytext=(5, -3), fontsize=7)
-    halves = [collect(Job("plain", g, 0, steps=STEPS // 2)) for g in GUIDANCES[1:]]
-    heights = [100 * share(o.aligned, seeds).value for o in halves]
-    right.scatter([STEPS] * len(halves), heights, color="k", marker="^", label=f"plain, {STEPS // 2} steps")
-    for g, y in zip(GUIDANCES[1:], heights):
-        right.annotate(f"{g:g}", (STEPS, y), textcoords="offset points", xytext=(5, -3), fontsize=7)
+    for variant in ("plain", "npnet"):
+        halves = [collect(Job(variant, g, 0, steps=STEPS // 2)) for g in GUIDANCES[1:]]
+        heights = [100 * share(o.aligned, seeds).value for o in halves]
+        label = f"{NAMES[variant].replace('*', '')}, {STEPS // 2} steps"
+        right.scatter([STEPS] * len(halves), heights, color=styles[variant][0], marker="^", label=label)
+        for g, y in zip(GUIDANCES[1:], heights):
+            right.annotate(f"{g:g}", (STEPS, y), textcoords="offset points", xytext=(5, -3), fontsize=7)
     for g in (1.0, 2.0):
         outcomes = [found["plain", g], found["best of 2", g], found[f"best of {BEST_OF}", g]]
         xs = [n * Job("plain", g, 0).rows for n in (1, 2, BEST_OF)]

@@ -73,7 +73,8 @@ def jobs(num_seeds: int) -> list[Job]:
         for variant in ("plain", "npnet", "random", "shuffled", "rescaled", "re-denoised"):
             found += [Job(variant, guidance, draw) for draw in draws]
     found += [Job("npnet", 1.0, draw, strength=s) for s in (0.5, 2.0) for draw in draws]
-    found += [Job("plain", g, draw, steps=STEPS // 2) for g in GUIDANCES[1:] for draw in draws]
+    halves = [(variant, g) for g in GUIDANCES[1:] for variant in ("plain", "npnet")]
+    found += [Job(variant, g, draw, steps=STEPS // 2) for variant, g in halves for draw in draws]
     found += [Job(v, 1.0, draw, spacing="trailing") for v in ("plain", "npnet") for draw in draws]
     found += [Job(v, 1.0, draw, steps=20) for v in ("plain", "npnet") for draw in draws]
     found += [Job("plain", 1.25, draw) for draw in draws]

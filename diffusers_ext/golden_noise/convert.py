@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,12 @@ Weights = dict[str, Tensor]
 # The two layouts: one dictionary a module, whose text part is misspelt, or one flat dictionary.
 _NESTED = {"unet_svd": "unet_svd", "unet_embedding": "unet_embedding", "embeeding": "text_embedding"}
 _SCALARS = ("alpha", "beta")
+_CHANNELS = 4
 # Stored but never used: a batch norm, the classifier's head, and tables that follow from the window's size.
 _UNUSED = re.compile(r"unet_svd\.bn\.|\.swin\.head\.|\.attn_mask$|\.relative_position_index$")
 _UNUSED_ATTENTION = re.compile(r"unet_svd\.attention\.")
+# Layers that read the folded latents, a matrix of 2S × 2S.
+_ON_MATRIX = [f"unet_svd.mlp{n}.0.weight" for n in (1, 2, 3, 4)]
 
 
 def read_original(path: str | os.PathLike[str], svd_attention: bool = True) -> tuple[Weights, dict[str, int]]:
@@ -43,8 +45,16 @@ def read_original(path: str | os.PathLike[str], svd_attention: bool = True) -> t
     for key, value in flat.items():
         if _UNUSED.search(key) or (not svd_attention and _UNUSED_ATTENTION.match(key)):
             continue
-        weights[key] = value.detach().float().reshape(1) if key in _SCALARS else value.detach().float()
+        scalar = key in _SCALARS and value.numel() == 1
+        weights[key] = value.detach().float().reshape(1) if scalar else value.detach().float()
     return weights, _sizes(path, weights)
+
+
+def latent_size(weights: Weights) -> int | None:
+    """S of the S × S latents that the weights are for; None if they do not agree on one."""
+    shapes = [weights[key].shape for key in _ON_MATRIX if key in weights]
+    sides = {shape[-1] // 2 for shape in shapes if shape}
+    return sides.pop() if len(sides) == 1 else None
 
 
 def _read_flat(path: str | os.PathLike[str]) -> Weights:
@@ -59,7 +69,7 @@ def _read_nested(path: str | os.PathLike[str]) -> Weights:
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         given: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a broken file makes the unpickler raise nearly anything
         raise ValueError(
             f"{path} was not loaded: it holds more than tensors, which could run code, or is not whole. Expected"
             f" the official NPNet checkpoint or its safetensors port. ({str(error).partition(chr(10))[0] or type(error).__name__})"
@@ -71,20 +81,28 @@ def _read_nested(path: str | os.PathLike[str]) -> Weights:
             f"{path} is not an official NPNet checkpoint: expected the keys {', '.join(sorted(expected))}, got"
             f" {have or 'none'}."
         )
-    parts = {f"{ours}.{key}": value for name, ours in _NESTED.items() for key, value in given[name].items()}
-    return parts | {name: torch.as_tensor(given[name]) for name in _SCALARS}
+    scalars = {name: given[name] for name in _SCALARS}
+    flat = {name: torch.tensor(x) if isinstance(x, float) else x for name, x in scalars.items()}
+    for name, ours in _NESTED.items():
+        part = given[name]
+        # A part that is no dictionary is refused by its own name.
+        flat |= {f"{ours}.{k}": v for k, v in part.items()} if isinstance(part, dict) else {name: part}
+    other = sorted(key for key, value in flat.items() if not isinstance(value, Tensor))
+    if other:
+        raise ValueError(f"{path} is not an official NPNet checkpoint: no tensors at {', '.join(other)}.")
+    return flat
 
 
 def _sizes(path: str | os.PathLike[str], weights: Weights, max_tokens: int = 77) -> dict[str, int]:
     linear = weights.get("text_embedding.linear.weight")
-    if linear is None or linear.ndim != 2 or linear.shape[0] % 2 or linear.shape[1] % max_tokens:
+    if linear is None or linear.ndim != 2 or linear.shape[0] != 2 * _CHANNELS or linear.shape[1] % max_tokens:
         shape = "is missing" if linear is None else f"has shape {tuple(linear.shape)}"
         raise ValueError(
-            f"{path} does not hold an NPNet: text_embedding.linear.weight {shape}, expected (2 · channels,"
+            f"{path} does not hold an NPNet: text_embedding.linear.weight {shape}, expected ({2 * _CHANNELS},"
             f" {max_tokens} · text width)."
         )
     return {
-        "latent_channels": linear.shape[0] // 2,
+        "latent_channels": _CHANNELS,
         "text_dim": linear.shape[1] // max_tokens,
         "max_tokens": max_tokens,
     }

@@ -25,7 +25,7 @@ class NPNetModel(ModelMixin, ConfigMixin):
     `from_original`.
 
     Args:
-        latent_channels: C; even with `legacy`.
+        latent_channels: C; 4 with `legacy`.
         text_dim: width of the prompt embeddings: 768 for SD 1.5, 2048 for SDXL, 4096 for SD3 and Flux.
         max_tokens: the longest prompt; with `legacy` the only length.
         width: features of a patch, a multiple of 32; not used with `legacy`.
@@ -57,11 +57,10 @@ class NPNetModel(ModelMixin, ConfigMixin):
                 "latent_channels, text_dim, max_tokens, width, depth and sample_size must be 1 or more."
             )
         if legacy:
-            size = latent_channels * sample_size // 2
-            if latent_channels % 2 or size % 8:
+            if latent_channels != 4 or sample_size % 4:
                 raise ValueError(
-                    f"legacy=True folds the channels in two and the result into eight heads: {latent_channels}"
-                    f" channels of {sample_size} × {sample_size} do not allow it. Leave legacy out."
+                    f"legacy=True lays four channels out as one square for eight heads: {latent_channels} channels"
+                    f" of {sample_size} × {sample_size} do not allow it. Leave legacy out."
                 )
             self.released = ReleasedNPNet(latent_channels, text_dim, max_tokens, sample_size, svd_attention)
         else:
@@ -141,9 +140,15 @@ class NPNetModel(ModelMixin, ConfigMixin):
             ValueError: not one of the two layouts, keys missing or unknown, or weights of other sizes.
             OSError: no such file.
         """
-        from .convert import read_original
+        from .convert import latent_size, read_original
 
         weights, sizes = read_original(path, svd_attention)
+        made_for = latent_size(weights)
+        if made_for not in (None, sample_size):
+            raise ValueError(
+                f"{path} holds weights for latents of {made_for} × {made_for}, not {sample_size} ×"
+                f" {sample_size}: pass sample_size={made_for}."
+            )
         model = cls(**sizes, legacy=True, sample_size=sample_size, svd_attention=svd_attention)
         wanted = {key: value.shape for key, value in model.released.state_dict().items()}
         wrong = [

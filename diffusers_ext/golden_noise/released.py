@@ -2,8 +2,9 @@
 
     golden = SVD(x) + (2 · sigmoid(α) − 1) · e + β · Swin(x + e),    e = AdaGroupNorm(x, prompt)
 
-Two things follow the released code and not the paper, because the weights were trained that way: the Swin
-features are read with their axes in the wrong order (`_SwinBranch`), and the number of latents is fixed.
+Three things follow the released code and not the paper, because the weights were trained that way: the Swin
+features are read with their axes in the wrong order (`_SwinBranch`), the number of latents is fixed, and without
+attention the rows are averaged in another place (`_SVDBranch`).
 """
 
 import torch
@@ -20,7 +21,7 @@ class ReleasedNPNet(nn.Module):
     """Released architecture; the names of its parts are those of the weights.
 
     Args:
-        latent_channels: C, even.
+        latent_channels: C: 4, the only number whose latents fold into a square.
         text_dim, max_tokens: prompts are (B, max_tokens, text_dim), flattened: no other length will do.
         sample_size: S: noise is (B, C, S, S).
         svd_attention: whether the singular values go through attention. The released SDXL weights were trained
@@ -49,14 +50,15 @@ class ReleasedNPNet(nn.Module):
 class _SVDBranch(nn.Module):
     """Predicts new singular values for the noise, laid out as one square matrix.
 
-    The paper's figure and formula: U diag(s + MLP(attention(φ(U, s, V)))) Vᵀ.
+    The paper's figure and formula: U diag(s + MLP(attention(φ(U, s, V)))) Vᵀ. φ has one row for each singular
+    vector; the mean over them is taken before the MLP, but in the network without attention after it.
     """
 
     def __init__(self, size: int, attention: bool) -> None:
         super().__init__()
         self.mlp1, self.mlp2 = (_mlp(size, _HIDDEN) for _ in range(2))
         self.mlp3 = nn.Sequential(nn.Linear(size, size))
-        self.attention = _SelfAttention(size) if attention else nn.Identity()
+        self.attention = _SelfAttention(size) if attention else None
         self.mlp4 = _mlp(size, 1024)
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -68,8 +70,11 @@ class _SVDBranch(nn.Module):
         u, s, vh = torch.linalg.svd(matrix)
         dtype = self.mlp3[0].weight.dtype
         features = self.mlp1(u.mT.to(dtype)) + self.mlp2(vh.to(dtype)) + self.mlp3(s.to(dtype))[:, None]
-        values = s + self.mlp4(self.attention(features).mean(1)).float()
-        matrix = u @ (values[:, :, None] * vh)
+        if self.attention is None:
+            change = self.mlp4(features).mean(1)
+        else:
+            change = self.mlp4(self.attention(features).mean(1))
+        matrix = u @ ((s + change.float())[:, :, None] * vh)
         blocks = matrix.reshape(batch, 2, height, channels // 2, width).transpose(2, 3)
         return blocks.reshape(batch, channels, height, width)
 
