@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from golden_noise_runs import BEST_OF, GUIDANCES, SHOWN, STEPS, Job, Outcome
+from golden_noise_runs import BEST_OF, GUIDANCES, STEPS, Job, Outcome
 
 from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
 from diffusers_ext.evaluation.report import (
@@ -280,6 +280,7 @@ def _plot(path: Path, found: dict[tuple[str, float], Outcome], collect: Collect,
     right.set_xscale("log")
     ticks = [3, 6, 12, 24, 48]
     right.set_xticks(ticks, [str(t) for t in ticks])
+    right.minorticks_off()
     right.set_xlabel("denoiser rows an image; the numbers are guidance scales")
     right.legend(fontsize=7)
     figure.tight_layout()
@@ -291,12 +292,12 @@ def _sheet(path: Path, found: dict[tuple[str, float], Outcome], prompts: list[st
     lines = [("plain", 1.0), ("npnet", 1.0), ("re-denoised", 1.0), ("plain", 2.0), ("npnet", 2.0)]
     figure, axes = plt.subplots(len(lines), 1, figsize=(12, 0.85 * len(lines) + 0.4))
     for axis, key in zip(axes, lines):
-        strip = torch.from_numpy(found[key].pictures[:SHOWN]).movedim(-1, 1)
+        strip = torch.from_numpy(found[key].pictures[:8]).movedim(-1, 1)
         strip = torch.cat(list(torch.nn.functional.pad(strip, (0, 2))), 2).movedim(0, 2)
         axis.imshow(strip.clamp(0, 1))
         axis.set_title(f"{NAMES[key[0]].replace('*', '')}, guidance {key[1]:g}", fontsize=9, loc="left")
         axis.axis("off")
-    figure.text(0.01, 0.005, " · ".join(prompts[:SHOWN]), fontsize=4.6)
+    figure.text(0.01, 0.005, " · ".join(prompts[:8]), fontsize=5.2)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)

@@ -27,7 +27,7 @@ STEPS = 6
 # Of training/collect_noise_pairs.py, for the true re-denoised noise.
 PAIRS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.5}
 BEST_OF = 4
-SHOWN = 10
+SHOWN = 8
 
 
 @dataclass(frozen=True)

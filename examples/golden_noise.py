@@ -1,5 +1,7 @@
 """The same seeds without and with golden noise, with an embedded model; writes golden_noise.png."""
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils.pil_utils import make_image_grid
@@ -8,9 +10,9 @@ import diffusers_ext as dx
 from diffusers_ext.resources import resource_dir
 
 cards = resource_dir("model_cards")
-pipe = DiffusionPipeline.from_pretrained(cards / "fashion-scenes")
+pipe: Any = DiffusionPipeline.from_pretrained(cards / "fashion-scenes")
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-npnet = dx.NPNetModel.from_pretrained(cards / "npnet-fashion-scenes", torch_dtype=torch.float32)
+npnet: Any = dx.NPNetModel.from_pretrained(cards / "npnet-fashion-scenes", torch_dtype=torch.float32)
 prompts = ["a red bag left of a blue boot", "a white coat", "a cyan sneaker left of a orange dress"]
 
 
