@@ -61,9 +61,8 @@ def checkpoint(size: int = SIZE) -> dict[str, Any]:
         scale = 1.0 if name == "mlp4" else side**0.5
         svd |= draw.linear(f"{name}.0", hidden, side, scale=scale) | draw.linear(f"{name}.2", side, hidden)
     svd |= draw.linear("mlp3.0", side, side, scale=0.2)
-    svd |= draw.linear("attention.qkv", 3 * side, side, bias=False) | draw.linear(
-        "attention.proj", side, side
-    )
+    svd |= draw.linear("attention.qkv", 3 * side, side, bias=False)
+    svd |= draw.linear("attention.proj", side, side)
     statistics = {f"bn.running_{name}": torch.ones(side) for name in ("mean", "var")}
     svd |= draw.norm("bn", side) | statistics | {"bn.num_batches_tracked": torch.tensor(0)}
     embedding = draw.conv("upconv", CHANNELS, 7, 1) | draw.conv("downconv", 3, CHANNELS, 1)
@@ -231,7 +230,8 @@ def flat(weights: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    return float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    # Float32 rounding is 2e-7 here; the least of the errors tried, GELU's tanh form, is 1e-4.
+    return float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 def same_weights(one: Any, two: Any) -> bool:
