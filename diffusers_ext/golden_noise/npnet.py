@@ -130,6 +130,9 @@ class NPNetModel(ModelMixin, ConfigMixin):
     ) -> NPNetModel:
         """Released weights: the official `.pth` file or the flat safetensors port of it.
 
+        The network is in evaluation mode. The official script leaves it in training mode, where Swin drops paths at
+        random, so its golden noise is not the same twice.
+
         Args:
             path: the file.
             svd_attention: see the class. True gives what the official inference code gives; False what the
