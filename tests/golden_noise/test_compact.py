@@ -126,7 +126,7 @@ def test_wrong_shapes_are_named(noise: Any, text: Any, message: str) -> None:
     [
         ({"width": 40}, "width must be a multiple of 32"),
         ({"depth": 0}, "must be 1 or more"),
-        ({"legacy": True, "latent_channels": 3}, "folds the channels in two"),
+        ({"legacy": True, "latent_channels": 3}, "lays four channels out as one square"),
     ],
 )
 def test_sizes_that_do_not_go_together(config: Any, message: str) -> None:
