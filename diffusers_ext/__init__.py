@@ -20,10 +20,13 @@ _EXPORTS = {
     "fit_prompt_map": "diffusers_ext.teleport.prompt_map",
     "golden_latents": "diffusers_ext.golden_noise.inject",
     "ddim_invert": "diffusers_ext.smooth_lora.inversion",
+    "edit": "diffusers_ext.smooth_lora.editing",
+    "encode_pictures": "diffusers_ext.smooth_lora.inversion",
     "interpolate": "diffusers_ext.smooth_lora.interpolation",
     "load_smooth_lora": "diffusers_ext.smooth_lora.adapter",
-    "null_text_invert": "diffusers_ext.smooth_lora.inversion",
+    "null_text_invert": "diffusers_ext.smooth_lora.null_text",
     "prompt_means": "diffusers_ext.teleport.prompt_mean",
+    "reconstruct": "diffusers_ext.smooth_lora.null_text",
     "redenoise": "diffusers_ext.golden_noise.redenoise",
     "remove_golden_noise": "diffusers_ext.golden_noise.inject",
     "remove_teleport": "diffusers_ext.teleport.inject",
@@ -44,8 +47,10 @@ if TYPE_CHECKING:
     from .golden_noise.redenoise import redenoise
     from .overview import summary
     from .smooth_lora.adapter import load_smooth_lora, unload_smooth_lora
+    from .smooth_lora.editing import edit
     from .smooth_lora.interpolation import interpolate
-    from .smooth_lora.inversion import ddim_invert, null_text_invert
+    from .smooth_lora.inversion import ddim_invert, encode_pictures
+    from .smooth_lora.null_text import null_text_invert, reconstruct
     from .smooth_lora.variation import StepwiseVariationLoss
     from .teleport.calibrate import calibrate_skip
     from .teleport.gaussian import GaussianStats
@@ -66,12 +71,15 @@ __all__ = [
     "calibrate_skip",
     "compute_istd",
     "ddim_invert",
+    "edit",
+    "encode_pictures",
     "fit_prompt_map",
     "golden_latents",
     "interpolate",
     "load_smooth_lora",
     "null_text_invert",
     "prompt_means",
+    "reconstruct",
     "redenoise",
     "remove_golden_noise",
     "remove_teleport",

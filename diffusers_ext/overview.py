@@ -23,7 +23,11 @@ class Summary:
 
 def summary(pipe: Any) -> Summary:
     """A small report of the methods on `pipe`; `print(dx.summary(pipe))`."""
-    found = {"teleport": _teleport(pipe), "golden noise": _golden_noise(pipe)}
+    found = {
+        "teleport": _teleport(pipe),
+        "golden noise": _golden_noise(pipe),
+        "Smooth-LoRA": _smooth_lora(pipe),
+    }
     return Summary(type(pipe).__name__, {name: text for name, text in found.items() if text})
 
 
@@ -58,3 +62,17 @@ def _golden_noise(pipe: Any) -> str | None:
     parts = [f"{kind} NPNet, {npnet.num_parameters() / 1e6:.2f}M parameters"]
     parts.append(f"strength {applied.strength:g}" if applied else "a component of the pipeline")
     return ", ".join(parts)
+
+
+def _smooth_lora(pipe: Any) -> str | None:
+    from .smooth_lora.adapter import smooth_loras_of
+
+    ranks = smooth_loras_of(pipe)
+    if not ranks:
+        return None
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    active = denoiser.active_adapters()
+    return ", ".join(
+        f"adapter {name!r} of rank {rank}{'' if name in active else ' (not active)'}"
+        for name, rank in ranks.items()
+    )

@@ -280,3 +280,16 @@ def npnet(name: str, seed: int = 0, trained: bool = True) -> NPNetModel:
         if trained:
             torch.nn.init.normal_(model.compact.out.weight, std=0.3)
     return model.eval()
+
+
+def lora(name: str, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """A random LoRA for the attention layers of `build(name)`'s denoiser, under diffusers' names."""
+    pipe = build(name)
+    draw = torch.Generator().manual_seed(seed)
+    prefix = "unet" if hasattr(pipe, "unet") else "transformer"
+    found = {}
+    for path, layer in getattr(pipe, prefix).named_modules():
+        if isinstance(layer, torch.nn.Linear) and path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
+            found[f"{prefix}.{path}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=draw)
+            found[f"{prefix}.{path}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=draw)
+    return {key: 0.3 * value for key, value in found.items()}

@@ -75,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     add("--variation_weight", type=float, default=1.0, help="λ; 0 trains a plain LoRA")
     add("--estimator", choices=["vjp", "finite_difference"], default="vjp")
     add("--running_mean", choices=["global", "per_timestep"], default="global")
+    add("--spread", choices=["absolute", "relative"], default="absolute")
     add("--snr_gamma", type=float, default=None)
     add("--validation_prompts", nargs="*", default=[], help="ISTD is measured on these")
     add("--num_inference_steps", type=int, default=20, help="of the validation pictures")
@@ -141,7 +142,7 @@ def main() -> None:
             part.requires_grad_(False)
     add_lora(pipe.unet, args.rank)
     kind = scheduler.config.prediction_type
-    variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean)
+    variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
     objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
     checkpoint_only_what_is_trained(accelerator)
     cached = cache(args, pipe, data) if args.cache_latents else None

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -29,6 +30,9 @@ _LAYOUTS = (
     re.compile(r"(?P<layer>.+)\.lora\.(?P<side>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.[^.]+)?\.weight"),
 )
+_LOADED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+# peft freezes what it is put on, and leaves it frozen when it is taken off.
+_WAS_TRAINABLE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 _PREFIXES = ("base_model.model.", "unet.", "transformer.")
 
 
@@ -73,7 +77,10 @@ def load_smooth_lora(
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
     weights = convert_lora(given, denoiser, str(path_or_repo))
+    if not taken:
+        _WAS_TRAINABLE[denoiser] = {name: p.requires_grad for name, p in denoiser.named_parameters()}
     denoiser.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name)
+    _LOADED.setdefault(denoiser, set()).add(adapter_name)
     _guard_saving(pipe)
     return pipe
 
@@ -85,11 +92,25 @@ def unload_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
     if adapter_name in names:
         if len(names) == 1:
             denoiser.unload_lora()
+            # diffusers leaves it behind, as None.
+            vars(denoiser).pop("_hf_peft_config_loaded", None)
+            for name, trainable in _WAS_TRAINABLE.pop(denoiser, {}).items():
+                denoiser.get_parameter(name).requires_grad_(trainable)
         else:
             denoiser.delete_adapters(adapter_name)
     if not getattr(denoiser, "peft_config", None) and hasattr(pipe.save_pretrained, "guards_adapters"):
         del pipe.save_pretrained
     return pipe
+
+
+def smooth_loras_of(pipe: Any) -> dict[str, int]:
+    """Ranks of the adapters that `load_smooth_lora` has put on the pipeline's denoiser, by their names."""
+    for name in ("unet", "transformer"):
+        denoiser = getattr(pipe, name, None)
+        if isinstance(denoiser, nn.Module) and denoiser in _LOADED:
+            live = getattr(denoiser, "peft_config", {})
+            return {name: live[name].r for name in sorted(_LOADED[denoiser]) if name in live}
+    return {}
 
 
 def convert_lora(given: Weights, denoiser: nn.Module, source: str = "the file") -> Weights:

@@ -1,0 +1,135 @@
+"""Edits a picture by changing its prompt on the way from its noise (arXiv:2312.04410, section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pipeline_calls import encode_prompts
+from ..pipeline_hooks import quiet
+from .inversion import one_prompt_each
+from .schedules import redrawing_scheduler, scheduler_of
+
+# What a pipeline's callback calls the parts of a prompt's encoding.
+_IN_CALLBACK = {
+    "prompt_embeds": ("prompt_embeds",),
+    "pooled_prompt_embeds": ("add_text_embeds", "pooled_prompt_embeds"),
+}
+
+
+@torch.no_grad()
+def edit(
+    pipe: Any,
+    prompt: str | Sequence[str],
+    target_prompt: str | Sequence[str],
+    *,
+    latents: Tensor,
+    strength: float = 0.7,
+    null_embeds: Tensor | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    **call_kwargs: Any,
+) -> Any:
+    """Redraws pictures from their noise: the first steps with their own prompt, the others with the target's.
+
+        noise = dx.ddim_invert(pipe, latents, "a red bag")
+        picture = dx.edit(pipe, "a red bag", "a blue bag", latents=noise, guidance_scale=2.0).images[0]
+
+    Args:
+        pipe: Stable Diffusion, SDXL, SD3 or Flux (of whose prompt only the tokens' embeddings change on the way). It
+            samples with DDIM, a flow with Euler steps; its scheduler is put back.
+        prompt: what the pictures show: one text, or one each.
+        target_prompt: what they shall show.
+        latents: their noise, of `ddim_invert` or `null_text_invert(...).noise`.
+        strength: share of the steps that have the target's prompt, in [0, 1]: 0 redraws the picture, 1 draws another
+            one from its noise; the paper takes 0.6 to 0.9.
+        null_embeds: `null_text_invert(...).null_embeds`, with that inversion's steps and guidance.
+        num_inference_steps, guidance_scale, call_kwargs: of the pipeline.
+
+    Returns:
+        The pipeline's output.
+
+    Raises:
+        ValueError: a strength outside [0, 1], prompts that don't go with the latents, `null_embeds` of another
+            number of steps or without guidance, or a scheduler that cannot redraw.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength}.")
+    guided = guidance_scale > 1
+    before, after = (
+        encode_prompts(pipe, one_prompt_each(text, latents), guided) for text in (prompt, target_prompt)
+    )
+    switch = round((1 - strength) * num_inference_steps)
+    if switch == 0:
+        before = after
+    if latents.ndim == 4:
+        sizes = (n * pipe.vae_scale_factor for n in latents.shape[2:])
+        call_kwargs = {**dict(zip(("height", "width"), sizes)), **call_kwargs}
+    return redraw(
+        pipe,
+        before,
+        latents,
+        then=after,
+        switch=switch,
+        null_embeds=null_embeds,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        **call_kwargs,
+    )
+
+
+def redraw(
+    pipe: Any,
+    encoded: dict[str, Tensor],
+    latents: Tensor,
+    *,
+    then: dict[str, Tensor] | None = None,
+    switch: int = 0,
+    null_embeds: Tensor | None = None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    **call_kwargs: Any,
+) -> Any:
+    """The pipeline's output from `latents`, with other embeddings as it goes.
+
+    Args:
+        pipe, latents, null_embeds, num_inference_steps, guidance_scale, call_kwargs: as for `edit`.
+        encoded: of the prompt, as `encode_prompts` gives it.
+        then: the encoding that follows it, from step `switch` on.
+
+    Raises:
+        ValueError: see `edit`.
+    """
+    if null_embeds is not None and (len(null_embeds) != num_inference_steps or guidance_scale <= 1):
+        raise ValueError(
+            f"null_embeds were made for {len(null_embeds)} steps with guidance, got num_inference_steps"
+            f" {num_inference_steps} and guidance_scale {guidance_scale}: take those of the inversion."
+        )
+    if null_embeds is not None:
+        encoded = {**encoded, "negative_prompt_embeds": null_embeds[0]}
+    batch, names = len(latents), pipe._callback_tensor_inputs
+
+    def next_step(pipe: Any, number: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if null_embeds is not None and number + 1 < num_inference_steps:
+            positive = tensors["prompt_embeds"][-batch:]
+            tensors["prompt_embeds"] = torch.cat([null_embeds[number + 1].to(positive), positive])
+        if then is not None and number + 1 == switch:
+            for part, called in _IN_CALLBACK.items():
+                for name in (n for n in called if n in tensors and part in then):
+                    # Under guidance the negative prompt's rows come first.
+                    tensors[name] = torch.cat([tensors[name][:-batch], then[part].to(tensors[name])])
+        return tensors
+
+    wanted = [name for called in _IN_CALLBACK.values() for name in called if name in names]
+    with scheduler_of(pipe, redrawing_scheduler(pipe)), quiet(pipe):
+        return pipe(
+            **{**encoded, **call_kwargs},
+            latents=latents,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            callback_on_step_end=next_step,
+            callback_on_step_end_tensor_inputs=wanted,
+        )
