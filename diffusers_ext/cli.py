@@ -1,4 +1,4 @@
-"""The command line: `diffusers-ext fit-gaussian | convert | demo | version`.
+"""The command line: `diffusers-ext fit-gaussian | istd | convert | demo | version`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -124,6 +124,41 @@ def fit_gaussian(
     console.print(f"Written to {escape(str(output))}", highlight=False, soft_wrap=True)
     if push_to_hub is not None:
         console.print(f"Uploaded to {escape(str(stats.push_to_hub(push_to_hub)))}", soft_wrap=True)
+
+
+@app.command()
+@_one_line_errors
+def istd(
+    model: Annotated[str, typer.Argument(help="Pipeline: a folder or a Hub repository.")],
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line; the paper takes 500.")],
+    smooth_lora: Annotated[str | None, typer.Option(help="Put this Smooth-LoRA on first.")] = None,
+    num_inference_steps: Annotated[int, typer.Option(min=1)] = 50,
+    guidance_scale: float = 7.5,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 11,
+    cache_dir: Annotated[Path | None, typer.Option(help="Go on there after an interruption.")] = None,
+    seed: int = 0,
+    dtype: Annotated[str, typer.Option(help=f"Of the pipeline: {', '.join(_DTYPES)}.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+) -> None:
+    """Measures how evenly a text-to-image model's pictures change between two noises (ISTD)."""
+    texts = _read_prompts(prompts)
+    from .evaluation.istd import compute_istd
+    from .smooth_lora.adapter import load_smooth_lora
+
+    pipe = _load_pipeline(model, dtype, device)
+    if smooth_lora is not None:
+        load_smooth_lora(pipe, smooth_lora)
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    found = compute_istd(pipe, texts, seed=seed, batch_size=batch_size, cache_dir=cache_dir, **call, **size)
+    table = Table("figure", "value", title=f"{len(texts)} paths of 11 pictures in [−1, 1]")
+    table.add_row("ISTD", f"{found.istd:.4g}")
+    table.add_row("mean adjacent distance", f"{found.mean_distance:.4g}")
+    table.add_row("std/mean", f"{found.relative:.4g}")
+    table.add_row("distance of the ends", f"{found.endpoint_distance:.4g}")
+    Console().print(table)
 
 
 def _read_prompts(path: Path) -> list[str]:

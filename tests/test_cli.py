@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import diffusers_ext as dx
@@ -191,3 +192,20 @@ def test_the_golden_noise_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     runpy.run_path(str(ROOT / "examples" / "golden_noise.py"), run_name="__main__")
     assert Image.open(tmp_path / "golden_noise.png").size == (3 * 64, 2 * 32)
     assert "golden noise: compact NPNet" in printed[0]
+
+
+def test_istd_with_and_without_a_lora(sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a aaa\na bbb\n")
+    save_file(tiny.lora("sd"), tmp_path / "lora.safetensors")
+    size = ("--height", 8, "--width", 8, "--num-inference-steps", 2)
+    command = ("istd", sd, "--prompts", tmp_path / "prompts.txt", *size)
+    plain = run(*command, "--cache-dir", tmp_path / "cache")
+    assert "2 paths of 11 pictures" in plain
+    pipe = tiny.build("sd")
+    found = dx.compute_istd(
+        pipe, ["a aaa", "a bbb"], height=8, width=8, num_inference_steps=2, guidance_scale=7.5, progress=False
+    )
+    assert f"{found.istd:.3g}" in plain
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert run(*command, "--smooth-lora", tmp_path / "lora.safetensors") != plain
+    assert "Error" in run("istd", sd, "--prompts", tmp_path / "none.txt", code=1)

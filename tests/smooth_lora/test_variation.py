@@ -163,6 +163,32 @@ def test_the_running_mean_is_a_state_that_resumes(mean: str) -> None:
     assert torch.equal(*again)
 
 
+@pytest.mark.parametrize("mean", ["global", "per_timestep"])
+def test_the_relative_spread_is_free_of_scale_and_resumes(mean: str) -> None:
+    model, batch = network(), 8
+    clean, noise, direction = draws(batch)
+    alpha, sigma, time = levels("epsilon", batch)
+
+    def build() -> StepwiseVariationLoss:
+        return StepwiseVariationLoss(mean=mean, spread="relative", rate=0.5, num_bins=2).double()
+
+    loss = build()
+    assert loss.running_mean.isnan().all()
+    found = loss(model, clean, noise, alpha, sigma, time, direction)
+    logs, bins = found.values.log(), (time * len(loss.running_mean)).long()
+    means = torch.stack([logs[bins == b].mean() for b in range(len(loss.running_mean))])
+    assert torch.allclose(loss.running_mean, means)
+    assert torch.allclose(found.loss, (logs - means[bins]).square().mean())
+    # Ten times the noise level in Δ: every variation is ten times as large, and as even.
+    scaled = build()(model, clean, noise, alpha, sigma, time, 10 * direction)
+    assert torch.allclose(scaled.values, 10 * found.values)
+    assert torch.allclose(scaled.loss, found.loss)
+    resumed = build()
+    resumed.load_state_dict(loss.state_dict())
+    again = [m(model, clean, noise, alpha, sigma, time, direction).loss for m in (loss, resumed)]
+    assert torch.equal(*again)
+
+
 def test_a_real_unet_can_be_differentiated_twice_with_attention_switched_for_the_time() -> None:
     unet = tiny.build("sd").unet
     generator = torch.Generator().manual_seed(0)

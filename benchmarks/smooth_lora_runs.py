@@ -1,0 +1,131 @@
+"""The measurements of benchmarks/smooth_lora.py: one model on all of them, kept in a folder."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+import diffusers_ext as dx
+from diffusers_ext.data import fashion_scenes
+from diffusers_ext.data.base_training import reconstruct
+from diffusers_ext.evaluation.grader import to_tensor
+from diffusers_ext.evaluation.testbed import held_out_prompts, run_scenes
+from diffusers_ext.resources import resource_dir
+from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME
+
+SIZE: dict[str, Any] = {"height": 32, "width": 64}
+GUIDANCE, STEPS = 2.0, 10
+INVERSION_STEPS = 20
+RECONSTRUCTION_GUIDANCES = (1.0, 2.0, 5.0)
+FRAMES = 16
+# An item in another colour: what a picture shows, and what it shall show.
+EDITS = (("a red bag", "a blue bag"), ("a green boot", "a yellow boot"), ("a white coat", "a red coat"))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many prompts have a path, pictures are graded, and pictures are reconstructed."""
+
+    paths: int
+    pictures: int
+    inversions: int
+
+
+@lru_cache(maxsize=1)
+def load(lora: Path | None) -> Any:
+    """The base model, with a LoRA or without, sampling with DDIM."""
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe if lora is None else dx.load_smooth_lora(pipe, lora)
+
+
+def measure_path(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
+    """ISTD's three figures of every prompt, and one strip of frames."""
+    pipe = load(lora)
+    options = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    found = dx.compute_istd(pipe, held_out_prompts(counts.paths, seed=21), seed=21, progress=False, **options)
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    strip = dx.interpolate(
+        pipe, "a purple dress", generator=generators, num_frames=FRAMES, progress=False, **options
+    )
+    return {
+        "deviations": found.deviations,
+        "distances": found.distances,
+        "endpoints": found.endpoints,
+        "strip": strip,
+    }
+
+
+def measure_quality(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
+    """Which pictures show every word of their prompt, and their features."""
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    result = run_scenes(load(lora), held_out_prompts(counts.pictures, seed=22), seed=22, **options)
+    return {"aligned": result.grades["aligned"], "features": result.features}
+
+
+@torch.no_grad()
+def measure_inversion(lora: Path | None, counts: Counts, data_dir: str) -> dict[str, np.ndarray]:
+    """Real test scenes inverted and redrawn at several guidance scales, and edited."""
+    pipe = load(lora)
+    real, prompts = fashion_scenes.scene_arrays(data_dir, "test", counts.inversions, seed=23)
+    latents = dx.encode_pictures(pipe, real.astype(np.float32) / 255)
+    noise = dx.ddim_invert(pipe, latents, prompts, num_inference_steps=INVERSION_STEPS)
+    found = {}
+    for guidance in RECONSTRUCTION_GUIDANCES:
+        options = {**SIZE, "num_inference_steps": INVERSION_STEPS, "guidance_scale": guidance}
+        drawn = pipe(prompts, latents=noise, output_type="np", **options).images
+        found[f"redrawn {guidance:g}"] = drawn.astype(np.float16)
+    found["real"] = real
+    found["autoencoder"] = reconstruct(pipe.vae, to_tensor(real)).movedim(1, -1).numpy().astype(np.float16)
+    source, target = (list(texts) for texts in zip(*EDITS))
+    scenes = [fashion_scenes.parse_caption(text) for text in source]
+    garments, items = fashion_scenes.load_garments(data_dir, "test")
+    shown = np.stack(list(fashion_scenes.render(scenes, garments, items, seed=3)))
+    start = dx.ddim_invert(
+        pipe,
+        dx.encode_pictures(pipe, to_tensor(shown)),
+        source,
+        num_inference_steps=INVERSION_STEPS,
+    )
+    options = {"num_inference_steps": INVERSION_STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
+    found["to edit"] = to_tensor(shown).movedim(1, -1).numpy()
+    found["edited"] = dx.edit(pipe, source, target, latents=start, strength=0.7, **options).images
+    return found
+
+
+def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path) -> Path:
+    """Makes one measurement of one model and writes it, unless it is there."""
+    if path.is_file():
+        return path
+    torch.set_num_threads(1)
+    measures: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        "path": lambda: measure_path(lora, counts),
+        "quality": lambda: measure_quality(lora, counts),
+        "inversion": lambda: measure_inversion(lora, counts, data_dir),
+    }
+    found = measures[kind]()
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(partial, **found)
+    os.replace(partial, path)
+    return path
+
+
+def kept_at(kind: str, lora: Path | None, counts: Counts, folder: Path) -> Path:
+    """Where a measurement is kept: under everything that it depends on but the code."""
+    base = resource_dir("model_cards") / "fashion-scenes/unet/diffusion_pytorch_model.safetensors"
+    weights = hashlib.sha256(base.read_bytes())
+    if lora is not None:
+        weights.update((lora / WEIGHT_NAME).read_bytes())
+    count = {"path": counts.paths, "quality": counts.pictures, "inversion": counts.inversions}[kind]
+    key = f"{kind}|{count}|{GUIDANCE}|{STEPS}|{INVERSION_STEPS}|{weights.hexdigest()}"
+    return folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
