@@ -113,7 +113,7 @@ def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path)
         "quality": lambda: measure_quality(lora, counts),
         "inversion": lambda: measure_inversion(lora, counts, data_dir),
     }
-    found = measures[kind]()
+    found: Any = measures[kind]()
     partial = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(partial, **found)
     os.replace(partial, path)

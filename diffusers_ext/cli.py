@@ -150,9 +150,9 @@ def istd(
     pipe = _load_pipeline(model, dtype, device)
     if smooth_lora is not None:
         load_smooth_lora(pipe, smooth_lora)
-    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-    found = compute_istd(pipe, texts, seed=seed, batch_size=batch_size, cache_dir=cache_dir, **call, **size)
+    call: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    call |= {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    found = compute_istd(pipe, texts, seed=seed, batch_size=batch_size, cache_dir=cache_dir, **call)
     table = Table("figure", "value", title=f"{len(texts)} paths of 11 pictures in [−1, 1]")
     table.add_row("ISTD", f"{found.istd:.4g}")
     table.add_row("mean adjacent distance", f"{found.mean_distance:.4g}")
