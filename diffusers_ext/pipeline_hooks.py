@@ -72,3 +72,13 @@ def quiet(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**(before or {}))
+
+
+@contextmanager
+def scheduler_of(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """`scheduler` in the place of the pipeline's own, for the time of the block."""
+    original, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = original

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..evaluation.grader import GarmentClassifier, augment, grade, to_tensor
+from ..pipeline_hooks import scheduler_of
 from ..training_utils import Batch, Rows, train
 from . import base_models, fashion_scenes
 
@@ -136,9 +137,8 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         }
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-        pictures = _sample_scenes(pipe, held_out, args.guidance_scale)
-        pipe.scheduler = scheduler
+        with scheduler_of(pipe, DPMSolverMultistepScheduler.from_config(scheduler.config)):
+            pictures = _sample_scenes(pipe, held_out, args.guidance_scale)
         save_grid(to_tensor(pictures[:48]), 8, _validation_path(args, step))
         return _grade_means(grader, pictures, held_out) if grader else {}
 

@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..pipeline_calls import model_output
+from ..pipeline_hooks import scheduler_of
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -143,12 +144,11 @@ def redenoise(
     """
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be 1 or more, got {num_rounds}.")
-    original, scheduler = pipe.scheduler, pair_scheduler(pipe.scheduler)
+    scheduler = pair_scheduler(pipe.scheduler)
     call = {**call_kwargs, "num_inference_steps": num_inference_steps}
     down, up = ({**call, _scale_name(pipe): w} for w in (guidance_scale, inversion_guidance_scale))
     x = noise.float()
-    try:
-        pipe.scheduler = scheduler
+    with scheduler_of(pipe, scheduler):
         for _ in range(num_rounds):
             guided = model_output(pipe, x.to(noise.dtype), down)
             levels, kind = schedule_levels(scheduler, 3 if legacy_inversion else 2), prediction_of(scheduler)
@@ -156,8 +156,6 @@ def redenoise(
             back = model_output(pipe, lower.to(noise.dtype), up)
             above, below = (levels[1], levels[2]) if legacy_inversion else (levels[0], levels[1])
             x = move(back, lower, below, above, kind)
-    finally:
-        pipe.scheduler = original
     if not torch.isfinite(x).all():
         raise ValueError(
             "Re-denoising has given values that are not finite: the model overflows, or its noise schedule ends in"

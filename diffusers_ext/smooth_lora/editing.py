@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..pipeline_calls import encode_prompts
-from ..pipeline_hooks import quiet
+from ..pipeline_hooks import quiet, scheduler_of
 from .inversion import one_prompt_each
-from .schedules import redrawing_scheduler, scheduler_of
+from .schedules import redrawing_scheduler
 
 # What a pipeline's callback calls the parts of a prompt's encoding.
 _IN_CALLBACK = {

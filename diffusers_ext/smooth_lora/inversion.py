@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import packing
-from ..pipeline_hooks import quiet
-from .schedules import inverse_scheduler, scheduler_of
+from ..pipeline_hooks import quiet, scheduler_of
+from .schedules import inverse_scheduler
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -52,13 +50,3 @@ def inverse_scheduler(pipe: Any) -> Any:
     if isinstance(forward, DDIMScheduler):
         return DDIMInverseScheduler.from_config(forward.config)
     return FlowMatchEulerInverseScheduler.from_config(forward.config)
-
-
-@contextmanager
-def scheduler_of(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """`scheduler` in the pipeline's place of it, for the time of the block."""
-    original, pipe.scheduler = pipe.scheduler, scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = original

@@ -10,7 +10,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from ..pipeline_hooks import quiet
+from ..pipeline_hooks import quiet, scheduler_of
 from . import levels
 from .gaussian import GaussianStats
 from .scheduler import TeleportScheduler, _Wrapped
@@ -98,15 +98,11 @@ def prompt_means(
     inner = original.inner if isinstance(original, TeleportScheduler) else original
     probe = _FirstCall(inner, stats, skip=0.0)
     total = torch.zeros(len(prompts), *stats.shape)
-    try:
-        pipe.scheduler = probe
-        with quiet(pipe):
-            for start in range(0, len(prompts), batch_size):
-                chunk = prompts[start : start + batch_size]
-                for number in range(num_calls):
-                    noise = [torch.Generator().manual_seed(seed + number) for _ in chunk]
-                    pipe(prompt=chunk, generator=noise, output_type="latent", **call)
-                    total[start : start + len(chunk)] += probe.found.float().cpu()
-    finally:
-        pipe.scheduler = original
+    with scheduler_of(pipe, probe), quiet(pipe):
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            for number in range(num_calls):
+                noise = [torch.Generator().manual_seed(seed + number) for _ in chunk]
+                pipe(prompt=chunk, generator=noise, output_type="latent", **call)
+                total[start : start + len(chunk)] += probe.found.float().cpu()
     return total / num_calls
