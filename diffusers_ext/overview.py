@@ -67,12 +67,8 @@ def _golden_noise(pipe: Any) -> str | None:
 def _smooth_lora(pipe: Any) -> str | None:
     from .smooth_lora.adapter import smooth_loras_of
 
-    ranks = smooth_loras_of(pipe)
-    if not ranks:
-        return None
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    active = denoiser.active_adapters()
-    return ", ".join(
-        f"adapter {name!r} of rank {rank}{'' if name in active else ' (not active)'}"
-        for name, rank in ranks.items()
-    )
+    parts = [
+        f"adapter {name!r} of rank {rank}{'' if active else ' (not active)'}"
+        for name, (rank, active) in smooth_loras_of(pipe).items()
+    ]
+    return ", ".join(parts) or None

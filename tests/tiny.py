@@ -282,14 +282,23 @@ def npnet(name: str, seed: int = 0, trained: bool = True) -> NPNetModel:
     return model.eval()
 
 
-def lora(name: str, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """A random LoRA for the attention layers of `build(name)`'s denoiser, under diffusers' names."""
-    pipe = build(name)
+def lora_matrices(denoiser: Any, rank: int = 2, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random (down, up) of a LoRA for every attention projection, by its layer's name."""
     draw = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
+            down = torch.randn(rank, layer.in_features, generator=draw)
+            found[name] = down, 0.3 * torch.randn(layer.out_features, rank, generator=draw)
+    return found
+
+
+def lora(name: str) -> dict[str, Tensor]:
+    """A random LoRA for `build(name)`'s denoiser, under diffusers' names."""
+    pipe = build(name)
     prefix = "unet" if hasattr(pipe, "unet") else "transformer"
     found = {}
-    for path, layer in getattr(pipe, prefix).named_modules():
-        if isinstance(layer, torch.nn.Linear) and path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
-            found[f"{prefix}.{path}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=draw)
-            found[f"{prefix}.{path}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=draw)
-    return {key: 0.3 * value for key, value in found.items()}
+    for layer, (down, up) in lora_matrices(getattr(pipe, prefix)).items():
+        # Weak enough for half precision.
+        found |= {f"{prefix}.{layer}.lora_A.weight": 0.3 * down, f"{prefix}.{layer}.lora_B.weight": up}
+    return found

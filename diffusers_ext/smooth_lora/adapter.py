@@ -103,14 +103,14 @@ def unload_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
     return pipe
 
 
-def smooth_loras_of(pipe: Any) -> dict[str, int]:
-    """Ranks of the adapters that `load_smooth_lora` has put on the pipeline's denoiser, by their names."""
-    for name in ("unet", "transformer"):
-        denoiser = getattr(pipe, name, None)
-        if isinstance(denoiser, nn.Module) and denoiser in _LOADED:
-            live = getattr(denoiser, "peft_config", {})
-            return {name: live[name].r for name in sorted(_LOADED[denoiser]) if name in live}
-    return {}
+def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
+    """Rank, and whether it is active, of each adapter that `load_smooth_lora` has put on the pipeline's denoiser."""
+    denoiser = _find_denoiser(pipe)
+    live = getattr(denoiser, "peft_config", None)
+    if not live:
+        return {}
+    names = [name for name in sorted(_LOADED.get(denoiser, ())) if name in live]
+    return {name: (live[name].r, name in denoiser.active_adapters()) for name in names}
 
 
 def convert_lora(given: Weights, denoiser: nn.Module, source: str = "the file") -> Weights:
@@ -179,11 +179,17 @@ def _check_shapes(found: Weights, layers: dict[str, nn.Module], source: str) -> 
         raise ValueError(f"{source} does not fit: {'; '.join(faults[:3])}{more}.")
 
 
+def _find_denoiser(pipe: Any) -> Any:
+    """The pipeline's denoiser; None where it has none that is known here."""
+    parts = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    return next((part for part in parts if isinstance(part, nn.Module)), None)
+
+
 def _denoiser(pipe: Any) -> Any:
-    for name in ("unet", "transformer"):
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return getattr(pipe, name)
-    raise ValueError(f"{type(pipe).__name__} has no unet and no transformer to put a LoRA on.")
+    denoiser = _find_denoiser(pipe)
+    if denoiser is None:
+        raise ValueError(f"{type(pipe).__name__} has no unet and no transformer to put a LoRA on.")
+    return denoiser
 
 
 def _resolve(

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..pipeline_calls import encode_prompts
 from ..pipeline_hooks import quiet, scheduler_of
-from .inversion import one_prompt_each
+from .inversion import one_prompt_each, picture_size
 from .schedules import redrawing_scheduler
 
-# What a pipeline's callback calls the parts of a prompt's encoding.
+# The part of a prompt's encoding that each tensor of a pipeline's callback holds.
 _IN_CALLBACK = {
-    "prompt_embeds": ("prompt_embeds",),
-    "pooled_prompt_embeds": ("add_text_embeds", "pooled_prompt_embeds"),
+    "prompt_embeds": "prompt_embeds",
+    "add_text_embeds": "pooled_prompt_embeds",
+    "pooled_prompt_embeds": "pooled_prompt_embeds",
 }
 
 
@@ -65,9 +66,6 @@ def edit(
     switch = round((1 - strength) * num_inference_steps)
     if switch == 0:
         before = after
-    if latents.ndim == 4:
-        sizes = (n * pipe.vae_scale_factor for n in latents.shape[2:])
-        call_kwargs = {**dict(zip(("height", "width"), sizes)), **call_kwargs}
     return redraw(
         pipe,
         before,
@@ -96,7 +94,8 @@ def redraw(
     """The pipeline's output from `latents`, with other embeddings as it goes.
 
     Args:
-        pipe, latents, null_embeds, num_inference_steps, guidance_scale, call_kwargs: as for `edit`.
+        pipe, latents, null_embeds, num_inference_steps, guidance_scale, call_kwargs: as for `edit`. The pictures' size
+            follows latents that are not packed.
         encoded: of the prompt, as `encode_prompts` gives it.
         then: the encoding that follows it, from step `switch` on.
 
@@ -110,23 +109,24 @@ def redraw(
         )
     if null_embeds is not None:
         encoded = {**encoded, "negative_prompt_embeds": null_embeds[0]}
-    batch, names = len(latents), pipe._callback_tensor_inputs
+    size = picture_size(pipe, latents) if latents.ndim == 4 else {}
+    batch = len(latents)
+    wanted = [name for name in _IN_CALLBACK if name in pipe._callback_tensor_inputs]
 
     def next_step(pipe: Any, number: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if null_embeds is not None and number + 1 < num_inference_steps:
             positive = tensors["prompt_embeds"][-batch:]
             tensors["prompt_embeds"] = torch.cat([null_embeds[number + 1].to(positive), positive])
         if then is not None and number + 1 == switch:
-            for part, called in _IN_CALLBACK.items():
-                for name in (n for n in called if n in tensors and part in then):
-                    # Under guidance the negative prompt's rows come first.
-                    tensors[name] = torch.cat([tensors[name][:-batch], then[part].to(tensors[name])])
+            for name in wanted:
+                # Under guidance the negative prompt's rows come first.
+                target = then[_IN_CALLBACK[name]].to(tensors[name])
+                tensors[name] = torch.cat([tensors[name][:-batch], target])
         return tensors
 
-    wanted = [name for called in _IN_CALLBACK.values() for name in called if name in names]
     with scheduler_of(pipe, redrawing_scheduler(pipe)), quiet(pipe):
         return pipe(
-            **{**encoded, **call_kwargs},
+            **{**encoded, **size, **call_kwargs},
             latents=latents,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

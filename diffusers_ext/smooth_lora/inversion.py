@@ -79,8 +79,7 @@ def ddim_invert(
     channels = pipe.vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(f"Expected latents (B, {channels}, H, W), got {tuple(latents.shape)}.")
-    size = {name: n * pipe.vae_scale_factor for name, n in zip(("height", "width"), latents.shape[2:])}
-    for name, value in size.items():
+    for name, value in picture_size(pipe, latents).items():
         if call_kwargs.setdefault(name, value) != value:
             raise ValueError(
                 f"The latents are those of a picture of {name} {value}, got {call_kwargs[name]}."
@@ -94,6 +93,11 @@ def ddim_invert(
             output_type="latent",
             **call_kwargs,
         ).images
+
+
+def picture_size(pipe: Any, latents: Tensor) -> dict[str, int]:
+    """`height` and `width` of the pictures of latents (B, C, H, W)."""
+    return {name: n * pipe.vae_scale_factor for name, n in zip(("height", "width"), latents.shape[2:])}
 
 
 def one_prompt_each(prompt: str | Sequence[str], latents: Tensor) -> list[str]:

@@ -137,17 +137,10 @@ def reconstruct(pipe: Any, inversion: NullTextInversion, **call_kwargs: Any) -> 
         inversion: of `null_text_invert`.
         call_kwargs: of the pipeline.
     """
-    height, width = (n * pipe.vae_scale_factor for n in inversion.noise.shape[2:])
-    return redraw(
-        pipe,
-        {"prompt_embeds": inversion.prompt_embeds},
-        inversion.noise,
-        null_embeds=inversion.null_embeds,
-        **{
-            "num_inference_steps": len(inversion.null_embeds),
-            "guidance_scale": inversion.guidance_scale,
-            "height": height,
-            "width": width,
-            **call_kwargs,
-        },
-    )
+    options = {
+        "num_inference_steps": len(inversion.null_embeds),
+        "guidance_scale": inversion.guidance_scale,
+        **call_kwargs,
+    }
+    encoded = {"prompt_embeds": inversion.prompt_embeds}
+    return redraw(pipe, encoded, inversion.noise, null_embeds=inversion.null_embeds, **options)

@@ -14,20 +14,8 @@ peft = pytest.importorskip("peft")
 RANK = 3
 
 
-def matrices(unet: Any, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Random (down, up) for every attention projection, by its layer's name."""
-    draw = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, layer in unet.named_modules():
-        if isinstance(layer, torch.nn.Linear) and name.rsplit("attn", 1)[-1][1:] in (
-            ".to_q",
-            ".to_k",
-            ".to_v",
-            ".to_out.0",
-        ):
-            down = torch.randn(RANK, layer.in_features, generator=draw)
-            found[name] = down, 0.3 * torch.randn(layer.out_features, RANK, generator=draw)
-    return found
+def matrices(unet: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return tiny.lora_matrices(unet, RANK)
 
 
 def old_layout(unet: Any, prefix: str = "") -> dict[str, torch.Tensor]:
