@@ -1,13 +1,12 @@
 """The runs of benchmarks/golden_noise.py: which there are, how each starts, and how their outcomes are kept."""
 
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
@@ -145,33 +144,25 @@ def run(job: Job, num_prompts: int, path: Path) -> Path:
     pictures = sample(pipe, texts, latents, batch_size=64, **options)
     pipe.scheduler = original
     grader = load_grader()
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(
-        partial,
-        aligned=grade(grader, pictures, texts)["aligned"],
-        confidence=confidence(grader, pictures, texts),
-        features=scene_features(grader, pictures).astype(np.float32),
-        pictures=pictures[:SHOWN].astype(np.float16),
-    )
-    os.replace(partial, path)
+    outcome = {
+        "aligned": grade(grader, pictures, texts)["aligned"],
+        "confidence": confidence(grader, pictures, texts),
+        "features": scene_features(grader, pictures).astype(np.float32),
+        "pictures": pictures[:SHOWN].astype(np.float16),
+    }
+    kept.write(path, outcome)
     return path
 
 
 def job_path(job: Job, num_prompts: int, folder: Path) -> Path:
     """Where a job's outcome is kept: under everything that it depends on but the code."""
-    weights = hashlib.sha256()
-    for name in ("fashion-scenes/unet", "npnet-fashion-scenes"):
-        for file in sorted((resource_dir("model_cards") / name).glob("*.safetensors")):
-            weights.update(file.read_bytes())
-    kept = job.variant in ("plain", "re-denoised")  # these don't depend on the network
-    if kept:
-        weights = hashlib.sha256(
-            (
-                resource_dir("model_cards") / "fashion-scenes/unet/diffusion_pytorch_model.safetensors"
-            ).read_bytes()
-        )
-    key = f"{job}|{num_prompts}|{PAIRS if job.variant == 're-denoised' else ''}|{weights.hexdigest()}"
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
+    # Plain and re-denoised noise don't depend on the network.
+    alone = job.variant in ("plain", "re-denoised")
+    folders = ["fashion-scenes/unet", *([] if alone else ["npnet-fashion-scenes"])]
+    cards = resource_dir("model_cards")
+    weights = kept.digest(file for name in folders for file in sorted((cards / name).glob("*.safetensors")))
+    key = f"{job}|{num_prompts}|{PAIRS if job.variant == 're-denoised' else ''}|{weights}"
+    return folder / f"{kept.name_of(key, 20)}.npz"
 
 
 def outcome(parts: Sequence[Path]) -> Outcome:

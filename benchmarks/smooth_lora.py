@@ -72,72 +72,87 @@ def _mse(pictures: np.ndarray, real: np.ndarray) -> np.ndarray:
     return (difference**2).mean((1, 2, 3))
 
 
-def write_tables(models: dict[str, Found], control: str) -> str:
-    """The page: smoothness, quality and reconstruction of every model, each less the control's."""
-    reference = load_reference("scenes-test")
+def less(ours: np.ndarray, theirs: np.ndarray, digits: int) -> str:
+    """Ours less the control's, and the share of the control's that this is."""
+    change = paired_difference(ours, theirs)
+    return f"{change.format(digits)} ({change.value / theirs.mean():+.0%})"
+
+
+def smoothness(models: dict[str, Found], control: str) -> str:
+    """ISTD, and what tells an even change from none."""
     theirs = models[control]
-
-    def relative(found: Found) -> np.ndarray:
-        return found["deviations"] / found["distances"]
-
-    smooth, quality, redrawn = [], [], []
+    rows = []
     for name, ours in models.items():
+        relative, other = (found["deviations"] / found["distances"] for found in (ours, theirs))
         same = name == control
-        cells = [name, f"{ours['deviations'].mean():.3f}"]
-        less = paired_difference(ours["deviations"], theirs["deviations"])
-        share = less.value / theirs["deviations"].mean()
-        cells += ["" if same else f"{less.format(3)} ({share:+.0%})", f"{ours['distances'].mean():.2f}"]
-        cells += [f"{relative(ours).mean():.3f}"]
-        cells += ["" if same else paired_difference(relative(ours), relative(theirs)).format(3)]
-        smooth.append([*cells, f"{ours['endpoints'].mean():.1f}"])
-        aligned = proportion(ours["aligned"]).format(1, 100)
-        gain = paired_difference(ours["aligned"].astype(float), theirs["aligned"].astype(float))
-        farther = paired_frechet_difference(ours["features"], theirs["features"], reference)
-        quality.append(
+        rows.append(
             [
                 name,
-                aligned,
-                "" if same else gain.format(1, 100),
-                frechet_interval(ours["features"], reference).format(),
-                "" if same else farther.format(),
+                f"{ours['deviations'].mean():.3f}",
+                "" if same else less(ours["deviations"], theirs["deviations"], 3),
+                f"{ours['distances'].mean():.2f}",
+                f"{relative.mean():.3f}",
+                "" if same else paired_difference(relative, other).format(3),
+                f"{ours['endpoints'].mean():.1f}",
             ]
         )
+    compared = f"less {control}'s"
+    header = [
+        "model",
+        "ISTD",
+        compared,
+        "mean adjacent distance",
+        "std/mean",
+        compared,
+        "distance of the ends",
+    ]
+    return markdown_table(header, rows)
+
+
+def quality(models: dict[str, Found], control: str) -> str:
+    """Alignment and Fréchet distance."""
+    reference, theirs = load_reference("scenes-test"), models[control]
+    rows = []
+    for name, ours in models.items():
+        gain = farther = ""
+        if name != control:
+            gain = paired_difference(ours["aligned"].astype(float), theirs["aligned"].astype(float)).format(
+                1, 100
+            )
+            farther = paired_frechet_difference(ours["features"], theirs["features"], reference).format()
+        aligned = proportion(ours["aligned"]).format(1, 100)
+        rows.append([name, aligned, gain, frechet_interval(ours["features"], reference).format(), farther])
+    compared = f"less {control}'s"
+    return markdown_table(["model", "every word right, %", compared, "Fréchet distance", compared], rows)
+
+
+def reconstruction(models: dict[str, Found], control: str) -> str:
+    """Errors of pictures that were inverted and redrawn."""
+    rows, header = [], ["model"]
+    for guidance in RECONSTRUCTION_GUIDANCES:
+        header += [f"guidance {guidance:g}", f"less {control}'s"]
+    for name, ours in models.items():
         row = [name]
         for guidance in RECONSTRUCTION_GUIDANCES:
-            error, other = squared_errors(ours, guidance), squared_errors(theirs, guidance)
+            error, other = (squared_errors(found, guidance) for found in (ours, models[control]))
             row.append(f"{error.mean():.4f}, {-10 * np.log10(error / 4).mean():.1f} dB")
-            change = paired_difference(error, other)
-            row.append("" if same else f"{change.format(4)} ({change.value / other.mean():+.0%})")
-        redrawn.append(row)
+            row.append("" if name == control else less(error, other, 4))
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def write_tables(models: dict[str, Found], control: str) -> str:
+    """The page: smoothness, quality and reconstruction of every model, each less the control's."""
+    theirs = models[control]
     floor = _mse(theirs["autoencoder"], theirs["real"]).mean()
     parts = [
         f"{len(theirs['deviations'])} paths of 11 pictures, {STEPS} DDIM steps, guidance {GUIDANCE:g}:",
-        markdown_table(
-            [
-                "model",
-                "ISTD",
-                f"less {control}'s",
-                "mean adjacent distance",
-                "std/mean",
-                f"less {control}'s",
-                "distance of the ends",
-            ],
-            smooth,
-        ),
+        smoothness(models, control),
         f"{len(theirs['aligned'])} pictures, the same sampling:",
-        markdown_table(
-            ["model", "every word right, %", f"less {control}'s", "Fréchet distance", f"less {control}'s"],
-            quality,
-        ),
+        quality(models, control),
         f"{len(theirs['real'])} real test scenes inverted in {INVERSION_STEPS} DDIM steps without guidance and redrawn,"
         f" squared error in [−1, 1] and PSNR; the autoencoder alone has {floor:.4f}:",
-        markdown_table(
-            [
-                "model",
-                *(t for g in RECONSTRUCTION_GUIDANCES for t in (f"guidance {g:g}", f"less {control}'s")),
-            ],
-            redrawn,
-        ),
+        reconstruction(models, control),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,13 +1,12 @@
 """The measurements of benchmarks/smooth_lora.py: one model on all of them, kept in a folder."""
 
-import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -75,7 +74,7 @@ def measure_quality(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def measure_inversion(lora: Path | None, counts: Counts, data_dir: str) -> dict[str, np.ndarray]:
-    """Real test scenes inverted and redrawn at several guidance scales, and edited."""
+    """Real test scenes inverted and redrawn at several guidance scales, and some edited."""
     pipe = load(lora)
     real, prompts = fashion_scenes.scene_arrays(data_dir, "test", counts.inversions, seed=23)
     latents = dx.encode_pictures(pipe, real.astype(np.float32) / 255)
@@ -87,20 +86,20 @@ def measure_inversion(lora: Path | None, counts: Counts, data_dir: str) -> dict[
         found[f"redrawn {guidance:g}"] = drawn.astype(np.float16)
     found["real"] = real
     found["autoencoder"] = reconstruct(pipe.vae, to_tensor(real)).movedim(1, -1).numpy().astype(np.float16)
+    return found | edited(pipe, data_dir)
+
+
+def edited(pipe: Any, data_dir: str) -> dict[str, np.ndarray]:
+    """Real garments of `EDITS`, before and after."""
     source, target = (list(texts) for texts in zip(*EDITS))
     scenes = [fashion_scenes.parse_caption(text) for text in source]
     garments, items = fashion_scenes.load_garments(data_dir, "test")
-    shown = np.stack(list(fashion_scenes.render(scenes, garments, items, seed=3)))
-    start = dx.ddim_invert(
-        pipe,
-        dx.encode_pictures(pipe, to_tensor(shown)),
-        source,
-        num_inference_steps=INVERSION_STEPS,
-    )
+    shown = to_tensor(np.stack(list(fashion_scenes.render(scenes, garments, items, seed=3))))
+    latents = dx.encode_pictures(pipe, shown)
+    noise = dx.ddim_invert(pipe, latents, source, num_inference_steps=INVERSION_STEPS)
     options = {"num_inference_steps": INVERSION_STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
-    found["to edit"] = to_tensor(shown).movedim(1, -1).numpy()
-    found["edited"] = dx.edit(pipe, source, target, latents=start, strength=0.7, **options).images
-    return found
+    pictures = dx.edit(pipe, source, target, latents=noise, strength=0.7, **options).images
+    return {"to edit": shown.movedim(1, -1).numpy(), "edited": pictures}
 
 
 def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path) -> Path:
@@ -113,19 +112,14 @@ def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path)
         "quality": lambda: measure_quality(lora, counts),
         "inversion": lambda: measure_inversion(lora, counts, data_dir),
     }
-    found: Any = measures[kind]()
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, **found)
-    os.replace(partial, path)
+    kept.write(path, measures[kind]())
     return path
 
 
 def kept_at(kind: str, lora: Path | None, counts: Counts, folder: Path) -> Path:
     """Where a measurement is kept: under everything that it depends on but the code."""
     base = resource_dir("model_cards") / "fashion-scenes/unet/diffusion_pytorch_model.safetensors"
-    weights = hashlib.sha256(base.read_bytes())
-    if lora is not None:
-        weights.update((lora / WEIGHT_NAME).read_bytes())
+    weights = kept.digest([base] if lora is None else [base, lora / WEIGHT_NAME])
     count = {"path": counts.paths, "quality": counts.pictures, "inversion": counts.inversions}[kind]
-    key = f"{kind}|{count}|{GUIDANCE}|{STEPS}|{INVERSION_STEPS}|{weights.hexdigest()}"
-    return folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    key = f"{kind}|{count}|{GUIDANCE}|{STEPS}|{INVERSION_STEPS}|{weights}"
+    return folder / f"{kind}-{kept.name_of(key, 16)}.npz"

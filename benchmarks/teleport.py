@@ -9,7 +9,6 @@ table and a plot per model. Fréchet distances are on the small grader's feature
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import kept
 import matplotlib
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class Bench:
             self.folder / "unet/diffusion_pytorch_model.safetensors",
             *sorted((self.folder / "gaussian").glob("*.safetensors")),
         ]
-        self.fingerprint = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+        self.fingerprint = kept.digest(files)
 
     def run(self, point: Point) -> list[Run]:
         """One run per seed."""
@@ -180,16 +180,14 @@ class Bench:
 
     def _cached(self, point: Point, seed: int) -> Run:
         identity = {**asdict(point), "seed": seed, "n": self.args.num_images, "weights": self.fingerprint}
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        name = kept.name_of(json.dumps(identity, sort_keys=True), 16)
         path = self.args.cache_dir / f"{name}.npz"
         if not path.is_file():
             run = self._sample(point, seed)
-            partial = path.with_suffix(".partial.npz")
             arrays: dict[str, Any] = {f"grade_{k}": v for k, v in run.grades.items()}
             arrays |= {"pictures": np.rint(run.pictures[:64] * 255).astype(np.uint8)}
             arrays |= {"features": run.features, "calls": run.calls, "seconds": run.seconds}
-            np.savez_compressed(partial, **arrays)
-            partial.replace(path)
+            kept.write(path, arrays)
         saved = np.load(path)
         grades = {k.removeprefix("grade_"): saved[k] for k in saved.files if k.startswith("grade_")}
         return Run(
