@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GaussianStats": "diffusers_ext.teleport.gaussian",
     "NPNetModel": "diffusers_ext.golden_noise.npnet",
+    "SIGNPipeline": "diffusers_ext.sign.pipelines",
     "StepwiseVariationLoss": "diffusers_ext.smooth_lora.variation",
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
     "apply_golden_noise": "diffusers_ext.golden_noise.inject",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .golden_noise.npnet import NPNetModel
     from .golden_noise.redenoise import redenoise
     from .overview import summary
+    from .sign.pipelines import SIGNPipeline
     from .smooth_lora.adapter import load_smooth_lora, unload_smooth_lora
     from .smooth_lora.editing import edit
     from .smooth_lora.interpolation import interpolate
@@ -63,6 +65,7 @@ __all__ = [
     "GaussianStats",
     "ModelMixin",
     "NPNetModel",
+    "SIGNPipeline",
     "SchedulerMixin",
     "StepwiseVariationLoss",
     "TeleportScheduler",

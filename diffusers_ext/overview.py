@@ -27,6 +27,7 @@ def summary(pipe: Any) -> Summary:
         "teleport": _teleport(pipe),
         "golden noise": _golden_noise(pipe),
         "Smooth-LoRA": _smooth_lora(pipe),
+        "SIGN": _sign(pipe),
     }
     return Summary(type(pipe).__name__, {name: text for name, text in found.items() if text})
 
@@ -72,3 +73,11 @@ def _smooth_lora(pipe: Any) -> str | None:
         for name, (rank, active) in smooth_loras_of(pipe).items()
     ]
     return ", ".join(parts) or None
+
+
+def _sign(pipe: Any) -> str | None:
+    from .sign.pipelines import SIGNPipeline
+
+    if not isinstance(pipe, SIGNPipeline):
+        return None
+    return f"projector at timestep {pipe.config.timestep}, σ={pipe.sigma:.3g}"

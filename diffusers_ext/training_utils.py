@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -58,14 +58,18 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator of a run, its folder and its trackers."""
+def make_accelerator(args: argparse.Namespace, idle_parameters: bool = False) -> Accelerator:
+    """The accelerator of a run, its folder and its trackers.
+
+    `idle_parameters`: the loss of some steps does not depend on all trained parameters, which stay as they are then.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)],
     )
     set_seed(args.seed)
     if accelerator.is_main_process:
@@ -85,12 +89,13 @@ class Rows:
     """The rows of one global batch that this process works on, and their randomness.
 
     Every draw is made for the whole global batch and then sliced, so that it does not depend on how many
-    processes share the work.
+    processes share the work. `step` is the optimisation step that the rows are for.
     """
 
     total: int
     own: slice
     generator: torch.Generator
+    step: int = 0
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float32 of shape (own rows, *shape)."""
@@ -109,10 +114,14 @@ class Rows:
         return self.integers(num_examples)
 
 
-def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int) -> Rows:
-    """The rows that process `rank` of `world` works on in micro-step `step`; `batch_size` is per process."""
+def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int, micro_steps: int = 1) -> Rows:
+    """The rows that process `rank` of `world` works on in micro-step `step`; `batch_size` is per process.
+
+    `micro_steps` make one optimisation step.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    return Rows(world * batch_size, slice(rank * batch_size, (rank + 1) * batch_size), generator)
+    own = slice(rank * batch_size, (rank + 1) * batch_size)
+    return Rows(world * batch_size, own, generator, step // micro_steps)
 
 
 def train(
@@ -224,6 +233,7 @@ def _optimization_step(
             accelerator.process_index,
             accelerator.num_processes,
             args.train_batch_size,
+            args.gradient_accumulation_steps,
         )
         batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
         with accelerator.accumulate(wrapped):

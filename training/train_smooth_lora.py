@@ -16,17 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_ext.data import fashion_scenes
+from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of
 from diffusers_ext.evaluation.istd import compute_istd
-from diffusers_ext.extras import require
 from diffusers_ext.pipeline_calls import encode_prompts
 from diffusers_ext.publishing import create_hub_repo, publish
 from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME, lora_state
@@ -64,12 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--pretrained_model_name_or_path", required=True)
     add("--revision", default=None)
     add("--variant", default=None)
-    add("--dataset_name", default=None, help="on the Hub, or fashion-scenes")
-    add("--train_data_dir", default=None, help="an image folder; with fashion-scenes, Fashion-MNIST's files")
-    add("--image_column", default="image")
-    add("--caption_column", default="text")
-    add("--resolution", type=int, default=None, help="resize and crop to this square; default: as they are")
-    add("--max_train_samples", type=int, default=None)
+    add_data_arguments(parser)
     add("--cache_latents", action="store_true", help="encode every picture once, before training")
     add("--rank", type=int, default=8)
     add("--variation_weight", type=float, default=1.0, help="λ; 0 trains a plain LoRA")
@@ -85,46 +77,6 @@ def parse_args() -> argparse.Namespace:
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("give --dataset_name or --train_data_dir")
     return args
-
-
-def load_dataset(args: argparse.Namespace) -> Any:
-    """Pictures and captions."""
-    if args.dataset_name == "fashion-scenes":
-        return fashion_scenes.make_dataset(
-            args.train_data_dir, "train", args.max_train_samples or 20_000, args.seed
-        )
-    load: Any = require("datasets", "train").load_dataset
-    data = load(args.dataset_name, split="train") if args.dataset_name else None
-    data = data if data is not None else load("imagefolder", data_dir=args.train_data_dir, split="train")
-    missing = [c for c in (args.image_column, args.caption_column) if c not in data.column_names]
-    if missing:
-        raise ValueError(
-            f"The data has no column {' and no '.join(missing)}: it has {', '.join(data.column_names)}."
-        )
-    return data.select(range(min(len(data), args.max_train_samples or len(data))))
-
-
-def pictures_of(args: argparse.Namespace, rows: list[dict[str, Any]]) -> np.ndarray:
-    """(n, h, w, 3) in [0, 1], all of one size."""
-    images = [row[args.image_column].convert("RGB") for row in rows]
-    if args.resolution is not None:
-        images = [_square(image, args.resolution) for image in images]
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"Pictures of different sizes {sorted(sizes)[:3]}: give --resolution to make them one."
-        )
-    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    scale = size / min(width, height)
-    image = image.resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.LANCZOS
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def main() -> None:

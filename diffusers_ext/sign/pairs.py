@@ -1,0 +1,131 @@
+"""Noise and what the teacher draws from it, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+SHARD = 256
+
+
+@torch.no_grad()
+def teacher_flow(
+    unet: Any,
+    scheduler: Any,
+    noise: Tensor,
+    num_inference_steps: int,
+    conditions: dict[str, Tensor] | None = None,
+    negative: dict[str, Tensor] | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """The teacher's pictures (or latents) from unit noise (b, C, H, W), by DPM-Solver++ from the highest level on.
+
+    The whole flow, not that from the projector's own level: unit noise has the distribution of noisy data only at
+    the end of the schedule.
+
+    Args:
+        conditions, negative: arguments of the network for the guided and for the unguided prediction.
+    """
+    solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    solver.set_timesteps(num_inference_steps, device=noise.device)
+    x = noise
+    for t in solver.timesteps:
+        output = unet(x, t, **(conditions or {})).sample
+        if guidance_scale != 1 and negative:
+            without = unet(x, t, **negative).sample
+            output = without + guidance_scale * (output - without)
+        x = solver.step(output, t, x).prev_sample
+    return x
+
+
+class TeacherPairs:
+    """Pairs in a folder of shards; a killed collection goes on where it stopped.
+
+    Args:
+        folder: created if need be.
+        num_pairs: rounded up to whole shards.
+        recipe: what the pairs depend on, JSON-serialisable. A folder made by another one is refused.
+
+    Raises:
+        ValueError: the folder holds pairs made in another way.
+    """
+
+    def __init__(self, folder: str | Path, num_pairs: int, recipe: dict[str, Any]) -> None:
+        self.folder, self.recipe = Path(folder), json.loads(json.dumps(recipe))
+        self.num_shards = -(-num_pairs // SHARD)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.folder / "recipe.json"
+        if manifest.is_file():
+            found = json.loads(manifest.read_text())
+            different = [key for key in {**found, **self.recipe} if found.get(key) != self.recipe.get(key)]
+            if different:
+                raise ValueError(
+                    f"{self.folder} holds pairs made with another {', '.join(sorted(different))}: delete it, or"
+                    " give another folder."
+                )
+
+    def collect(
+        self,
+        accelerator: Accelerator,
+        unet: Any,
+        scheduler: Any,
+        shape: Sequence[int],
+        num_inference_steps: int,
+        conditions_of: Any = None,
+        guidance_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(noise, drawn), each (n, *shape) float32; makes the shards that are not there, shared among the processes.
+
+        Args:
+            shape: of one row.
+            conditions_of: for row indices (b,), the arguments of the network with and without the prompt.
+        """
+        if accelerator.is_main_process:
+            partial = self.folder / "recipe.partial"
+            partial.write_text(json.dumps(self.recipe, indent=1) + "\n")
+            os.replace(partial, self.folder / "recipe.json")
+        mine = range(accelerator.process_index, self.num_shards, accelerator.num_processes)
+        missing = [i for i in mine if not self._path(i).is_file()]
+        for i in tqdm(missing, desc="teacher's pictures", disable=not accelerator.is_local_main_process):
+            generator = torch.Generator().manual_seed(i)
+            noise = torch.randn(SHARD, *shape, generator=generator).half()
+            rows = torch.arange(i * SHARD, (i + 1) * SHARD)
+            with_prompt, without = conditions_of(rows) if conditions_of else (None, None)
+            drawn = teacher_flow(
+                unet,
+                scheduler,
+                noise.float().to(accelerator.device),
+                num_inference_steps,
+                with_prompt,
+                without,
+                guidance_scale,
+            )
+            partial = self._path(i).with_suffix(".partial")
+            save_file({"noise": noise, "drawn": drawn.half().cpu().contiguous()}, partial)
+            os.replace(partial, self._path(i))
+        accelerator.wait_for_everyone()
+        parts = [load_file(self._path(i)) for i in range(self.num_shards)]
+        noise, drawn = (torch.cat([part[name] for part in parts]).float() for name in ("noise", "drawn"))
+        return noise, drawn
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"pairs-{index:05d}.safetensors"
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """SHA-256 of all weights, to know a teacher again."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return found.hexdigest()[:16]

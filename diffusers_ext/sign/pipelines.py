@@ -1,0 +1,307 @@
+"""Sampling, projecting and editing with a SIGN projector.
+
+    sign = diffusers_ext.SIGNPipeline.from_pretrained("path/or/repo")
+    sign(batch_size=8, num_inference_steps=1).images
+    sign.project(pictures, strength=0.2).images
+    sign.edit(picture, mask).images
+
+The folder `pipelines/sign` imports the class, so it is what `custom_pipeline=` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+import diffusers_ext.registration  # noqa: F401
+
+from .projector import Projector
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class SIGNPipeline(DiffusionPipeline):
+    """A one- or few-step generator that is also a projector onto the data (Zaman et al., arXiv:2509.21470).
+
+    Args:
+        unet: a stock `UNet2DModel` or `UNet2DConditionModel` that training/train_sign.py has distilled.
+        scheduler: the teacher's: its ᾱ and prediction type say how the network's output is read.
+        vae, text_encoder, tokenizer: where the teacher is latent, and where it has prompts.
+        timestep: the one that the network is held at.
+
+    Raises:
+        ValueError: no timestep (a diffusion model's folder, which has none), or a network or schedule that cannot be a
+            projector.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        timestep: int | None = None,
+    ) -> None:
+        super().__init__()
+        if timestep is None:
+            raise ValueError(
+                "This is a time-conditional diffusion model, not a projector: there is no `timestep` in its"
+                " model_index.json. Distil one with training/train_sign.py."
+            )
+        self.register_modules(
+            unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(timestep=timestep)
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.projector = Projector(unet, scheduler, timestep)
+
+    @property
+    def sigma(self) -> float:
+        """The highest noise level, from which samples start."""
+        return self.projector.sigma
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int = 1,
+        sigmas: Sequence[float] | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draws pictures: x = f(σ₁ε), then x = f(x + σₖε) with falling levels.
+
+        Args:
+            prompt: one or more, where the teacher has prompts; each gives `batch_size` pictures.
+            batch_size: pictures, of every prompt if there are some.
+            num_inference_steps: evaluations of the network.
+            sigmas: the noise levels instead, the first of them `pipe.sigma` unless you know better; by default
+                `pipe.sigma` · (1 − k/n).
+            generator: one, or one for each picture.
+            latents: unit noise (n, C, H, W) to start from.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            return_dict: an `ImagePipelineOutput`, or a tuple.
+
+        Raises:
+            ValueError: no steps, levels that do not fall, a prompt missing or one too many, latents of another shape.
+        """
+        levels = self._levels(num_inference_steps, sigmas)
+        count = batch_size * (1 if prompt is None or isinstance(prompt, str) else len(prompt))
+        conditions = self._conditions(prompt, count)
+        shape = (count, self.unet.config.in_channels, *self._sample_size())
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"Expected latents {shape}, got {tuple(latents.shape)}.")
+        noise = self._noise(shape, generator) if latents is None else latents.to(self.device, self.unet.dtype)
+        x = self.projector(levels[0] * noise, **conditions)
+        for sigma in levels[1:]:
+            x = self.projector(x + sigma * self._noise(shape, generator), **conditions)
+        return self._output(x, output_type, return_dict)
+
+    @torch.no_grad()
+    def project(
+        self,
+        image: Any,
+        prompt: str | Sequence[str] | None = None,
+        strength: float = 0.0,
+        num_projections: int = 1,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Puts pictures back onto the manifold: f(y + strength · σ · ε), then f again without noise.
+
+        Args:
+            image: one or more PIL pictures, an array (n, h, w, C) or a tensor (n, C, h, w) in [0, 1].
+            prompt: one for all, or one for each picture, where the teacher has prompts.
+            strength: in [0, 1]; noise added first, as a share of `pipe.sigma`. More moves further.
+            num_projections: evaluations of the network.
+            generator, output_type, return_dict: as for a call.
+
+        Raises:
+            ValueError: pictures of another size, channel count or range, `strength` outside [0, 1], no projections.
+        """
+        _check_strength(strength)
+        if num_projections < 1:
+            raise ValueError(f"num_projections must be 1 or more, got {num_projections}.")
+        y = self._encode(image)
+        conditions = self._conditions(prompt, len(y))
+        x = y + strength * self.sigma * self._noise(y.shape, generator) if strength else y
+        for _ in range(num_projections):
+            x = self.projector(x, **conditions)
+        return self._output(x, output_type, return_dict)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Any,
+        mask_image: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 2,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draws a part of pictures anew, or turns strokes on them into what belongs there.
+
+        Args:
+            image: as for `project`, with strokes or colours in it if you like.
+            mask_image: white (1) where it shall be drawn anew, black where it stays: a PIL picture, an array (h, w)
+                or a tensor (1 or n, 1, h, w). None: everywhere.
+            prompt: what shall be there, where the teacher has prompts.
+            strength: in [0, 1]; the highest noise level as a share of `pipe.sigma`. At 1 what the mask covers is
+                forgotten; below, it guides what is drawn.
+            num_inference_steps: evaluations of the network, at falling noise levels.
+            generator, output_type, return_dict: as for a call.
+
+        Raises:
+            ValueError: as `project`, or a mask of another size or range.
+        """
+        _check_strength(strength)
+        known = self._encode(image)
+        conditions = self._conditions(prompt, len(known))
+        mask = self._mask(mask_image, known)
+        x = known if strength < 1 or mask_image is None else (1 - mask) * known
+        for sigma in (strength * level for level in self._levels(num_inference_steps, None)):
+            x = self.projector(x + sigma * self._noise(x.shape, generator), **conditions)
+            x = mask * x + (1 - mask) * known
+        return self._output(x, output_type, return_dict)
+
+    # --- what the three share ---
+
+    def _levels(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> list[float]:
+        if sigmas is None:
+            if num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
+            return [self.sigma * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
+        levels = [float(sigma) for sigma in sigmas]
+        falling = all(a > b for a, b in pairwise(levels))
+        if not levels or not falling or min(levels) < 0:
+            raise ValueError(f"sigmas must be falling noise levels of 0 or more, got {levels}.")
+        return levels
+
+    def _sample_size(self) -> tuple[int, int]:
+        size: Any = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
+        return randn_tensor(
+            tuple(shape), generator=generator, device=self._execution_device, dtype=self.unet.dtype
+        )
+
+    def _conditions(self, prompt: str | Sequence[str] | None, count: int) -> dict[str, Tensor]:
+        """The network's further inputs for `count` pictures, each prompt's one after the other."""
+        if self.text_encoder is None:
+            if prompt is not None:
+                raise ValueError("This projector has no text encoder, so it takes no prompt.")
+            return {}
+        if prompt is None:
+            raise ValueError('This projector draws from prompts: give one, or "".')
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts or count % len(texts):
+            raise ValueError(f"{count} pictures need one prompt or as many; got {len(texts)}.")
+        embeds = encode_texts(self.tokenizer, self.text_encoder, texts, self._execution_device)
+        embeds = embeds.repeat_interleave(count // len(texts), 0)
+        return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
+
+    def _encode(self, image: Any) -> Tensor:
+        """(n, C, H, W) in the network's space of pictures in any of the accepted forms."""
+        channels = self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
+        pictures = _as_tensor(image, "L" if channels == 1 else "RGB")
+        expected = (channels, *(n * self.vae_scale_factor for n in self._sample_size()))
+        if pictures.ndim != 4 or tuple(pictures.shape[1:]) != expected:
+            raise ValueError(
+                f"Expected pictures of {expected[0]} channels, {expected[2]} wide and {expected[1]} high, got an"
+                f" array (n, C, h, w) of {tuple(pictures.shape)}: resize or crop."
+            )
+        if not torch.isfinite(pictures).all() or pictures.min() < 0 or pictures.max() > 1:
+            raise ValueError(
+                f"Expected pictures in [0, 1], got values from {float(pictures.min()):.3g} to"
+                f" {float(pictures.max()):.3g}."
+            )
+        x = (2 * pictures - 1).to(self._execution_device, self.unet.dtype)
+        if self.vae is None:
+            return x
+        latents = self.vae.encode(x).latent_dist.mode() - (
+            getattr(self.vae.config, "shift_factor", None) or 0
+        )
+        return latents * self.vae.config.scaling_factor
+
+    def _mask(self, mask_image: Any, like: Tensor) -> Tensor:
+        if mask_image is None:
+            return torch.ones_like(like[:, :1])
+        if isinstance(mask_image, np.ndarray) and mask_image.ndim == 2:
+            mask_image = mask_image[None, ..., None]
+        mask = _as_tensor(mask_image, "L")
+        size = tuple(n * self.vae_scale_factor for n in like.shape[2:])
+        if mask.ndim != 4 or tuple(mask.shape[1:]) != (1, *size) or len(mask) not in (1, len(like)):
+            raise ValueError(
+                f"Expected a mask {size[1]} wide and {size[0]} high, one or as many as pictures, got"
+                f" {tuple(mask.shape)}."
+            )
+        if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
+            raise ValueError("Expected a mask in [0, 1].")
+        mask = torch.nn.functional.max_pool2d(mask, self.vae_scale_factor)
+        return mask.to(like.device, like.dtype)
+
+    def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
+        if output_type != "latent" and self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0
+            x = self.vae.decode(x / self.vae.config.scaling_factor + shift).sample
+        images: Any = x
+        if output_type != "latent":
+            images = self.image_processor.postprocess(x, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def encode_texts(tokenizer: Any, text_encoder: Any, texts: Sequence[str], device: Any) -> Tensor:
+    """(n, tokens, width): the last hidden state, as Stable Diffusion's network is shown it."""
+    ids = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return text_encoder(ids.to(device))[0]
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}.")
+
+
+def _as_tensor(image: Any, mode: str) -> Tensor:
+    """(n, C, h, w) float32 of PIL pictures, an array (n, h, w, C) or a tensor (n, C, h, w)."""
+    if isinstance(image, Tensor):
+        return image.float().contiguous()
+    if isinstance(image, np.ndarray):
+        array = image
+    else:
+        pictures = [image] if isinstance(image, Image.Image) else list(image)
+        sizes = {picture.size for picture in pictures}
+        if len(sizes) != 1:
+            raise ValueError(f"Give one or more pictures of one size, got {sorted(sizes) or 'none'}.")
+        array = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+        array = array[..., None] if array.ndim == 3 else array
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / 255
+    return torch.from_numpy(array.astype(np.float32)).movedim(-1, 1).contiguous()

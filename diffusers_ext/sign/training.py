@@ -1,0 +1,248 @@
+"""How a projector is distilled: the three networks, the phases, and what every step computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import objective as losses
+from .projector import Projector, denoise, levels_at
+
+# Of the schedule: where the two scores are compared (arXiv:2311.18828, section 3.2).
+SCORE_RANGE = (0.02, 0.98)
+FLOW_LEVELS = 10
+
+
+class SIGNObjective(nn.Module):
+    """The loss of one step: of the projector, of the fake score, or of both.
+
+    Every second row of a batch starts from noise, the others from noised data at one of `FLOW_LEVELS` levels up to the
+    projector's own: so f also learns the levels at which further steps and projections call it.
+
+    Args:
+        projector: trained; its network starts as a copy of the teacher.
+        teacher: the frozen network.
+        weights: of the losses.
+        warmup_steps: steps without scores, in which `reg` and `flow` bring f near.
+        fake_updates: updates of the fake score for each of the projector after that (DMD2, arXiv:2405.14867: 5; with
+            a regression loss 1 does).
+        guidance_scale: of the teacher where it has conditions.
+    """
+
+    def __init__(
+        self,
+        projector: Projector,
+        teacher: nn.Module,
+        weights: losses.LossWeights,
+        warmup_steps: int = 0,
+        fake_updates: int = 1,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0 or fake_updates < 1:
+            raise ValueError(
+                f"Expected warmup_steps of 0 or more and fake_updates of 1 or more, got {warmup_steps} and"
+                f" {fake_updates}."
+            )
+        warm = any(getattr(weights, name) for name in ("reg", "flow", "denoise", "tight"))
+        if warmup_steps and not warm:
+            raise ValueError(
+                "Without reg, flow, denoise and tight there is nothing to warm up with: set warmup_steps to 0."
+            )
+        self.projector = projector
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.fake = copy.deepcopy(teacher).requires_grad_(True).train() if weights.dmd else None
+        self.weights, self.warmup_steps, self.fake_updates = weights, warmup_steps, fake_updates
+        self.guidance_scale = guidance_scale
+
+    def train(self, mode: bool = True) -> SIGNObjective:
+        """As usual, but the teacher never drops anything out."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(
+        self,
+        step: int | Tensor,
+        noise: Tensor,
+        drawn: Tensor,
+        data: Tensor,
+        data_noise: Tensor,
+        level: Tensor,
+        score_noise: Tensor,
+        score_time: Tensor,
+        fake_noise: Tensor,
+        fake_time: Tensor,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch of an even number of rows b, all (b, C, H, W) float32 unless said otherwise.
+
+        Args:
+            step: of the optimisation, which decides the phase.
+            noise: unit noise of the even rows' sources.
+            drawn: the teacher's pictures from `noise`; looked at in even rows alone, and only with `reg`.
+            data: clean data.
+            data_noise: unit noise for the odd rows' data.
+            level: (b,) in [0, 1): the odd rows' noise level.
+            score_noise, score_time, fake_noise, fake_time: unit noise and (b,) in [0, 1): where the scores are
+                compared, and where the fake one is trained.
+            prompt_embeds, negative_prompt_embeds: (b, tokens, width) where the teacher has prompts.
+        """
+        conditions = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
+        negative = {} if negative_prompt_embeds is None else {"encoder_hidden_states": negative_prompt_embeds}
+        step = int(step)
+        scored = self.fake is not None and step >= self.warmup_steps
+        turn = not scored or (step - self.warmup_steps) % self.fake_updates == 0
+        odd = torch.arange(len(noise), device=noise.device) % 2 == 1
+        times = self._flow_times(level)
+        alpha, sigma = levels_at(self.projector.scheduler, times, data)
+        noisy = alpha * data + sigma * data_noise
+        source = torch.where(odd[:, None, None, None], noisy / alpha, self.projector.sigma * noise)
+        with torch.set_grad_enabled(turn and torch.is_grad_enabled()):
+            made = self.projector(source, **conditions)
+        total = noise.new_zeros(())
+        if turn:
+            total = total + self._own_losses(made, drawn, data, noisy, times, odd, conditions, negative)
+        if turn and scored:
+            total = total + self.weights.dmd * self._matching(
+                made, score_noise, score_time, conditions, negative
+            )
+        if scored:
+            total = total + self._fake_loss(made.detach(), fake_noise, fake_time, conditions)
+        return total
+
+    def _own_losses(
+        self,
+        made: Tensor,
+        drawn: Tensor,
+        data: Tensor,
+        noisy: Tensor,
+        times: Tensor,
+        odd: Tensor,
+        conditions: dict[str, Tensor],
+        negative: dict[str, Tensor],
+    ) -> Tensor:
+        """All losses of the projector but the scores'."""
+        weights, project = self.weights, self.projector
+        total = made.new_zeros(())
+        rows = {name: value[odd] for name, value in conditions.items()}
+        reconstruction = None
+        if weights.rec or weights.tight:
+            kept = project(data[odd], **rows)
+            reconstruction = losses.distance(kept, data[odd])
+            total = total + weights.rec * losses.reconstruction_loss(kept, data[odd])
+        if weights.idem:
+            total = total + weights.idem * losses.idempotence_loss(
+                lambda x: project.frozen(x, **conditions), made
+            )
+        if weights.reg:
+            total = total + weights.reg * losses.regression_loss(made[~odd], drawn[~odd])
+        if weights.denoise:
+            total = total + weights.denoise * losses.denoising_loss(made[odd], data[odd])
+        if weights.flow:
+            nearer = self._teacher_step(
+                noisy[odd], times[odd], rows, {name: value[odd] for name, value in negative.items()}
+            )
+            total = total + weights.flow * losses.consistency_loss(
+                made[odd], lambda x: project.frozen(x, **rows), nearer
+            )
+        if weights.tight:
+            assert reconstruction is not None
+            even = {name: value[~odd] for name, value in conditions.items()}
+            fixed = made[~odd].detach()
+            total = total + weights.tight * losses.tightness_loss(
+                project(fixed, **even), fixed, reconstruction
+            )
+        return total
+
+    def _flow_times(self, level: Tensor) -> Tensor:
+        """(b,) timesteps of the noised data: one of `FLOW_LEVELS` between the first and the projector's own."""
+        return self._time_of(1 + (level * FLOW_LEVELS).long().clamp(max=FLOW_LEVELS - 1))
+
+    def _time_of(self, index: Tensor) -> Tensor:
+        first = int(SCORE_RANGE[0] * self.projector.timestep)
+        return (first + (self.projector.timestep - first) * index / FLOW_LEVELS).round().long()
+
+    @torch.no_grad()
+    def _teacher_step(
+        self, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor], negative: dict[str, Tensor]
+    ) -> Tensor:
+        """One DDIM step of the teacher to the next lower level, in the projector's units."""
+        first = int(SCORE_RANGE[0] * self.projector.timestep)
+        index = ((times - first) * FLOW_LEVELS / (self.projector.timestep - first)).round()
+        after = self._time_of(index - 1)
+        clean = self._teacher_clean(noisy, times, conditions, negative)
+        alpha, sigma = levels_at(self.projector.scheduler, times, noisy)
+        alpha_after, sigma_after = levels_at(self.projector.scheduler, after, noisy)
+        return clean + (sigma_after / alpha_after) * (noisy - alpha * clean) / sigma
+
+    def _teacher_clean(
+        self, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor], negative: dict[str, Tensor]
+    ) -> Tensor:
+        scheduler = self.projector.scheduler
+        clean = denoise(self.teacher, scheduler, noisy, times, **conditions)
+        if self.guidance_scale == 1 or not negative:
+            return clean
+        without = denoise(self.teacher, scheduler, noisy, times, **negative)
+        return without + self.guidance_scale * (clean - without)
+
+    def _matching(
+        self,
+        made: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        conditions: dict[str, Tensor],
+        negative: dict[str, Tensor],
+    ) -> Tensor:
+        with torch.no_grad():
+            times = self._score_times(time)
+            alpha, sigma = levels_at(self.projector.scheduler, times, made)
+            noisy = alpha * made + sigma * noise
+            real = self._teacher_clean(noisy, times, conditions, negative)
+            fake = denoise(self.fake, self.projector.scheduler, noisy, times, **conditions)
+        return losses.distribution_matching_loss(made, real, fake)
+
+    def _fake_loss(self, made: Tensor, noise: Tensor, time: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        times = self._score_times(time)
+        alpha, sigma = levels_at(self.projector.scheduler, times, made)
+        clean = denoise(
+            self.fake, self.projector.scheduler, alpha * made + sigma * noise, times, **conditions
+        )
+        return losses.score_matching_loss(clean, made, alpha, sigma)
+
+    def _score_times(self, time: Tensor) -> Tensor:
+        low, high = (share * len(self.projector.scheduler.alphas_cumprod) for share in SCORE_RANGE)
+        return (low + (high - low) * time).long()
+
+
+@torch.no_grad()
+def projector_figures(
+    projector: Projector, noise: Tensor, data: Tensor, **conditions: Any
+) -> dict[str, float]:
+    """What tells a projector from the identity and from a constant.
+
+    Args:
+        noise: (n, C, H, W) unit noise.
+        data: (n, C, H, W) test data.
+
+    Returns:
+        `idempotence` ‖f(f(z)) − f(z)‖/‖f(z)‖, `motion` ‖f(z) − z‖/‖z‖ (0 for the identity), both means over rows;
+        `variance` of the samples over the data's, summed over elements; `reconstruction` mean |f(x) − x|.
+    """
+    source = projector.sigma * noise
+    made = projector(source, **conditions)
+    again = projector(made, **conditions)
+
+    def norm(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1)
+
+    return {
+        "idempotence": float((norm(again - made) / norm(made)).mean()),
+        "motion": float((norm(made - source) / norm(source)).mean()),
+        "variance": float(made.var(0).sum() / data.var(0).sum()),
+        "reconstruction": float(losses.distance(projector(data, **conditions), data).mean()),
+    }

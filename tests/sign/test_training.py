@@ -1,0 +1,173 @@
+"""What one step of the distillation computes and which network it moves."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from diffusers_ext.sign.objective import LossWeights
+from diffusers_ext.sign.pairs import SHARD, TeacherPairs, teacher_flow, weights_digest
+from diffusers_ext.sign.projector import Projector, levels_at, nearest_timestep
+from diffusers_ext.sign.training import SIGNObjective, projector_figures
+from tests import tiny
+from tests.sign.test_projector import GaussianUNet
+
+ALL = LossWeights(denoise=0.5, tight=0.1)
+
+
+def batch(rows: int = 4, step: int = 0) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(0)
+    names = ("noise", "drawn", "data", "data_noise", "score_noise", "fake_noise")
+    found: dict[str, Any] = {name: torch.randn(rows, 3, 8, 8, generator=draw) for name in names}
+    found |= {name: torch.rand(rows, generator=draw) for name in ("level", "score_time", "fake_time")}
+    return {"step": step, **found}
+
+
+def objective(weights: LossWeights = ALL, **options: Any) -> SIGNObjective:
+    pipe = tiny.build("ddpm")
+    projector = Projector(pipe.unet, pipe.scheduler, nearest_timestep(pipe.scheduler))
+    return SIGNObjective(projector, copy.deepcopy(pipe.unet), weights, **options)
+
+
+def moved(model: SIGNObjective, step: int) -> set[str]:
+    """The networks that one step has a gradient for."""
+    model.zero_grad()
+    model(**batch(step=step)).backward()
+    return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_whose_turn_it_is() -> None:
+    model = objective(warmup_steps=2, fake_updates=3)
+    found = [moved(model, step) for step in range(8)]
+    both, fake = {"projector", "fake"}, {"fake"}
+    assert found == [{"projector"}, {"projector"}, both, fake, fake, both, fake, fake]
+    assert moved(objective(LossWeights(dmd=0)), 100) == {"projector"}
+
+
+def test_a_batch_is_the_mean_of_its_halves() -> None:
+    model, whole = objective(warmup_steps=0), batch(8)
+    halves = [
+        {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
+        for rows in (slice(0, 4), slice(4, 8))
+    ]
+    parts = torch.stack([model(**half) for half in halves])
+    # Float32 sums in another order.
+    assert torch.allclose(model(**whole), parts.mean(), rtol=1e-5)
+
+
+def test_a_teacher_step_follows_the_flow_of_one_picture() -> None:
+    """A teacher that knows one picture alone: its flow is a straight line to it."""
+    scheduler = DDPMScheduler()
+    teacher = GaussianUNet(scheduler, 0.3, 0.0)
+    model = SIGNObjective(
+        Projector(GaussianUNet(scheduler, 0.3, 0.0), scheduler, 440), teacher, LossWeights(dmd=0)
+    )
+    level, noise = torch.tensor([0.05, 0.35, 0.95]), torch.randn(3, 1, 4, 4)
+    times = model._flow_times(level)
+    assert times[-1] == 440
+    alpha, sigma = levels_at(scheduler, times, noise)
+    found = model._teacher_step(alpha * 0.3 + sigma * noise, times, {}, {})
+    before = model._flow_times((level - 0.1).clamp_min(0))
+    alpha, sigma = levels_at(scheduler, before, noise)
+    expected = 0.3 + sigma / alpha * noise
+    assert torch.allclose(found[1:], expected[1:], atol=1e-5)
+    # The lowest level goes to the first timestep, where hardly any noise is left.
+    assert (found[0] - 0.3).abs().max() < (noise[0] * 0.05).abs().max()
+
+
+def test_the_teacher_is_left_alone_and_never_drops_out() -> None:
+    model = objective().train()
+    assert not model.teacher.training
+    assert model.projector.training
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+
+
+def test_guidance_reaches_the_real_score() -> None:
+    pipe = tiny.build("sd")
+    teacher = copy.deepcopy(pipe.unet)
+    projector = Projector(pipe.unet, pipe.scheduler, nearest_timestep(pipe.scheduler))
+    given = {
+        name: value if name == "step" or value.ndim == 1 else torch.randn(4, 4, 8, 8)
+        for name, value in batch().items()
+        if name != "step"
+    } | {"step": 0, "prompt_embeds": torch.randn(4, 5, 16), "negative_prompt_embeds": torch.randn(4, 5, 16)}
+    found = []
+    for scale in (1.0, 5.0):
+        model = SIGNObjective(projector, teacher, LossWeights(), guidance_scale=scale)
+        projector.zero_grad()
+        model(**given).backward()
+        found.append(torch.cat([p.grad.flatten() for p in projector.parameters() if p.grad is not None]))
+    assert not torch.allclose(*found)
+
+
+def test_figures_know_the_identity_and_the_constant() -> None:
+    class Plain(torch.nn.Module):
+        sigma = 2.5
+
+        def __init__(self, gain: float) -> None:
+            super().__init__()
+            self.gain = gain
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gain * x + (1 - self.gain)
+
+    noise, data = torch.randn(64, 1, 4, 4), torch.randn(64, 1, 4, 4)
+    identity: Any = Plain(1.0)
+    found = projector_figures(identity, noise, data)
+    assert found["idempotence"] == 0
+    assert found["motion"] == 0
+    assert found["reconstruction"] == 0
+    constant: Any = Plain(0.0)
+    found = projector_figures(constant, noise, data)
+    assert found["idempotence"] == 0
+    assert found["variance"] == 0
+    assert found["motion"] > 0.3
+    assert found["reconstruction"] > 0.3
+
+
+def test_the_teachers_flow_is_diffusers_own() -> None:
+    from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
+
+    pipe = tiny.build("ddpm")
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    solver: Any = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    other = DDPMPipeline(pipe.unet, solver)
+    other.set_progress_bar_config(disable=True)
+    same = torch.Generator().manual_seed(3)
+    images: Any = other(batch_size=2, generator=same, num_inference_steps=5, output_type="np")
+    found = teacher_flow(pipe.unet, pipe.scheduler, noise, 5)
+    expected = torch.from_numpy(images.images).movedim(-1, 1)
+    assert torch.allclose((found / 2 + 0.5).clamp(0, 1), expected, atol=1e-5)
+
+
+def test_pairs_resume_and_refuse_another_teacher(tmp_path: Any) -> None:
+    from accelerate import Accelerator
+
+    pipe, accelerator = tiny.build("ddpm"), Accelerator(cpu=True)
+    recipe = {"teacher": weights_digest(pipe.unet), "steps": 2}
+    made = TeacherPairs(tmp_path, SHARD + 1, recipe)
+    noise, drawn = made.collect(accelerator, pipe.unet, pipe.scheduler, (3, 8, 8), 2)
+    assert noise.shape == drawn.shape == (2 * SHARD, 3, 8, 8)
+    # Stored with 11 bits; the teacher saw the stored noise.
+    assert torch.allclose(
+        teacher_flow(pipe.unet, pipe.scheduler, noise[:4], 2), drawn[:4], rtol=1e-3, atol=1e-3
+    )
+    kept, lost = sorted(tmp_path.glob("*.safetensors"))
+    stamp = kept.stat().st_mtime_ns
+    lost.rename(lost.with_suffix(".partial"))  # as a killed run leaves it
+    again = TeacherPairs(tmp_path, SHARD + 1, recipe)
+    assert torch.equal(again.collect(accelerator, pipe.unet, pipe.scheduler, (3, 8, 8), 2)[1], drawn)
+    assert kept.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"made with another steps, teacher"):
+        TeacherPairs(tmp_path, SHARD, {"teacher": "other", "steps": 3})
+
+
+def test_refusals() -> None:
+    with pytest.raises(
+        ValueError, match="warmup_steps of 0 or more and fake_updates of 1 or more, got -1 and 1"
+    ):
+        objective(warmup_steps=-1)
+    with pytest.raises(ValueError, match="nothing to warm up with"):
+        objective(LossWeights(reg=0, flow=0), warmup_steps=5)

@@ -1,0 +1,148 @@
+"""Distilling a projector end to end, as a user launches it, from a tiny random teacher and twelve pictures."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import diffusers_ext as dx
+from diffusers_ext.checkpoints import list_checkpoints
+from tests import tiny
+
+# One worker runs them all: they share the trained weights.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_sign")]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "training" / "train_sign.py")
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def environment() -> dict[str, str]:
+    # A bit-for-bit comparison needs the same number of threads everywhere.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("sign")
+    for name in ("ddpm", "sd", "sdxl"):
+        tiny.build(name).save_pretrained(folder / name)
+    (folder / "pictures").mkdir()
+    lines, draw = [], np.random.default_rng(0)
+    for i in range(12):
+        picture = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / "pictures" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {'abcdefghijkl'[i] * 3}"}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(base: Path, output: Path, *extra: str, teacher: str = "ddpm") -> list[str]:
+    return [
+        SCRIPT,
+        *("--pretrained_model_name_or_path", str(base / teacher), "--train_data_dir", str(base / "pictures")),
+        *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "3"),
+        *("--train_batch_size", "4", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--use_ema"),
+        *("--num_pairs", "16", "--num_inference_steps", "2", "--fake_updates", "2"),
+        *("--pairs_dir", str(base / f"pairs-{teacher}"), *extra),
+    ]
+
+
+def launch(argv: list[str], launcher: Any = (sys.executable,), code: int = 0) -> str:
+    done = subprocess.run([*launcher, *argv], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path) -> Path:
+    launch(command(base, base / "run"), LAUNCH)
+    return base / "run"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_it_leaves_a_projector_that_loads_and_a_card(trained: Path, base: Path) -> None:
+    sign = dx.SIGNPipeline.from_pretrained(trained / "model", dtype=torch.float32)
+    images = sign(batch_size=2, num_inference_steps=2, generator=tiny.generators(2), output_type="pt").images
+    assert images.shape == (2, 3, 8, 8)
+    before = tiny.build("ddpm").unet.half().state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trained).items())
+    card = (trained / "model" / "README.md").read_text()
+    for figure in ("idempotence", "motion", "variance", "reconstruction"):
+        assert f"| {figure} |" in card
+    assert str(base) not in card
+    assert Image.open(trained / "validation-8.png").size == (8 * 12 * 2, 8 * 6 * 2)
+    # All three networks are in the checkpoint: the frozen one too, as it may have come from elsewhere.
+    state = load_file(list_checkpoints(trained)[-1] / "model.safetensors")
+    assert {name.split(".")[0] for name in state} == {"projector", "teacher", "fake"}
+
+
+def test_a_killed_run_resumes_to_the_same_weights(trained: Path, base: Path, tmp_path: Path) -> None:
+    started = subprocess.Popen(
+        [sys.executable, *command(base, tmp_path, "--checkpointing_steps", "1")],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while not list_checkpoints(tmp_path) and started.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    launch(command(base, tmp_path, "--resume_from_checkpoint", "latest"))
+    expected, resumed = weights(trained), weights(tmp_path)
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+
+
+def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path: Path) -> None:
+    launch(command(base, tmp_path, "--train_batch_size", "2"), TWO)
+    one, two = weights(trained), weights(tmp_path)
+    # Adam moves every weight by up to the learning rate a step, also where a gradient is only rounding: of the 8 steps
+    # of 1e-3 nearly all weights must differ by less than one tenth, and none by more than they can have moved.
+    difference = torch.cat(
+        [(value.float() - two[name].float()).abs().flatten() for name, value in one.items()]
+    )
+    assert difference.max() < 8e-3
+    assert difference.quantile(0.95) < 8e-4
+
+
+def test_a_teacher_with_prompts(base: Path, tmp_path: Path) -> None:
+    extra = ("--guidance_scale", "3", "--denoise_weight", "0.5", "--tight_weight", "0.1")
+    launch(command(base, tmp_path, *extra, teacher="sd"))
+    sign = dx.SIGNPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert sign(["a aaa", "a bbb"], output_type="pt").images.shape == (2, 3, 8, 8)
+
+
+def test_scores_alone_need_no_pairs(base: Path, tmp_path: Path) -> None:
+    launch(
+        command(
+            base, tmp_path, "--warmup_steps", "0", "--reg_weight", "0", "--flow_weight", "0",
+            "--pairs_dir", str(tmp_path / "pairs"),
+        )
+    )  # fmt: skip
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_refusals(base: Path, trained: Path, tmp_path: Path) -> None:
+    other = command(base, tmp_path, "--num_inference_steps", "3")
+    assert "made with another num_inference_steps" in launch(other, code=1)
+    assert "expected a pipeline with one UNet" in launch(command(base, tmp_path, teacher="sdxl"), code=1)
+    assert "must be even, got 3" in launch(command(base, tmp_path, "--train_batch_size", "3"), code=2)
+    same = command(base, tmp_path, "--resolution", "16")
+    assert "Expected pictures of 3 channels, 8 wide and 8 high" in launch(same, code=1)

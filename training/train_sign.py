@@ -1,0 +1,272 @@
+"""Distils a SIGN projector from a diffusion model: a one- to few-step generator that also projects and edits.
+
+    accelerate launch training/train_sign.py --pretrained_model_name_or_path MODEL \\
+        --train_data_dir FOLDER --resolution 64 --use_ema --warmup_steps 2000 --output_dir runs/sign
+
+MODEL is a DDPM pipeline, or Stable Diffusion with --guidance_scale; FOLDER an image folder, with captions in
+metadata.jsonl if MODEL has prompts. --dataset_name takes a data set on the Hub, or `fashion-mnist` or `fashion-scenes` with
+Fashion-MNIST's files in --train_data_dir. First the teacher draws --num_pairs pictures, kept in --pairs_dir. The finished projector
+is in OUTPUT_DIR/model with its card: `diffusers_ext.SIGNPipeline.from_pretrained("OUTPUT_DIR/model")`. A killed run goes on
+with --resume_from_checkpoint latest. On several CPUs, start one process each with
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_ext.data import fashion_scenes
+from diffusers_ext.data.base_training import save_grid
+from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of
+from diffusers_ext.publishing import create_hub_repo, publish
+from diffusers_ext.sign.objective import LossWeights
+from diffusers_ext.sign.pairs import TeacherPairs, weights_digest
+from diffusers_ext.sign.pipelines import SIGNPipeline, encode_texts
+from diffusers_ext.sign.projector import SIGMA, check_teacher, nearest_timestep
+from diffusers_ext.sign.training import SIGNObjective, projector_figures
+from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
+
+ABOUT = """\
+# SIGN projector of {model}
+
+A projector distilled from `{model}` (Zaman et al., arXiv:2509.21470): it draws in one or a few steps, and puts corrupted
+pictures back onto the manifold.
+
+```python
+import diffusers_ext as dx
+
+sign = dx.SIGNPipeline.from_pretrained("FOLDER")
+images = sign(batch_size=8, num_inference_steps=1).images
+cleaned = sign.project(images, strength=0.2).images
+```
+
+In the table, `idempotence` is ‖f(f(z)) − f(z)‖/‖f(z)‖ (0 is ideal), `motion` ‖f(z) − z‖/‖z‖ (0 would be the identity),
+`variance` the samples' over the data's, `reconstruction` the mean |f(x) − x| on data in the network's space."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The arguments: SIGN's own and those that all training scripts share."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="the teacher, a pipeline")
+    add("--revision", default=None)
+    add("--variant", default=None)
+    add_data_arguments(parser)
+    add("--sigma", type=float, default=SIGMA, help="noise level at which the network is held")
+    add("--guidance_scale", type=float, default=1.0, help="of the teacher, where it has prompts")
+    add("--warmup_steps", type=int, default=0, help="steps without the scores")
+    add("--fake_updates", type=int, default=1, help="updates of the fake score for each of the projector")
+    for field in fields(LossWeights):
+        add(f"--{field.name}_weight", type=float, default=field.default)
+    add("--num_pairs", type=int, default=10_000, help="the teacher's pictures, for reg_weight")
+    add("--pairs_dir", default=None, help="where they are kept; default: OUTPUT_DIR/pairs")
+    add("--num_inference_steps", type=int, default=20, help="of the teacher's pictures")
+    add_training_arguments(parser)
+    args = parser.parse_args()
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("give --dataset_name or --train_data_dir")
+    if args.train_batch_size % 2:
+        parser.error(f"--train_batch_size must be even, got {args.train_batch_size}")
+    return args
+
+
+def main() -> None:
+    """Trains; the main process writes, prints and uploads the outcome."""
+    args = parse_args()
+    weights = LossWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(LossWeights)})
+    accelerator = make_accelerator(args, idle_parameters=True)
+    repo_id = create_hub_repo(args) if accelerator.is_main_process else None
+    pipe = load_teacher(args, accelerator)
+    data, captions = load_data(args, pipe)
+    teacher = copy.deepcopy(pipe.unet).eval().requires_grad_(False)
+    texts = Texts(pipe, accelerator.device)
+    pairs = collect_pairs(args, accelerator, pipe, teacher, texts, captions) if weights.reg else None
+    objective = SIGNObjective(
+        pipe.projector, teacher, weights, args.warmup_steps, args.fake_updates, args.guidance_scale
+    )
+    shape = data.shape[1:]
+
+    def make_batch(rows: Rows) -> dict[str, Any]:
+        index = rows.indices(len(data))
+        paired = rows.integers(len(pairs[0]) if pairs else 1)
+        noise = rows.normal(*shape) if pairs is None else pairs[0][paired]
+        batch: dict[str, Any] = {
+            "step": torch.tensor(rows.step),
+            "noise": noise,
+            "drawn": torch.zeros_like(noise) if pairs is None else pairs[1][paired],
+            "data": data[index],
+            "data_noise": rows.normal(*shape),
+            "level": rows.uniform(),
+            "score_noise": rows.normal(*shape),
+            "score_time": rows.uniform(),
+            "fake_noise": rows.normal(*shape),
+            "fake_time": rows.uniform(),
+        }
+        if captions is not None:
+            # An even row starts from a pair's noise and has that pair's prompt.
+            even = torch.arange(len(index)) % 2 == 0
+            own = torch.where(even, paired % len(captions), index) if pairs is not None else index
+            batch |= texts.batch([captions[int(i)] for i in own], args.guidance_scale)
+        return batch
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        draw = torch.Generator().manual_seed(0)
+        few = data[:256].to(accelerator.device)
+        noise = torch.randn(few.shape, generator=draw).to(accelerator.device)
+        prompts = None if captions is None else captions[: len(few)]
+        conditions = {} if prompts is None else texts.conditions(prompts)
+        save_pictures(pipe, few[:16], prompts, Path(args.output_dir) / f"validation-{step}.png")
+        return projector_figures(pipe.projector, noise, few, **conditions)
+
+    record = train(accelerator, args, objective, make_batch, validate)
+    if accelerator.is_main_process:
+        record["parameters"] = pipe.unet.num_parameters()
+        name = Path(args.pretrained_model_name_or_path).name
+        pipe.to("cpu").to(torch.float16)
+        if pipe.text_encoder is not None:
+            pipe.text_encoder.float()
+        publish(args, sys.argv, record, pipe.save_pretrained, ABOUT.format(model=name), ["sign"], repo_id)
+        print(json.dumps(record, indent=1))
+
+
+def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """The projector's pipeline, its network still the teacher's."""
+    base: Any = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=torch.float32,
+    )
+    there = {name for name, part in base.components.items() if part is not None}
+    extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
+    if extra or "unet" not in there:
+        raise ValueError(
+            f"{type(base).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet and at most"
+            " one text encoder, such as DDPM or Stable Diffusion."
+        )
+    check_teacher(base.unet, base.scheduler)
+    parts = {name: base.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
+    pipe: Any = SIGNPipeline(
+        base.unet, base.scheduler, **parts, timestep=nearest_timestep(base.scheduler, args.sigma)
+    )
+    for part in (pipe.vae, pipe.text_encoder):
+        if part is not None:
+            part.requires_grad_(False)
+    pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:
+    """(n, C, H, W) in the network's space, on the CPU, and the captions where there are prompts."""
+    channels = pipe.unet.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+    if args.dataset_name == "fashion-mnist":
+        images = fashion_scenes.load_garments(args.train_data_dir, "train")[0]
+        pictures = torch.from_numpy(images[: args.max_train_samples]).float()[:, None] / 255
+        return torch.cat([pipe._encode(part).cpu() for part in pictures.split(256)]), None
+    with_prompts = pipe.text_encoder is not None
+    data = load_dataset(args, captions=with_prompts)
+    encoded = []
+    with torch.no_grad():
+        for low in tqdm(range(0, len(data), 64), desc="reading pictures"):
+            rows = [data[i] for i in range(low, min(low + 64, len(data)))]
+            encoded.append(pipe._encode(pictures_of(args, rows, "L" if channels == 1 else "RGB")).cpu())
+    captions = [str(text) for text in data[args.caption_column]] if with_prompts else None
+    return torch.cat(encoded), captions
+
+
+class Texts:
+    """Prompts as the network is shown them; each is encoded once."""
+
+    def __init__(self, pipe: Any, device: torch.device) -> None:
+        self.pipe, self.device = pipe, device
+        self.known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def embeds(self, prompts: list[str]) -> Tensor:
+        """(n, tokens, width)."""
+        new = sorted(set(prompts) - self.known.keys())
+        if new:
+            parts = encode_texts(self.pipe.tokenizer, self.pipe.text_encoder, new, self.device)
+            self.known.update(zip(new, parts.cpu()))
+        return torch.stack([self.known[prompt] for prompt in prompts]).to(self.device)
+
+    def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The network's arguments."""
+        return {"encoder_hidden_states": self.embeds(prompts)}
+
+    def batch(self, prompts: list[str], guidance_scale: float) -> dict[str, Tensor]:
+        """The objective's arguments."""
+        found = {"prompt_embeds": self.embeds(prompts)}
+        if guidance_scale != 1:
+            found["negative_prompt_embeds"] = self.embeds([""] * len(prompts))
+        return found
+
+
+def collect_pairs(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: Any,
+    teacher: nn.Module,
+    texts: Texts,
+    captions: list[str] | None,
+) -> tuple[Tensor, Tensor]:
+    """Noise and the teacher's pictures from it; pair i has caption i, modulo their number."""
+    recipe = {
+        "teacher": weights_digest(teacher),
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale if captions else 1.0,
+        "captions": len(captions) if captions else 0,
+        "data seed": args.seed if captions else 0,
+    }
+    store = TeacherPairs(args.pairs_dir or f"{args.output_dir}/pairs", args.num_pairs, recipe)
+
+    def conditions_of(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        assert captions is not None
+        prompts = [captions[int(i) % len(captions)] for i in rows]
+        return texts.conditions(prompts), texts.conditions([""] * len(prompts))
+
+    size = pipe.unet.config.in_channels, *pipe._sample_size()
+    return store.collect(
+        accelerator,
+        teacher,
+        pipe.scheduler,
+        size,
+        args.num_inference_steps,
+        conditions_of if captions else None,
+        args.guidance_scale,
+    )
+
+
+def save_pictures(pipe: Any, data: Tensor, prompts: list[str] | None, path: Path) -> None:
+    """Rows: samples in 1, 2 and 4 steps; the first projected again; noisy data; the same projected."""
+    count = len(data)
+    texts = None if prompts is None else prompts[:count]
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    noisy_draw = torch.randn(data.shape, generator=torch.Generator().manual_seed(1)).to(data)
+    rows = []
+    for steps in (1, 2, 4):
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        options: dict[str, Any] = {"generator": generators, "num_inference_steps": steps}
+        rows.append(pipe(texts, 1 if texts else count, output_type="latent", **options).images)
+    conditions = pipe._conditions(texts, count)
+    noisy = data + 0.3 * noisy_draw
+    rows += [pipe.projector(rows[0], **conditions), noisy, pipe.projector(noisy, **conditions)]
+    shown = pipe._output(torch.cat(rows), "pt", True).images
+    save_grid(shown.float().cpu(), count, path)
+
+
+if __name__ == "__main__":
+    main()
