@@ -1,0 +1,170 @@
+"""The measurements of benchmarks/sign.py: samples, projections and a projector's own figures, kept in a folder."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import kept
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+import diffusers_ext as dx
+from diffusers_ext.data import fashion_scenes
+from diffusers_ext.evaluation.grader import garment_features
+from diffusers_ext.evaluation.testbed import load_grader, run_garments
+from diffusers_ext.resources import resource_dir
+from diffusers_ext.sign.projector import Projector, denoise, levels_at, nearest_timestep
+from diffusers_ext.sign.training import projector_figures
+
+TEACHER = "fashion-ddpm"
+SOLVERS: dict[str, Any] = {
+    "DPM++ 2M": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+    "DDIM": DDIMScheduler,
+}
+SHOWN = 16
+# Of the noise level that samples start from; what is added before projecting.
+STRENGTHS = (0.05, 0.1, 0.2, 0.4)
+CORRUPTIONS = ("noise 0.2", "noise 0.5", "noise 1", "blur", "mask", "salt and pepper")
+SDEDIT_STEPS = (1, 10)
+
+
+@lru_cache(maxsize=1)
+def load_teacher() -> Any:
+    """The embedded pixel model."""
+    pipe: Any = DDPMPipeline.from_pretrained(resource_dir("model_cards") / TEACHER, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@lru_cache(maxsize=1)
+def load_sign(folder: Path) -> Any:
+    """A trained projector."""
+    pipe: Any = dx.SIGNPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def samples(folder: Path | None, solver: str, steps: int, seed: int, num_images: int) -> dict[str, Any]:
+    """Features of samples, and the first few; `folder` None is the teacher with `solver`."""
+    if folder is None:
+        pipe = load_teacher()
+        original = pipe.scheduler
+        pipe.scheduler = SOLVERS[solver].from_config(original.config, timestep_spacing="trailing")
+    else:
+        pipe, original = load_sign(folder), None
+    found = run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
+    if original is not None:
+        pipe.scheduler = original
+    return {"features": found.features, "pictures": found.pictures[:SHOWN], "calls": found.calls}
+
+
+def test_garments(count: int) -> Tensor:
+    """The first `count` of the embedded sample's test garments, (n, 1, 32, 32) in [−1, 1]."""
+    images = fashion_scenes.load_garments(fashion_scenes.SAMPLE_DIR, "test")[0][:count]
+    return torch.from_numpy(images).float()[:, None] / 127.5 - 1
+
+
+@torch.no_grad()
+def figures(folder: Path | None, num_images: int) -> dict[str, Any]:
+    """`projector_figures`; `folder` None is the teacher's network, held at the same level and not trained."""
+    teacher = load_teacher()
+    if folder is None:
+        level = nearest_timestep(teacher.scheduler)
+        projector = Projector(teacher.unet, teacher.scheduler, level)
+    else:
+        projector = load_sign(folder).projector
+    data = test_garments(num_images)
+    noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(31))
+    found: dict[str, Any] = projector_figures(projector, noise, data)
+    # How well the teacher denoises in one call at its lowest level that matters: the floor of any reconstruction.
+    times = torch.full((len(data),), 20)
+    alpha, sigma = levels_at(teacher.scheduler, times, data)
+    clean = denoise(teacher.unet, teacher.scheduler, alpha * data + sigma * noise, times)
+    return found | {"floor": float((clean - data).abs().mean())}
+
+
+def corrupt(data: Tensor, name: str) -> Tensor:
+    """Pictures (n, 1, h, w) in [−1, 1], spoilt; still in [−1, 1] but for noise, which is clipped."""
+    draw = torch.Generator().manual_seed(17)
+    if name.startswith("noise"):
+        return (data + float(name.split()[1]) * torch.randn(data.shape, generator=draw)).clamp(-1, 1)
+    if name == "blur":
+        return F.avg_pool2d(F.pad(data, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    if name == "mask":
+        spoilt = data.clone()
+        spoilt[..., 12:20, 12:20] = -1
+        return spoilt
+    hit = torch.rand(data.shape, generator=draw)
+    return torch.where(hit < 0.05, -1.0, torch.where(hit > 0.95, 1.0, data))
+
+
+@torch.no_grad()
+def sdedit(y: Tensor, strength: float, steps: int, sigma: float) -> Tensor:
+    """Noise to the level strength · sigma, then the teacher's DDIM in `steps` calls (Meng et al., arXiv:2108.01073)."""
+    teacher = load_teacher()
+    scheduler = teacher.scheduler
+    top = nearest_timestep(scheduler, strength * sigma)
+    times = torch.linspace(top, 0, steps + 1).round().long()[:-1]
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(19))
+    alpha, level = levels_at(scheduler, times[:1].expand(len(y)), y)
+    x = alpha * y + level * noise
+    clean = y
+    for i, t in enumerate(times):
+        here = t.expand(len(y))
+        alpha, level = levels_at(scheduler, here, y)
+        clean = denoise(teacher.unet, scheduler, x, here)
+        if i + 1 < len(times):
+            alpha_after, level_after = levels_at(scheduler, times[i + 1].expand(len(y)), y)
+            x = alpha_after * clean + level_after * (x - alpha * clean) / level
+    return clean.clamp(-1, 1)
+
+
+@torch.no_grad()
+def projections(folder: Path, num_images: int) -> dict[str, Any]:
+    """(psnr, features) of every corruption before and after, by name "corruption|method|strength"."""
+    pipe, data, grader = load_sign(folder), test_garments(num_images), load_grader()
+    found: dict[str, Any] = {}
+
+    def keep(name: str, pictures: Tensor) -> None:
+        error = (pictures - data).square().mean((1, 2, 3))
+        found[f"{name}|psnr"] = (10 * torch.log10(4 / error)).numpy()
+        found[f"{name}|features"] = garment_features(grader, pictures / 2 + 0.5)
+        found[f"{name}|shown"] = (pictures[:SHOWN] / 2 + 0.5).half().numpy()
+
+    for corruption in CORRUPTIONS:
+        y = corrupt(data, corruption)
+        keep(f"{corruption}|before|0", y)
+        for strength in (0.0, *STRENGTHS):
+            draws = [torch.Generator().manual_seed(900 + i) for i in range(len(y))]
+            call = {"strength": strength, "generator": draws, "output_type": "pt"}
+            keep(f"{corruption}|SIGN|{strength:g}", 2 * pipe.project(y / 2 + 0.5, **call).images - 1)
+        for steps in SDEDIT_STEPS:
+            for strength in STRENGTHS:
+                keep(f"{corruption}|SDEdit {steps}|{strength:g}", sdedit(y, strength, steps, pipe.sigma))
+    return found
+
+
+def run(kind: str, path: Path, arguments: tuple[Any, ...]) -> Path:
+    """Makes one measurement and writes it, unless it is there."""
+    if not path.is_file():
+        torch.set_num_threads(1)
+        measures: dict[str, Callable[..., dict[str, Any]]] = {
+            "samples": samples,
+            "figures": figures,
+            "projections": projections,
+        }
+        kept.write(path, measures[kind](*arguments))
+    return path
+
+
+def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
+    """Where a measurement is kept: under everything that it depends on but the code."""
+    teacher = resource_dir("model_cards") / TEACHER / "unet/diffusion_pytorch_model.safetensors"
+    folder = arguments[0]
+    files = [teacher] if folder is None else [teacher, folder / "unet/diffusion_pytorch_model.safetensors"]
+    key = f"{kind}|{arguments[1:]}|{kept.digest(files)}"
+    return cache_dir / f"{kind}-{kept.name_of(key, 16)}.npz"
