@@ -17,6 +17,7 @@ import numpy as np
 from sign_runs import CORRUPTIONS, SDEDIT_STEPS, SHOWN, SOLVERS, STRENGTHS, kept_at, run
 from tqdm.auto import tqdm
 
+from diffusers_ext.data.fashion_scenes import SAMPLE_DIR
 from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
 from diffusers_ext.evaluation.report import (
     bootstrap,
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[11, 12, 13])
     add("--teacher_steps", type=int, nargs="+", default=[1, 2, 4, 8])
     add("--reference_steps", type=int, default=50, help="of the teacher's first solver")
+    add("--train_data_dir", default=str(SAMPLE_DIR), help="Fashion-MNIST's files; default: 320 test garments")
     add("--num_projections", type=int, default=500, help="test pictures that are spoilt and projected")
     add("--workers", type=int, default=2, help="processes of one thread each")
     return parser.parse_args()
@@ -54,8 +56,11 @@ def parse_args() -> argparse.Namespace:
 def tasks_of(args: argparse.Namespace, models: dict[str, Path]) -> list[Task]:
     """Everything to be measured."""
     ours = next(iter(models.values()))
-    found: list[Task] = [("figures", (folder, args.num_projections)) for folder in (None, *models.values())]
-    found += [("projections", (ours, args.num_projections))]
+    found: list[Task] = [
+        ("figures", (folder, args.train_data_dir, args.num_projections))
+        for folder in (None, *models.values())
+    ]
+    found += [("projections", (ours, args.train_data_dir, args.num_projections))]
     for folder in models.values():
         found += [sampling(folder, "", steps, seed, args) for steps in SIGN_STEPS for seed in args.seeds]
     for solver in SOLVERS:
@@ -110,10 +115,10 @@ def table_of_figures(found: Found, args: argparse.Namespace, models: dict[str, P
     """What tells a projector from the identity and from a constant."""
     rows = []
     for label, folder in {"teacher's network, held at the level": None, **models}.items():
-        of = found["figures", (folder, args.num_projections)]
+        of = found["figures", (folder, args.train_data_dir, args.num_projections)]
         names = ("idempotence", "motion", "variance", "reconstruction")
         rows.append([label, *(f"{float(of[name]):.3f}" for name in names)])
-    floor = float(found["figures", (None, args.num_projections)]["floor"])
+    floor = float(found["figures", (None, args.train_data_dir, args.num_projections)]["floor"])
     header = [
         "", "‖f(f(z)) − f(z)‖/‖f(z)‖", "‖f(z) − z‖/‖z‖", "variance, share of the data's", "mean abs. f(x) − x",
     ]  # fmt: skip
@@ -161,7 +166,7 @@ def draw(path: Path, found: Found, args: argparse.Namespace, models: dict[str, P
     solver = next(iter(SOLVERS))
     for n in (*args.teacher_steps, args.reference_steps):
         rows.append((f"teacher, {solver}, {n} NFE", found[sampling(None, solver, n, seed, args)]["pictures"]))
-    of = found["projections", (ours, args.num_projections)]
+    of = found["projections", (ours, args.train_data_dir, args.num_projections)]
     for corruption in CORRUPTIONS:
         rows.append((corruption, of[f"{corruption}|before|0|shown"]))
         strength = best_strength(of, corruption, "SIGN")
@@ -197,7 +202,9 @@ def main() -> None:
             f"{args.num_projections} test garments, and as many samples:",
             table_of_figures(found, args, models),
             "The same garments, spoilt; every method at the strength of its highest PSNR:",
-            table_of_projections(found["projections", (next(iter(models.values())), args.num_projections)]),
+            table_of_projections(
+                found["projections", (next(iter(models.values())), args.train_data_dir, args.num_projections)]
+            ),
         ]
     )
     (args.output_dir / "sign.md").write_text(page + "\n")

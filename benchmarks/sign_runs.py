@@ -62,14 +62,14 @@ def samples(folder: Path | None, solver: str, steps: int, seed: int, num_images:
     return {"features": found.features, "pictures": found.pictures[:SHOWN], "calls": found.calls}
 
 
-def test_garments(count: int) -> Tensor:
-    """The first `count` of the embedded sample's test garments, (n, 1, 32, 32) in [−1, 1]."""
-    images = fashion_scenes.load_garments(fashion_scenes.SAMPLE_DIR, "test")[0][:count]
+def test_garments(data_dir: str, count: int) -> Tensor:
+    """The first `count` test garments, (n, 1, 32, 32) in [−1, 1]."""
+    images = fashion_scenes.load_garments(data_dir, "test")[0][:count]
     return torch.from_numpy(images).float()[:, None] / 127.5 - 1
 
 
 @torch.no_grad()
-def figures(folder: Path | None, num_images: int) -> dict[str, Any]:
+def figures(folder: Path | None, data_dir: str, num_images: int) -> dict[str, Any]:
     """`projector_figures`; `folder` None is the teacher's network, held at the same level and not trained."""
     teacher = load_teacher()
     if folder is None:
@@ -77,7 +77,7 @@ def figures(folder: Path | None, num_images: int) -> dict[str, Any]:
         projector = Projector(teacher.unet, teacher.scheduler, level)
     else:
         projector = load_sign(folder).projector
-    data = test_garments(num_images)
+    data = test_garments(data_dir, num_images)
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(31))
     found: dict[str, Any] = projector_figures(projector, noise, data)
     # How well the teacher denoises in one call at its lowest level that matters: the floor of any reconstruction.
@@ -124,9 +124,9 @@ def sdedit(y: Tensor, strength: float, steps: int, sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def projections(folder: Path, num_images: int) -> dict[str, Any]:
+def projections(folder: Path, data_dir: str, num_images: int) -> dict[str, Any]:
     """(psnr, features) of every corruption before and after, by name "corruption|method|strength"."""
-    pipe, data, grader = load_sign(folder), test_garments(num_images), load_grader()
+    pipe, data, grader = load_sign(folder), test_garments(data_dir, num_images), load_grader()
     found: dict[str, Any] = {}
 
     def keep(name: str, pictures: Tensor) -> None:
