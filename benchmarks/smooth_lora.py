@@ -11,34 +11,17 @@ not FID.
 import argparse
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from smooth_lora_runs import (
-    EDITS,
-    GUIDANCE,
-    INVERSION_STEPS,
-    RECONSTRUCTION_GUIDANCES,
-    STEPS,
-    Counts,
-    kept_at,
-    run,
-)
+from smooth_lora_report import Found, write_tables
+from smooth_lora_runs import STRIPS, Counts, kept_at, run
 from tqdm.auto import tqdm
 
-from diffusers_ext.evaluation.report import (
-    frechet_interval,
-    markdown_table,
-    paired_difference,
-    paired_frechet_difference,
-    proportion,
-)
-from diffusers_ext.evaluation.testbed import load_reference
-
 matplotlib.use("Agg")
-KINDS = ("path", "quality", "inversion")
+KINDS = ("strip", "path", "quality", "inversion")
 BASE = "base"
-Found = dict[str, np.ndarray]
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,119 +45,37 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def squared_errors(found: Found, guidance: float) -> np.ndarray:
-    """(n,) mean squared error of every redrawn picture, pictures in [−1, 1]."""
-    return _mse(found[f"redrawn {guidance:g}"], found["real"])
-
-
-def _mse(pictures: np.ndarray, real: np.ndarray) -> np.ndarray:
-    difference = 2 * (pictures.astype(np.float64) - real.astype(np.float64) / 255)
-    return (difference**2).mean((1, 2, 3))
-
-
-def less(ours: np.ndarray, theirs: np.ndarray, digits: int) -> str:
-    """Ours less the control's, and the share of the control's that this is."""
-    change = paired_difference(ours, theirs)
-    return f"{change.format(digits)} ({change.value / theirs.mean():+.0%})"
-
-
-def smoothness(models: dict[str, Found], control: str) -> str:
-    """ISTD, and what tells an even change from none."""
-    theirs = models[control]
-    rows = []
-    for name, ours in models.items():
-        relative, other = (found["deviations"] / found["distances"] for found in (ours, theirs))
-        same = name == control
-        rows.append(
-            [
-                name,
-                f"{ours['deviations'].mean():.3f}",
-                "" if same else less(ours["deviations"], theirs["deviations"], 3),
-                f"{ours['distances'].mean():.2f}",
-                f"{relative.mean():.3f}",
-                "" if same else paired_difference(relative, other).format(3),
-                f"{ours['endpoints'].mean():.1f}",
-            ]
-        )
-    compared = f"less {control}'s"
-    header = [
-        "model",
-        "ISTD",
-        compared,
-        "mean adjacent distance",
-        "std/mean",
-        compared,
-        "distance of the ends",
-    ]
-    return markdown_table(header, rows)
-
-
-def quality(models: dict[str, Found], control: str) -> str:
-    """Alignment and Fréchet distance."""
-    reference, theirs = load_reference("scenes-test"), models[control]
-    rows = []
-    for name, ours in models.items():
-        gain = farther = ""
-        if name != control:
-            gain = paired_difference(ours["aligned"].astype(float), theirs["aligned"].astype(float)).format(
-                1, 100
-            )
-            farther = paired_frechet_difference(ours["features"], theirs["features"], reference).format()
-        aligned = proportion(ours["aligned"]).format(1, 100)
-        rows.append([name, aligned, gain, frechet_interval(ours["features"], reference).format(), farther])
-    compared = f"less {control}'s"
-    return markdown_table(["model", "every word right, %", compared, "Fréchet distance", compared], rows)
-
-
-def reconstruction(models: dict[str, Found], control: str) -> str:
-    """Errors of pictures that were inverted and redrawn."""
-    rows, header = [], ["model"]
-    for guidance in RECONSTRUCTION_GUIDANCES:
-        header += [f"guidance {guidance:g}", f"less {control}'s"]
-    for name, ours in models.items():
-        row = [name]
-        for guidance in RECONSTRUCTION_GUIDANCES:
-            error, other = (squared_errors(found, guidance) for found in (ours, models[control]))
-            row.append(f"{error.mean():.4f}, {-10 * np.log10(error / 4).mean():.1f} dB")
-            row.append("" if name == control else less(error, other, 4))
-        rows.append(row)
-    return markdown_table(header, rows)
-
-
-def write_tables(models: dict[str, Found], control: str) -> str:
-    """The page: smoothness, quality and reconstruction of every model, each less the control's."""
-    theirs = models[control]
-    floor = _mse(theirs["autoencoder"], theirs["real"]).mean()
-    parts = [
-        f"{len(theirs['deviations'])} paths of 11 pictures, {STEPS} DDIM steps, guidance {GUIDANCE:g}:",
-        smoothness(models, control),
-        f"{len(theirs['aligned'])} pictures, the same sampling:",
-        quality(models, control),
-        f"{len(theirs['real'])} real test scenes inverted in {INVERSION_STEPS} DDIM steps without guidance and redrawn,"
-        f" squared error in [−1, 1] and PSNR; the autoencoder alone has {floor:.4f}:",
-        reconstruction(models, control),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def draw(path: Path, models: dict[str, Found]) -> None:
-    """Strips between the same two noises, and the same pictures edited."""
+    """Strips between the same noises with the size of every step, and `EDITS` of the same pictures."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2 * len(models) + 1, 1, figsize=(12, 0.72 * (2 * len(models) + 1)))
-    for axis, (name, found) in zip(axes, models.items()):
-        axis.imshow(np.concatenate(list(found["strip"]), 1))
-        axis.set_title(f"{name}: from one noise to another", fontsize=7, loc="left", pad=2)
-    edits = ", ".join(f"{a} → {b}" for a, b in EDITS)
-    shown = [("real pictures", "to edit"), *((name, "edited") for name in models)]
-    for axis, (name, key) in zip(axes[len(models) :], shown):
-        source = next(iter(models.values())) if key == "to edit" else models[name]
-        axis.imshow(np.concatenate(list(source[key]), 1))
-        axis.set_title(f"{name}: {edits if key == 'edited' else 'before'}", fontsize=7, loc="left", pad=2)
-    for axis in axes:
+    names = list(models)
+    heights = [0.42] * len(names) + [1.7, 0.5]
+    figure = plt.figure(figsize=(13, sum(heights) + 0.5), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=[sum(heights[:-2]), *heights[-2:]])
+
+    def show(axis: Any, picture: np.ndarray, title: str) -> None:
+        axis.imshow(np.clip(picture.astype(np.float32), 0, 1))
+        axis.set_title(title, fontsize=7, loc="left", pad=2)
         axis.axis("off")
-    figure.tight_layout(h_pad=0.3)
-    figure.savefig(path, dpi=130)
+
+    strips, steps, edits = (
+        part.subplots(rows, columns, squeeze=False)
+        for part, rows, columns in zip(parts, (len(names), 1, 1), (len(STRIPS), len(STRIPS), len(names) + 1))
+    )
+    for column, (prompt, _) in enumerate(STRIPS):
+        for row, (name, found) in enumerate(models.items()):
+            show(strips[row, column], np.concatenate(list(found[f"strip {column}"]), 1), f"{name}: {prompt}")
+            steps[0, column].plot(found[f"changes {column}"], marker=".", label=name)
+        steps[0, column].set_xlabel("step along the path", fontsize=7)
+        steps[0, column].set_ylabel("distance to the next", fontsize=7)
+        steps[0, column].set_ylim(bottom=0)
+        steps[0, column].tick_params(labelsize=7)
+        steps[0, column].legend(fontsize=6, ncols=3, loc="upper left")
+    show(edits[0, 0], np.concatenate(list(models[names[0]]["to edit"]), 1), "real pictures")
+    for axis, (name, found) in zip(edits[0, 1:], models.items()):
+        show(axis, np.concatenate(list(found["edited"]), 1), f"edited, {name}")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

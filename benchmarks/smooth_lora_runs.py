@@ -23,7 +23,9 @@ SIZE: dict[str, Any] = {"height": 32, "width": 64}
 GUIDANCE, STEPS = 2.0, 10
 INVERSION_STEPS = 20
 RECONSTRUCTION_GUIDANCES = (1.0, 2.0, 5.0)
-FRAMES = 16
+FRAMES = 12
+# Prompts and seeds of the two ends.
+STRIPS = (("a green bag", (4, 5)), ("a red sandal left of a blue dress", (1, 2)))
 # An item in another colour: what a picture shows, and what it shall show.
 EDITS = (("a red bag", "a blue bag"), ("a green boot", "a yellow boot"), ("a white coat", "a red coat"))
 
@@ -49,20 +51,29 @@ def load(lora: Path | None) -> Any:
 
 
 def measure_path(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
-    """ISTD's three figures of every prompt, and one strip of frames."""
+    """ISTD's three figures of every prompt."""
     pipe = load(lora)
     options = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     found = dx.compute_istd(pipe, held_out_prompts(counts.paths, seed=21), seed=21, progress=False, **options)
-    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
-    strip = dx.interpolate(
-        pipe, "a purple dress", generator=generators, num_frames=FRAMES, progress=False, **options
-    )
     return {
         "deviations": found.deviations,
         "distances": found.distances,
         "endpoints": found.endpoints,
-        "strip": strip,
     }
+
+
+def measure_strip(lora: Path | None) -> dict[str, np.ndarray]:
+    """Frames from one noise to another, and how far each is from the next."""
+    options = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    found = {}
+    for i, (prompt, seeds) in enumerate(STRIPS):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        frames = dx.interpolate(
+            load(lora), prompt, generator=generators, num_frames=FRAMES, progress=False, **options
+        )
+        found[f"strip {i}"] = frames.astype(np.float16)
+        found[f"changes {i}"] = 2 * np.linalg.norm(np.diff(frames, axis=0).reshape(FRAMES - 1, -1), axis=1)
+    return found
 
 
 def measure_quality(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
@@ -108,6 +119,7 @@ def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path)
         return path
     torch.set_num_threads(1)
     measures: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        "strip": lambda: measure_strip(lora),
         "path": lambda: measure_path(lora, counts),
         "quality": lambda: measure_quality(lora, counts),
         "inversion": lambda: measure_inversion(lora, counts, data_dir),
@@ -120,6 +132,7 @@ def kept_at(kind: str, lora: Path | None, counts: Counts, folder: Path) -> Path:
     """Where a measurement is kept: under everything that it depends on but the code."""
     base = resource_dir("model_cards") / "fashion-scenes/unet/diffusion_pytorch_model.safetensors"
     weights = kept.digest([base] if lora is None else [base, lora / WEIGHT_NAME])
-    count = {"path": counts.paths, "quality": counts.pictures, "inversion": counts.inversions}[kind]
+    counted = {"path": counts.paths, "quality": counts.pictures, "inversion": counts.inversions}
+    count = counted.get(kind, repr((STRIPS, FRAMES)))
     key = f"{kind}|{count}|{GUIDANCE}|{STEPS}|{INVERSION_STEPS}|{weights}"
     return folder / f"{kind}-{kept.name_of(key, 16)}.npz"

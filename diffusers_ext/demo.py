@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -29,6 +29,8 @@ SCENE_STEPS, SCENE_SKIP, SCENE_GUIDANCE = 6, 0.34, 2.0
 GARMENT_STEPS, GARMENT_SKIP = 20, 0.25
 # Of benchmarks/golden_noise.py: without guidance, where golden noise pays most.
 GOLDEN_STEPS = 6
+# Of benchmarks/smooth_lora.py.
+STRIP_PROMPT, STRIP_SEEDS, STRIP_STEPS = "a green bag", (4, 5), 10
 
 
 def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
@@ -64,6 +66,7 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
         )
         scenes = _teleport("fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress)
         golden = _golden_noise(prompts, seed, progress)
+        strips = _smooth_lora(progress)
     parts = {
         "fashion-ddpm: unconditional garments": (garments, load_reference("garments-test")),
         "fashion-scenes: held-out prompts": (scenes, load_reference("scenes-test")),
@@ -72,7 +75,8 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
     for title, (runs, reference) in parts.items():
         _print_table(console, title, runs, reference)
     path = output / "demo.png"
-    _picture(path, {title: runs for title, (runs, _) in parts.items()}, prompts)
+    _print_smoothness(console, strips)
+    _picture(path, {title: runs for title, (runs, _) in parts.items()}, prompts, strips)
     console.print(f"The same seeds side by side: [bold]{path}[/bold]")
     return path
 
@@ -127,6 +131,45 @@ def _golden_noise(prompts: list[str], seed: int, progress: Progress) -> dict[str
     return plain | golden
 
 
+def _smooth_lora(progress: Progress) -> dict[str, np.ndarray]:
+    """Frames from one noise to another, without and with the embedded Smooth-LoRA."""
+    cards = resource_dir("model_cards")
+    pipe: Any = DiffusionPipeline.from_pretrained(cards / "fashion-scenes", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    task = progress.add_task("Smooth-LoRA", total=2)
+
+    def frames() -> np.ndarray:
+        found = dx.interpolate(
+            pipe,
+            STRIP_PROMPT,
+            generator=[torch.Generator().manual_seed(seed) for seed in STRIP_SEEDS],
+            num_frames=12,
+            num_inference_steps=STRIP_STEPS,
+            guidance_scale=SCENE_GUIDANCE,
+            height=32,
+            width=64,
+            progress=False,
+        )
+        progress.advance(task)
+        return found
+
+    plain = frames()
+    dx.load_smooth_lora(pipe, cards / "smooth-lora-fashion-scenes")
+    return {"plain": plain, "Smooth-LoRA": frames()}
+
+
+def _print_smoothness(console: Console, strips: dict[str, np.ndarray]) -> None:
+    table = Table(title=f"fashion-scenes: from one noise to another, {STRIP_PROMPT}", title_justify="left")
+    for column in ("", "mean step", "standard deviation of the steps"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, frames in strips.items():
+        steps = 2 * np.linalg.norm(np.diff(frames, axis=0).reshape(len(frames) - 1, -1), axis=1)
+        table.add_row(name, f"{steps.mean():.2f}", f"{steps.std():.2f}")
+    table.caption = "Distances between neighbouring pictures of one path; benchmarks/smooth_lora.py has 200."
+    console.print(table)
+
+
 def _print_table(console: Console, title: str, runs: dict[str, Run], reference: FeatureStats) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("", "NFE", "seconds", "every word right", "small-feature Fréchet distance"):
@@ -142,15 +185,22 @@ def _print_table(console: Console, title: str, runs: dict[str, Run], reference: 
     console.print(table)
 
 
-def _picture(path: Path, parts: dict[str, dict[str, Run]], prompts: list[str]) -> None:
+def _picture(
+    path: Path, parts: dict[str, dict[str, Run]], prompts: list[str], strips: dict[str, np.ndarray]
+) -> None:
     from matplotlib import pyplot as plt
 
     rows = [(name, result) for runs in parts.values() for name, result in runs.items()]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(11, 0.95 * len(rows) + 0.3))
+    count = len(rows) + len(strips)
+    figure, axes = plt.subplots(count, 1, figsize=(11, 0.95 * count + 0.3))
     for axis, (name, result) in zip(axes, rows):
         count = 8 if result.grades else 16
         axis.imshow(np.concatenate(list(result.pictures[:count].squeeze()), 1), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{name}: {result.calls:.3g} NFE", fontsize=9, loc="left")
+        axis.axis("off")
+    for axis, (name, frames) in zip(axes[len(rows) :], strips.items()):
+        axis.imshow(np.concatenate(list(np.clip(frames, 0, 1)), 1))
+        axis.set_title(f"{name}: {STRIP_PROMPT}, from one noise to another", fontsize=9, loc="left")
         axis.axis("off")
     captions = " · ".join(prompts[:8])
     figure.text(0.01, 0.005, captions, fontsize=5.2)

@@ -185,13 +185,22 @@ def test_examples(name: str, sd: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_the_golden_noise_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "summary"),
+    [
+        ("golden_noise", (3 * 64, 2 * 32), "golden noise: compact NPNet"),
+        ("smooth_lora", (9 * 64, 32), "Smooth-LoRA: adapter 'smooth' of rank 8"),
+    ],
+)
+def test_the_examples_with_embedded_weights(
+    name: str, size: tuple[int, int], summary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     printed: list[str] = []
     monkeypatch.setattr(builtins, "print", lambda *args, **kwargs: printed.append(str(args[0])))
-    runpy.run_path(str(ROOT / "examples" / "golden_noise.py"), run_name="__main__")
-    assert Image.open(tmp_path / "golden_noise.png").size == (3 * 64, 2 * 32)
-    assert "golden noise: compact NPNet" in printed[0]
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert Image.open(tmp_path / f"{name}.png").size == size
+    assert summary in printed[0]
 
 
 def test_istd_with_and_without_a_lora(sd: Path, tmp_path: Path) -> None:
