@@ -2,14 +2,9 @@
 
 import importlib.util
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,34 +15,24 @@ from diffusers_ext.checkpoints import list_checkpoints
 from diffusers_ext.data import base_models
 from diffusers_ext.data.base_training import scene_latents
 from diffusers_ext.data.fashion_scenes import SAMPLE_DIR
+from tests.training.launching import ACCELERATE, PLAIN, ROOT, TWO_PROCESSES, kill_after, launch
 
 # One worker runs them all: they share the trained models.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_base")]
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "training" / "train_base.py")
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 TINY = ["--train_data_dir", str(SAMPLE_DIR), "--max_train_steps", "12", "--train_batch_size", "4"]
 TINY += ["--num_scenes", "40", "--num_validation_images", "9", "--use_ema"]
 CHANNELS = {"vae": ["8", "8", "8"], "scenes": ["32", "32", "32"], "ddpm": ["8", "8", "16"]}
 
 
-def environment():
-    # A bit-for-bit comparison needs the same number of threads everywhere.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def command(model, output_dir, *extra, launcher=(sys.executable,)):
+def command(model, output_dir, *extra):
     channels = ["--block_out_channels", *CHANNELS[model]]
-    return [*launcher, SCRIPT, "--model", model, "--output_dir", str(output_dir), *TINY, *channels, *extra]
+    return [SCRIPT, "--model", model, "--output_dir", str(output_dir), *TINY, *channels, *extra]
 
 
-def launch(model, output_dir, *extra, **kwargs):
-    done = subprocess.run(
-        command(model, output_dir, *extra, **kwargs), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def train(model, output_dir, *extra, launcher=PLAIN):
+    launch(command(model, output_dir, *extra), launcher)
     return output_dir
 
 
@@ -58,13 +43,13 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ddpm(runs):
-    return launch("ddpm", runs / "ddpm")
+    return train("ddpm", runs / "ddpm")
 
 
 @pytest.fixture(scope="module")
 def scenes(runs):
-    vae = launch("vae", runs / "vae", launcher=LAUNCH)
-    return launch("scenes", runs / "scenes", "--vae", str(vae / "model"), launcher=LAUNCH)
+    vae = train("vae", runs / "vae", launcher=ACCELERATE)
+    return train("scenes", runs / "scenes", "--vae", str(vae / "model"), launcher=ACCELERATE)
 
 
 PLAIN_DIFFUSERS = """
@@ -100,19 +85,10 @@ def test_a_run_leaves_its_card_its_record_and_pictures(scenes):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(ddpm, tmp_path):
-    started = subprocess.Popen(
-        command("ddpm", tmp_path, "--checkpointing_steps", "1"),
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not list_checkpoints(tmp_path) and started.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 1))
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    argv = command("ddpm", tmp_path, "--checkpointing_steps", "1")
+    kill_after(argv, lambda: list_checkpoints(tmp_path), 1)
     at = list_checkpoints(tmp_path)[-1].name
-    launch("ddpm", tmp_path, "--resume_from_checkpoint", "latest")
+    train("ddpm", tmp_path, "--resume_from_checkpoint", "latest")
     for file in ("checkpoint-12/model.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
         expected, resumed = load_file(ddpm / file), load_file(tmp_path / file)
         for name, weight in expected.items():
@@ -121,8 +97,7 @@ def test_a_killed_run_resumes_to_the_same_weights(ddpm, tmp_path):
 
 
 def test_two_processes_train_what_one_trains(ddpm, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch("ddpm", tmp_path, "--train_batch_size", "2", launcher=torchrun)
+    train("ddpm", tmp_path, "--train_batch_size", "2", launcher=TWO_PROCESSES)
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     initial, one, two = (_prediction(folder, x) for folder in (None, ddpm, tmp_path))
     # The gradients are summed in another order (float32 rounding), and Adam divides by their size: a weight
@@ -172,13 +147,13 @@ def test_scenes_need_an_autoencoder(main, tmp_path, capsys):
 
 def test_a_wrong_checkpoint_name_is_named(main, tmp_path):
     with pytest.raises(ValueError, match="--resume_from_checkpoint checkpoint-7: not a whole checkpoint"):
-        main(*command("ddpm", tmp_path, "--resume_from_checkpoint", "checkpoint-7")[2:])
+        main(*command("ddpm", tmp_path, "--resume_from_checkpoint", "checkpoint-7")[1:])
 
 
 def test_a_diverging_run_stops_and_leaves_no_model(main, tmp_path):
     warmup = ["--lr_warmup_steps", "0", "--learning_rate", "1e30"]
     with pytest.raises(ValueError, match="The loss is nan at step 12: lower --learning_rate"):
-        main(*command("ddpm", tmp_path, *warmup)[2:])
+        main(*command("ddpm", tmp_path, *warmup)[1:])
     assert not list_checkpoints(tmp_path)
     assert not (tmp_path / "model").exists()
 

@@ -2,12 +2,7 @@
 
 import importlib.util
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +22,13 @@ from diffusers_ext.golden_noise.training import (
     variants,
 )
 from tests import tiny
+from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch
 
 # One worker runs them all: they share the pairs and the trained network.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_npnet")]
 
-ROOT = Path(__file__).parents[2]
 COLLECT, TRAIN = (str(ROOT / "training" / f"{name}.py") for name in ("collect_noise_pairs", "train_npnet"))
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PROMPTS = [f"a {letter * 3}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-
-
-def environment() -> dict[str, str]:
-    # A bit-for-bit comparison needs the same number of threads everywhere.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def launch(argv: list[str], launcher: Any = (sys.executable,)) -> str:
-    done = subprocess.run([*launcher, *argv], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def kill_after(argv: list[str], ready: Any, longest: float) -> None:
-    """Starts a run and kills it at a random moment after `ready()`."""
-    started = subprocess.Popen(
-        [sys.executable, *argv], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not ready() and started.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, longest))
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +51,7 @@ def collect(base: Path, output: Path, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pairs(base: Path) -> Path:
-    assert "52 pairs kept of 52 tried" in launch(collect(base, base / "pairs"), LAUNCH)
+    assert "52 pairs kept of 52 tried" in launch(collect(base, base / "pairs"), ACCELERATE)
     return base / "pairs"
 
 
@@ -134,7 +103,7 @@ def test_a_killed_collector_loses_and_doubles_no_pair(base: Path, pairs: Path, t
 
 
 def test_two_processes_collect_what_one_collects(base: Path, pairs: Path, tmp_path: Path) -> None:
-    assert "52 pairs kept of 52 tried" in launch(collect(base, tmp_path), TWO)
+    assert "52 pairs kept of 52 tried" in launch(collect(base, tmp_path), TWO_PROCESSES)
     assert_same_pairs(pairs, tmp_path)
 
 
@@ -170,7 +139,7 @@ def test_a_killed_training_resumes_to_the_same_weights(base: Path, trained: Path
 
 
 def test_two_processes_train_what_one_trains(base: Path, trained: Path, tmp_path: Path) -> None:
-    launch(train(base, tmp_path, "--train_batch_size", "2"), TWO)
+    launch(train(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     networks: list[Any] = [dx.NPNetModel.from_pretrained(f / "model").eval() for f in (trained, tmp_path)]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     text = prompt_embeddings(tiny.build("sd"), PROMPTS[:2])

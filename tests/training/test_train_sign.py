@@ -1,16 +1,8 @@
 """Distilling a projector end to end, as a user launches it, from a tiny random teacher and twelve pictures."""
 
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,20 +11,12 @@ from safetensors.torch import load_file
 import diffusers_ext as dx
 from diffusers_ext.checkpoints import list_checkpoints
 from tests import tiny
+from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
 # One worker runs them all: they share the trained weights.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_sign")]
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "training" / "train_sign.py")
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def environment() -> dict[str, str]:
-    # A bit-for-bit comparison needs the same number of threads everywhere.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +24,7 @@ def base(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("sign")
     for name in ("ddpm", "sd", "sdxl"):
         tiny.build(name).save_pretrained(folder / name)
-    (folder / "pictures").mkdir()
-    lines, draw = [], np.random.default_rng(0)
-    for i in range(12):
-        picture = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "pictures" / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {'abcdefghijkl'[i] * 3}"}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    write_pictures(folder / "pictures")
     return folder
 
 
@@ -61,15 +39,9 @@ def command(base: Path, output: Path, *extra: str, teacher: str = "ddpm") -> lis
     ]
 
 
-def launch(argv: list[str], launcher: Any = (sys.executable,), code: int = 0) -> str:
-    done = subprocess.run([*launcher, *argv], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stdout if code == 0 else done.stderr
-
-
 @pytest.fixture(scope="module")
 def trained(base: Path) -> Path:
-    launch(command(base, base / "run"), LAUNCH)
+    launch(command(base, base / "run"), ACCELERATE)
     return base / "run"
 
 
@@ -94,24 +66,15 @@ def test_it_leaves_a_projector_that_loads_and_a_card(trained: Path, base: Path) 
 
 
 def test_a_killed_run_resumes_to_the_same_weights(trained: Path, base: Path, tmp_path: Path) -> None:
-    started = subprocess.Popen(
-        [sys.executable, *command(base, tmp_path, "--checkpointing_steps", "1")],
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not list_checkpoints(tmp_path) and started.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    argv = command(base, tmp_path, "--checkpointing_steps", "1")
+    kill_after(argv, lambda: list_checkpoints(tmp_path), 0.3)
     launch(command(base, tmp_path, "--resume_from_checkpoint", "latest"))
     expected, resumed = weights(trained), weights(tmp_path)
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
 
 
 def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path: Path) -> None:
-    launch(command(base, tmp_path, "--train_batch_size", "2"), TWO)
+    launch(command(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     one, two = weights(trained), weights(tmp_path)
     # Adam moves every weight by up to the learning rate a step, also where a gradient is only rounding: of the 8 steps
     # of 1e-3 nearly all weights must differ by less than one tenth, and none by more than they can have moved.

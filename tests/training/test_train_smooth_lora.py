@@ -1,20 +1,11 @@
 """Training a Smooth-LoRA end to end, as a user launches it, on a tiny random pipeline and twelve pictures."""
 
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
@@ -22,20 +13,12 @@ from diffusers_ext.checkpoints import list_checkpoints
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from tests import tiny
+from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
 # One worker runs them all: they share the trained weights.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_smooth_lora")]
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "training" / "train_smooth_lora.py")
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def environment() -> dict[str, str]:
-    # A bit-for-bit comparison needs the same number of threads everywhere.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +26,7 @@ def base(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("smooth")
     for name in ("sd", "sdxl"):
         tiny.build(name).save_pretrained(folder / name)
-    (folder / "pictures").mkdir()
-    lines, draw = [], np.random.default_rng(0)
-    for i in range(12):
-        picture = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "pictures" / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {'abcdefghijkl'[i] * 3}"}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    write_pictures(folder / "pictures")
     return folder
 
 
@@ -62,16 +39,10 @@ def command(base: Path, output: Path, *extra: str) -> list[str]:
     ]
 
 
-def launch(argv: list[str], launcher: Any = (sys.executable,)) -> str:
-    done = subprocess.run([*launcher, *argv], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def trained(base: Path) -> Path:
     validation = ["--validation_prompts", "a aaa", "a bbb", "--num_inference_steps", "2"]
-    launch(command(base, base / "run", *validation), LAUNCH)
+    launch(command(base, base / "run", *validation), ACCELERATE)
     return base / "run"
 
 
@@ -97,17 +68,8 @@ def test_it_leaves_a_lora_that_loads_and_a_card(trained: Path, base: Path) -> No
 
 
 def test_a_killed_run_resumes_to_the_same_weights(trained: Path, base: Path, tmp_path: Path) -> None:
-    started = subprocess.Popen(
-        [sys.executable, *command(base, tmp_path, "--checkpointing_steps", "1")],
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not list_checkpoints(tmp_path) and started.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    argv = command(base, tmp_path, "--checkpointing_steps", "1")
+    kill_after(argv, lambda: list_checkpoints(tmp_path), 0.3)
     launch(command(base, tmp_path, "--resume_from_checkpoint", "latest"))
     expected, resumed = weights(trained), weights(tmp_path)
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
@@ -119,7 +81,7 @@ def test_a_killed_run_resumes_to_the_same_weights(trained: Path, base: Path, tmp
 
 
 def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path: Path) -> None:
-    launch(command(base, tmp_path, "--train_batch_size", "2"), TWO)
+    launch(command(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     one, two = weights(trained), weights(tmp_path)
     size = max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name)
     # Adam enlarges rounding where gradients are tiny; eight steps, stored with 11 bits.
