@@ -24,7 +24,7 @@ from torch import Tensor
 
 import diffusers_ext.registration  # noqa: F401
 
-from .projector import Projector
+from .projector import Projector, check_teacher
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -67,7 +67,12 @@ class SIGNPipeline(DiffusionPipeline):
         self.register_to_config(timestep=timestep)
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.projector = Projector(unet, scheduler, timestep)
+        check_teacher(unet, scheduler)
+
+    @property
+    def projector(self) -> Projector:
+        """f of the network and the schedule that are in the pipeline now."""
+        return Projector(self.unet, self.scheduler, self.config.timestep)
 
     @property
     def sigma(self) -> float:
@@ -108,7 +113,11 @@ class SIGNPipeline(DiffusionPipeline):
         shape = (count, self.unet.config.in_channels, *self._sample_size())
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"Expected latents {shape}, got {tuple(latents.shape)}.")
-        noise = self._noise(shape, generator) if latents is None else latents.to(self.device, self.unet.dtype)
+        noise = (
+            self._noise(shape, generator)
+            if latents is None
+            else latents.to(self._execution_device, self.unet.dtype)
+        )
         x = self.projector(levels[0] * noise, **conditions)
         for sigma in levels[1:]:
             x = self.projector(x + sigma * self._noise(shape, generator), **conditions)

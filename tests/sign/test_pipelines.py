@@ -146,6 +146,13 @@ def test_an_edit_keeps_what_the_mask_leaves() -> None:
     assert torch.equal(whole.images, projected.images)
 
 
+def test_a_network_put_in_later_is_the_one_that_projects() -> None:
+    pipe, given = build("ddpm"), pictures()
+    before = pipe.project(given, output_type="pt").images
+    pipe.unet = tiny.build("ddpm", seed=1).unet
+    assert not torch.allclose(pipe.project(given, output_type="pt").images, before)
+
+
 def test_half_precision() -> None:
     pipe = build("ddpm").to(torch.bfloat16)
     images = pipe(batch_size=2, num_inference_steps=2, generator=tiny.generators(2), output_type="pt").images
