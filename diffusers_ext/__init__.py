@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "GaussianSource": "diffusers_ext.sign.source",
     "GaussianStats": "diffusers_ext.teleport.gaussian",
     "NPNetModel": "diffusers_ext.golden_noise.npnet",
     "SIGNPipeline": "diffusers_ext.sign.pipelines",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .golden_noise.redenoise import redenoise
     from .overview import summary
     from .sign.pipelines import SIGNPipeline
+    from .sign.source import GaussianSource
     from .smooth_lora.adapter import load_smooth_lora, unload_smooth_lora
     from .smooth_lora.editing import edit
     from .smooth_lora.interpolation import interpolate
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .teleport.scheduler import TeleportScheduler
 
 __all__ = [
+    "GaussianSource",
     "GaussianStats",
     "ModelMixin",
     "NPNetModel",

@@ -33,6 +33,7 @@ from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import TeacherPairs, weights_digest
 from diffusers_ext.sign.pipelines import SIGNPipeline, encode_texts
 from diffusers_ext.sign.projector import SIGMA, check_teacher, nearest_timestep
+from diffusers_ext.sign.source import GaussianSource
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
 from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
 
@@ -65,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     add("--variant", default=None)
     add_data_arguments(parser)
     add("--sigma", type=float, default=SIGMA, help="noise level at which the network is held")
+    add("--source_rank", type=int, default=64, help="directions of the data's in the source; 0: white noise")
     add("--guidance_scale", type=float, default=1.0, help="of the teacher, where it has prompts")
     add("--warmup_steps", type=int, default=0, help="steps without the scores")
     add("--fake_updates", type=int, default=1, help="updates of the fake score for each of the projector")
@@ -90,6 +92,8 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     pipe = load_teacher(args, accelerator)
     data, captions = load_data(args, pipe)
+    if args.source_rank:
+        pipe.register_modules(source=GaussianSource.fit(data, args.source_rank).to(accelerator.device))
     teacher = copy.deepcopy(pipe.unet).eval().requires_grad_(False)
     texts = Texts(pipe, accelerator.device)
     pairs = collect_pairs(args, accelerator, pipe, teacher, texts, captions) if weights.reg else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 SHARD = 256
+CHUNK = 64
 
 
 @torch.no_grad()
@@ -100,19 +101,17 @@ class TeacherPairs:
         for i in tqdm(missing, desc="teacher's pictures", disable=not accelerator.is_local_main_process):
             generator = torch.Generator().manual_seed(i)
             noise = torch.randn(SHARD, *shape, generator=generator).half()
-            rows = torch.arange(i * SHARD, (i + 1) * SHARD)
-            with_prompt, without = conditions_of(rows) if conditions_of else (None, None)
-            drawn = teacher_flow(
-                unet,
-                scheduler,
-                noise.float().to(accelerator.device),
-                num_inference_steps,
-                with_prompt,
-                without,
-                guidance_scale,
-            )
+            parts = []
+            for low in range(0, SHARD, CHUNK):
+                rows = torch.arange(i * SHARD + low, i * SHARD + low + CHUNK)
+                given = conditions_of(rows) if conditions_of else (None, None)
+                start = noise[low : low + CHUNK].float().to(accelerator.device)
+                parts.append(
+                    teacher_flow(unet, scheduler, start, num_inference_steps, *given, guidance_scale).cpu()
+                )
+            drawn = torch.cat(parts)
             partial = self._path(i).with_suffix(".partial")
-            save_file({"noise": noise, "drawn": drawn.half().cpu().contiguous()}, partial)
+            save_file({"noise": noise, "drawn": drawn.half().contiguous()}, partial)
             os.replace(partial, self._path(i))
         accelerator.wait_for_everyone()
         parts = [load_file(self._path(i)) for i in range(self.num_shards)]

@@ -25,6 +25,7 @@ from torch import Tensor
 import diffusers_ext.registration  # noqa: F401
 
 from .projector import Projector, check_teacher
+from .source import GaussianSource
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -37,6 +38,7 @@ class SIGNPipeline(DiffusionPipeline):
         scheduler: the teacher's: its ᾱ and prediction type say how the network's output is read.
         vae, text_encoder, tokenizer: where the teacher is latent, and where it has prompts.
         timestep: the one that the network is held at.
+        source: what samples start from; None: noise of the level's size.
 
     Raises:
         ValueError: no timestep (a diffusion model's folder, which has none), or a network or schedule that cannot be a
@@ -44,7 +46,7 @@ class SIGNPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012
+    _optional_components = ["vae", "text_encoder", "tokenizer", "source"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class SIGNPipeline(DiffusionPipeline):
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
+        source: GaussianSource | None = None,
         timestep: int | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +65,12 @@ class SIGNPipeline(DiffusionPipeline):
                 " model_index.json. Distil one with training/train_sign.py."
             )
         self.register_modules(
-            unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+            unet=unet,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            source=source,
         )
         self.register_to_config(timestep=timestep)
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -72,7 +80,7 @@ class SIGNPipeline(DiffusionPipeline):
     @property
     def projector(self) -> Projector:
         """f of the network and the schedule that are in the pipeline now."""
-        return Projector(self.unet, self.scheduler, self.config.timestep)
+        return Projector(self.unet, self.scheduler, self.config.timestep, self.source)
 
     @property
     def sigma(self) -> float:
@@ -91,7 +99,7 @@ class SIGNPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draws pictures: x = f(σ₁ε), then x = f(x + σₖε) with falling levels.
+        """Draws pictures: x = f(z) with z the source's sample at σ₁, then x = f(x + σₖε) with falling levels.
 
         Args:
             prompt: one or more, where the teacher has prompts; each gives `batch_size` pictures.
@@ -118,7 +126,7 @@ class SIGNPipeline(DiffusionPipeline):
             if latents is None
             else latents.to(self._execution_device, self.unet.dtype)
         )
-        x = self.projector(levels[0] * noise, **conditions)
+        x = self.projector(self.projector.start(noise, levels[0]), **conditions)
         for sigma in levels[1:]:
             x = self.projector(x + sigma * self._noise(shape, generator), **conditions)
         return self._output(x, output_type, return_dict)
@@ -187,7 +195,10 @@ class SIGNPipeline(DiffusionPipeline):
         known = self._encode(image)
         conditions = self._conditions(prompt, len(known))
         mask = self._mask(mask_image, known)
-        x = known if strength < 1 or mask_image is None else (1 - mask) * known
+        x = known
+        if strength == 1 and mask_image is not None:
+            unknown = 0 if self.source is None else self.source.mean.to(known)
+            x = mask * unknown + (1 - mask) * known
         for sigma in (strength * level for level in self._levels(num_inference_steps, None)):
             x = self.projector(x + sigma * self._noise(x.shape, generator), **conditions)
             x = mask * x + (1 - mask) * known

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .source import GaussianSource
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SIGMA = 2.5
 
@@ -93,12 +95,15 @@ class Projector(nn.Module):
         unet: a `UNet2DModel`, or a `UNet2DConditionModel` with its conditions given at every call.
         scheduler: the teacher's, for ᾱ and the prediction type.
         timestep: the one that the network is held at.
+        source: what samples start from; None: sigma · unit noise.
 
     Raises:
         ValueError: what `check_teacher` refuses, or a timestep beyond the schedule.
     """
 
-    def __init__(self, unet: Any, scheduler: Any, timestep: int) -> None:
+    def __init__(
+        self, unet: Any, scheduler: Any, timestep: int, source: GaussianSource | None = None
+    ) -> None:
         super().__init__()
         check_teacher(unet, scheduler)
         if not 0 <= timestep < len(scheduler.alphas_cumprod):
@@ -106,15 +111,21 @@ class Projector(nn.Module):
                 f"timestep {timestep} is beyond the schedule's {len(scheduler.alphas_cumprod)} timesteps."
             )
         self.unet, self.scheduler, self.timestep = unet, scheduler, timestep
+        self.source = source
 
     @property
     def sigma(self) -> float:
-        """The noise level of the timestep: f's source is sigma · unit noise."""
+        """The noise level of the timestep, at which samples start."""
         cumulative = float(self.scheduler.alphas_cumprod[self.timestep])
         return ((1 - cumulative) / cumulative) ** 0.5
 
+    def start(self, noise: Tensor, sigma: float | None = None) -> Tensor:
+        """z of unit noise (b, C, H, W) at the level `sigma`, by default the projector's own."""
+        level = self.sigma if sigma is None else sigma
+        return level * noise if self.source is None else self.source(noise, level)
+
     def forward(self, x: Tensor, **conditions: Any) -> Tensor:
-        """f(x) for x (b, C, H, W): clean, noisy, or `sigma` times unit noise."""
+        """f(x) for x (b, C, H, W): clean, noisy, or from `start`."""
         timesteps = torch.full((len(x),), self.timestep, device=x.device)
         alpha, _ = levels_at(self.scheduler, timesteps, x)
         return denoise(self.unet, self.scheduler, alpha.to(x.dtype) * x, timesteps, **conditions)

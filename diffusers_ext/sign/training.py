@@ -101,7 +101,7 @@ class SIGNObjective(nn.Module):
         times = self._flow_times(level)
         alpha, sigma = levels_at(self.projector.scheduler, times, data)
         noisy = alpha * data + sigma * data_noise
-        source = torch.where(odd[:, None, None, None], noisy / alpha, self.projector.sigma * noise)
+        source = torch.where(odd[:, None, None, None], noisy / alpha, self.projector.start(noise))
         with torch.set_grad_enabled(turn and torch.is_grad_enabled()):
             made = self.projector(source, **conditions)
         total = noise.new_zeros(())
@@ -233,7 +233,7 @@ def projector_figures(
         `idempotence` ‖f(f(z)) − f(z)‖/‖f(z)‖, `motion` ‖f(z) − z‖/‖z‖ (0 for the identity), both means over rows;
         `variance` of the samples over the data's, summed over elements; `reconstruction` mean |f(x) − x|.
     """
-    source = projector.sigma * noise
+    source = projector.start(noise)
     made = projector(source, **conditions)
     again = projector(made, **conditions)
 

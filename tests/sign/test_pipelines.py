@@ -11,6 +11,7 @@ from PIL import Image
 
 import diffusers_ext as dx
 from diffusers_ext.sign.projector import nearest_timestep
+from diffusers_ext.sign.source import GaussianSource
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -19,9 +20,12 @@ ROOT = Path(__file__).parents[2]
 each = pytest.mark.parametrize("name", ["ddpm", "sd"])
 
 
-def build(name: str) -> Any:
+def build(name: str, source: bool = True) -> Any:
     base = tiny.build(name)
     parts = {key: base.components.get(key) for key in ("vae", "text_encoder", "tokenizer")}
+    if source:
+        draw = torch.Generator().manual_seed(9)
+        parts["source"] = GaussianSource.fit(torch.randn(20, *tiny.LATENT_SHAPES[name], generator=draw), 5)
     return dx.SIGNPipeline(base.unet, base.scheduler, **parts, timestep=nearest_timestep(base.scheduler))
 
 
@@ -38,20 +42,25 @@ def pictures(count: int = 2) -> torch.Tensor:
 
 
 @each
-def test_one_step_is_one_projection_of_scaled_noise(name: str) -> None:
-    pipe = build(name)
+@pytest.mark.parametrize("source", [False, True])
+def test_one_step_is_one_projection_of_the_source(name: str, source: bool) -> None:
+    pipe = build(name, source)
     noise = torch.randn(2, *tiny.LATENT_SHAPES[name], generator=torch.Generator().manual_seed(5))
     found = pipe(**texts(name, 2), latents=noise, output_type="latent").images
     conditions = pipe._conditions(texts(name, 2).get("prompt"), 2)
+
+    def start(noise: torch.Tensor) -> torch.Tensor:
+        return pipe.source(noise, pipe.sigma) if source else pipe.sigma * noise
+
     with torch.no_grad():
-        assert torch.equal(found, pipe.projector(pipe.sigma * noise, **conditions))
+        assert torch.equal(found, pipe.projector(start(noise), **conditions))
         two = pipe(
             **texts(name, 2), generator=torch.Generator().manual_seed(5), sigmas=[pipe.sigma, 1.0],
             output_type="latent",
         ).images  # fmt: skip
         draw = torch.Generator().manual_seed(5)
         first, second = (torch.randn(noise.shape, generator=draw) for _ in range(2))
-        by_hand = pipe.projector(pipe.projector(pipe.sigma * first, **conditions) + second, **conditions)
+        by_hand = pipe.projector(pipe.projector(start(first), **conditions) + second, **conditions)
     assert torch.equal(two, by_hand)
 
 

@@ -110,6 +110,9 @@ def test_figures_know_the_identity_and_the_constant() -> None:
             super().__init__()
             self.gain = gain
 
+        def start(self, noise: torch.Tensor) -> torch.Tensor:
+            return self.sigma * noise
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.gain * x + (1 - self.gain)
 
