@@ -1,13 +1,15 @@
 """SIGN projectors against their teacher and against projectors trained with other losses, on the embedded pixel model.
 
-    python benchmarks/sign.py --sign SIGN model_cards/sign-fashion-ddpm --sign "without reg" runs/no-reg/model ...
+    python benchmarks/sign.py --control default runs/default/model --control "without reg" runs/no-reg/model ...
 
-The first one named is the one that the others are compared with and whose projections are measured. Every measurement is kept in
+The projector of --sign is compared with the teacher, and its projections are measured; the controls, trained as long as each
+other, are compared with the first of them. Every measurement is kept in
 --cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a picture. Intervals are by
 bootstrap over pictures, from the same noise in every row. The Fréchet distance is on the small grader's features and is not FID.
 """
 
 import argparse
+import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ from diffusers_ext.evaluation.testbed import load_reference
 
 matplotlib.use("Agg")
 SIGN_STEPS = (1, 2, 4)
+FIGURES = ("idempotence", "motion", "variance", "reconstruction")
 Task = tuple[str, tuple[Any, ...]]
 Found = dict[Task, dict[str, np.ndarray]]
+Row = tuple[Path | None, str, int]  # a projector's folder, the teacher's solver, steps
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,85 +44,104 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sign", nargs=2, action="append", required=True, metavar=("NAME", "FOLDER"))
+    add("--sign", type=Path, default=Path("model_cards/sign-fashion-ddpm"))
+    add("--control", nargs=2, action="append", default=[], metavar=("NAME", "FOLDER"))
     add("--output_dir", type=Path, default=Path("benchmarks/results"))
     add("--cache_dir", type=Path, default=Path("runs/sign_benchmark"))
     add("--num_images", type=int, default=1700, help="of every seed")
     add("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    add("--solvers", nargs="+", default=["DPM++ 2M"], choices=list(SOLVERS), help="of the teacher")
     add("--teacher_steps", type=int, nargs="+", default=[1, 2, 4, 8])
     add("--reference_steps", type=int, default=50, help="of the teacher's first solver")
+    add("--control_steps", type=int, nargs="+", default=[1, 2])
     add("--train_data_dir", default=str(SAMPLE_DIR), help="Fashion-MNIST's files; default: 320 test garments")
     add("--num_projections", type=int, default=500, help="test pictures that are spoilt and projected")
     add("--workers", type=int, default=2, help="processes of one thread each")
     return parser.parse_args()
 
 
-def tasks_of(args: argparse.Namespace, models: dict[str, Path]) -> list[Task]:
+def tasks_of(args: argparse.Namespace) -> list[Task]:
     """Everything to be measured."""
-    ours = next(iter(models.values()))
-    found: list[Task] = [
-        ("figures", (folder, args.train_data_dir, args.num_projections))
-        for folder in (None, *models.values())
-    ]
-    found += [("projections", (ours, args.train_data_dir, args.num_projections))]
-    for folder in models.values():
-        found += [sampling(folder, "", steps, seed, args) for steps in SIGN_STEPS for seed in args.seeds]
-    for solver in SOLVERS:
-        found += [sampling(None, solver, n, seed, args) for n in args.teacher_steps for seed in args.seeds]
-    solver = next(iter(SOLVERS))
-    return found + [sampling(None, solver, args.reference_steps, seed, args) for seed in args.seeds]
+    folders = [args.sign, *args.controls.values()]
+    found: list[Task] = [figures_of(folder, args) for folder in (None, *folders)]
+    found += [("projections", (args.sign, args.train_data_dir, args.num_projections))]
+    return found + [sampling(row, seed, args) for _, row in sampled(args) for seed in args.seeds]
 
 
-def sampling(folder: Path | None, solver: str, steps: int, seed: int, args: argparse.Namespace) -> Task:
+def figures_of(folder: Path | None, args: argparse.Namespace) -> Task:
+    """One network's own figures."""
+    return "figures", (folder, args.train_data_dir, args.num_projections)
+
+
+def sampled(args: argparse.Namespace) -> list[tuple[str, Row]]:
+    """Label and row of every set of samples."""
+    first = args.solvers[0]
+    rows: list[tuple[str, Row]] = [("SIGN", (args.sign, "", n)) for n in SIGN_STEPS]
+    rows += [(f"teacher, {solver}", (None, solver, n)) for solver in args.solvers for n in args.teacher_steps]
+    rows += [(f"teacher, {first}", (None, first, args.reference_steps))]
+    rows += [(f"teacher, {first}, from SIGN's source", (args.sign, first, n)) for n in args.teacher_steps]
+    for label, folder in args.controls.items():
+        rows += [(label, (folder, "", n)) for n in args.control_steps]
+    return rows
+
+
+def sampling(row: Row, seed: int, args: argparse.Namespace) -> Task:
     """One model's samples of one seed."""
-    return "samples", (folder, solver, steps, seed, args.num_images)
+    return "samples", (*row, seed, args.num_images)
 
 
-def features(
-    found: Found, args: argparse.Namespace, folder: Path | None, solver: str, steps: int
-) -> np.ndarray:
+def features(found: Found, args: argparse.Namespace, row: Row) -> np.ndarray:
     """All seeds' features, (n, d)."""
-    parts = [found[sampling(folder, solver, steps, seed, args)]["features"] for seed in args.seeds]
-    return np.concatenate(parts)
+    return np.concatenate([found[sampling(row, seed, args)]["features"] for seed in args.seeds])
 
 
-def table_of_samples(found: Found, args: argparse.Namespace, models: dict[str, Path]) -> str:
-    """Fréchet distances of the teacher with every solver and of every projector."""
+def frechet_cells(found: Found, args: argparse.Namespace, row: Row, control: Row) -> list[str]:
+    """The distance, its spread over seeds, and the difference to another row."""
     reference = load_reference("garments-test")
-    name, ours = next(iter(models.items()))
-    control = features(found, args, ours, "", 1)
+    mine = features(found, args, row)
+    starts = range(0, len(mine), args.num_images)
+    seeds = [FeatureStats.of(mine[low : low + args.num_images]) for low in starts]
+    spread = np.std([frechet_distance(s, reference) for s in seeds], ddof=1) if len(seeds) > 1 else 0
+    less = ""
+    if row != control:
+        less = paired_frechet_difference(mine, features(found, args, control), reference).format()
+    return [frechet_interval(mine, reference).format(), f"{spread:.2f}", less]
+
+
+def table_of_samples(found: Found, args: argparse.Namespace) -> str:
+    """Fréchet distances of the projector, and of the teacher from noise and from the projector's source."""
     rows = []
-
-    def add(label: str, folder: Path | None, solver: str, steps: int) -> None:
-        mine = features(found, args, folder, solver, steps)
-        starts = range(0, len(mine), args.num_images)
-        seeds = [FeatureStats.of(mine[low : low + args.num_images]) for low in starts]
-        spread = np.std([frechet_distance(s, reference) for s in seeds], ddof=1) if len(seeds) > 1 else 0
-        same = folder == ours and steps == 1
-        difference = "" if same else paired_frechet_difference(mine, control, reference).format()
-        interval = frechet_interval(mine, reference).format()
-        rows.append([label, str(steps), interval, f"{spread:.2f}", difference])
-
-    for label, folder in models.items():
-        for steps in SIGN_STEPS:
-            add(label, folder, "", steps)
-    for solver in SOLVERS:
-        for steps in args.teacher_steps:
-            add(f"teacher, {solver}", None, solver, steps)
-    solver = next(iter(SOLVERS))
-    add(f"teacher, {solver}", None, solver, args.reference_steps)
-    header = ["", "NFE", "Fréchet distance", "std over seeds", f"less {name}'s in one step"]
+    for label, row in sampled(args):
+        if label not in args.controls:
+            rows.append([label, str(row[-1]), *frechet_cells(found, args, row, (args.sign, "", 1))])
+    header = ["", "NFE", "Fréchet distance", "std over seeds", "less SIGN's in one step"]
     return markdown_table(header, rows)
 
 
-def table_of_figures(found: Found, args: argparse.Namespace, models: dict[str, Path]) -> str:
+def table_of_controls(found: Found, args: argparse.Namespace) -> str:
+    """Fréchet distances and figures of the projectors that were trained equally long."""
+    rows, first = [], next(iter(args.controls.values()))
+    for label, folder in args.controls.items():
+        of = found[figures_of(folder, args)]
+        made = json.loads((folder / "training.json").read_text())
+        row = [label, str(made["steps"]), str(made["seconds"])]
+        for n in args.control_steps:
+            cells = frechet_cells(found, args, (folder, "", n), (first, "", n))
+            row += [cells[0], cells[2]]
+        rows.append([*row, *(f"{float(of[name]):.3f}" for name in FIGURES[:3])])
+    header = ["", "steps", "seconds"]
+    for n in args.control_steps:
+        header += [f"Fréchet distance, {n} NFE", f"less {next(iter(args.controls))}'s"]
+    return markdown_table([*header, "idempotence", "motion", "variance"], rows)
+
+
+def table_of_figures(found: Found, args: argparse.Namespace) -> str:
     """What tells a projector from the identity and from a constant."""
     rows = []
-    for label, folder in {"teacher's network, held at the level": None, **models}.items():
-        of = found["figures", (folder, args.train_data_dir, args.num_projections)]
-        names = ("idempotence", "motion", "variance", "reconstruction")
-        rows.append([label, *(f"{float(of[name]):.3f}" for name in names)])
-    floor = float(found["figures", (None, args.train_data_dir, args.num_projections)]["floor"])
+    for label, folder in (("teacher's network, held at the level", None), ("SIGN", args.sign)):
+        of = found[figures_of(folder, args)]
+        rows.append([label, *(f"{float(of[name]):.3f}" for name in FIGURES)])
+    floor = float(found[figures_of(None, args)]["floor"])
     header = [
         "", "‖f(f(z)) − f(z)‖/‖f(z)‖", "‖f(z) − z‖/‖z‖", "variance, share of the data's", "mean abs. f(x) − x",
     ]  # fmt: skip
@@ -152,21 +175,16 @@ def table_of_projections(of: dict[str, np.ndarray]) -> str:
     return markdown_table(header, rows)
 
 
-def draw(path: Path, found: Found, args: argparse.Namespace, models: dict[str, Path]) -> None:
+def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
     """The same noise through every model; pictures spoilt and projected."""
     from matplotlib import pyplot as plt
 
-    ours, seed = next(iter(models.values())), args.seeds[0]
+    seed, shown = args.seeds[0], set(args.controls)
     rows = []
-    for label, folder in models.items():
-        wanted = SIGN_STEPS if folder == ours else (1,)
-        rows += [
-            (f"{label}, {n} NFE", found[sampling(folder, "", n, seed, args)]["pictures"]) for n in wanted
-        ]
-    solver = next(iter(SOLVERS))
-    for n in (*args.teacher_steps, args.reference_steps):
-        rows.append((f"teacher, {solver}, {n} NFE", found[sampling(None, solver, n, seed, args)]["pictures"]))
-    of = found["projections", (ours, args.train_data_dir, args.num_projections)]
+    for label, row in sampled(args):
+        if label not in shown or row[-1] == args.control_steps[0]:
+            rows.append((f"{label}, {row[-1]} NFE", found[sampling(row, seed, args)]["pictures"]))
+    of = found["projections", (args.sign, args.train_data_dir, args.num_projections)]
     for corruption in CORRUPTIONS:
         rows.append((corruption, of[f"{corruption}|before|0|shown"]))
         strength = best_strength(of, corruption, "SIGN")
@@ -187,28 +205,28 @@ def main() -> None:
     args = parse_args()
     for folder in (args.output_dir, args.cache_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    models = {name: Path(folder) for name, folder in args.sign}
-    paths = {task: kept_at(task[0], args.cache_dir, task[1]) for task in tasks_of(args, models)}
+    args.controls = {name: Path(folder) for name, folder in args.control}
+    paths = {task: kept_at(task[0], args.cache_dir, task[1]) for task in tasks_of(args)}
     with ProcessPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(run, kind, path, given) for (kind, given), path in paths.items()]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements"):
             job.result()
     found: Found = {task: dict(np.load(path).items()) for task, path in paths.items()}
     count = args.num_images * len(args.seeds)
-    page = "\n\n".join(
-        [
-            f"{count} pictures a row ({len(args.seeds)} seeds), 95% intervals:",
-            table_of_samples(found, args, models),
-            f"{args.num_projections} test garments, and as many samples:",
-            table_of_figures(found, args, models),
-            "The same garments, spoilt; every method at the strength of its highest PSNR:",
-            table_of_projections(
-                found["projections", (next(iter(models.values())), args.train_data_dir, args.num_projections)]
-            ),
-        ]
-    )
+    projections = found["projections", (args.sign, args.train_data_dir, args.num_projections)]
+    parts = [
+        f"{count} pictures a row ({len(args.seeds)} seeds), 95% intervals:",
+        table_of_samples(found, args),
+        f"{args.num_projections} test garments, and as many samples:",
+        table_of_figures(found, args),
+        "The same garments, spoilt; every method at the strength of its highest PSNR:",
+        table_of_projections(projections),
+    ]
+    if args.controls:
+        parts += [f"Trained equally long, {count} pictures a row:", table_of_controls(found, args)]
+    page = "\n\n".join(parts)
     (args.output_dir / "sign.md").write_text(page + "\n")
-    draw(args.output_dir / "sign.png", found, args, models)
+    draw(args.output_dir / "sign.png", found, args)
     print(page)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import kept
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from pixel_pipeline import PixelPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,8 @@ from diffusers_ext.sign.projector import Projector, denoise, levels_at, nearest_
 from diffusers_ext.sign.training import projector_figures
 
 TEACHER = "fashion-ddpm"
+# Larger ones leave the processor's cache.
+BATCH = 64
 SOLVERS: dict[str, Any] = {
     "DPM++ 2M": DPMSolverMultistepScheduler,
     "UniPC": UniPCMultistepScheduler,
@@ -35,7 +38,7 @@ SDEDIT_STEPS = (1, 10)
 @lru_cache(maxsize=1)
 def load_teacher() -> Any:
     """The embedded pixel model."""
-    pipe: Any = DDPMPipeline.from_pretrained(resource_dir("model_cards") / TEACHER, dtype=torch.float32)
+    pipe: Any = PixelPipeline.from_pretrained(resource_dir("model_cards") / TEACHER, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -49,16 +52,18 @@ def load_sign(folder: Path) -> Any:
 
 
 def samples(folder: Path | None, solver: str, steps: int, seed: int, num_images: int) -> dict[str, Any]:
-    """Features of samples, and the first few; `folder` None is the teacher with `solver`."""
-    if folder is None:
-        pipe = load_teacher()
-        original = pipe.scheduler
-        pipe.scheduler = SOLVERS[solver].from_config(original.config, timestep_spacing="trailing")
-    else:
-        pipe, original = load_sign(folder), None
-    found = run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
-    if original is not None:
-        pipe.scheduler = original
+    """Features of samples, and the first few.
+
+    Args:
+        folder: a projector's, or None for the teacher from noise.
+        solver: of the teacher; with a folder the teacher starts from that projector's source. Empty: the projector itself.
+        steps, seed, num_images: as for `run_garments`.
+    """
+    pipe = load_teacher() if solver else load_sign(folder)  # type: ignore[arg-type]
+    if solver:
+        pipe.scheduler = SOLVERS[solver].from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe.projector = None if folder is None else load_sign(folder).projector
+    found = run_garments(pipe, num_images, seed=seed, batch_size=BATCH, num_inference_steps=steps)
     return {"features": found.features, "pictures": found.pictures[:SHOWN], "calls": found.calls}
 
 

@@ -20,8 +20,8 @@ import kept
 import matplotlib
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DiffusionPipeline
+from pixel_pipeline import PixelPipeline
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
@@ -133,24 +133,6 @@ def scene_points(args: argparse.Namespace) -> list[Point]:
                         Point(solver, steps, "first call", skip + 1, w),
                     ]
     return list(dict.fromkeys(points))
-
-
-class PixelPipeline(DDPMPipeline):
-    """`DDPMPipeline` for every solver: the stock one neither scales the model's input nor spares `step` a generator."""
-
-    @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str = "np"
-    ) -> ImagePipelineOutput:
-        """Pictures (n, h, w, 1) in [0, 1]; the noise is drawn as the stock pipeline draws it."""
-        config = self.unet.config
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-        self.scheduler.set_timesteps(num_inference_steps)
-        x = randn_tensor(shape, generator=generator) * self.scheduler.init_noise_sigma
-        for t in self.scheduler.timesteps:
-            output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
-            x = self.scheduler.step(output, t, x).prev_sample
-        return ImagePipelineOutput((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())  # type: ignore
 
 
 class Bench:

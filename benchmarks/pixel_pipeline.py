@@ -1,0 +1,41 @@
+"""A `DDPMPipeline` that every solver can drive, also from a projector's source."""
+
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_ext.sign.projector import Projector, levels_at
+
+
+class PixelPipeline(DDPMPipeline):
+    """`DDPMPipeline` for every solver: the stock one neither scales the model's input nor spares `step` a generator.
+
+    With a `projector` (and a solver that takes timesteps) the flow starts at that projector's level from its source.
+    """
+
+    projector: Projector | None = None
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str = "np"
+    ) -> ImagePipelineOutput:
+        """Pictures (n, h, w, 1) in [0, 1]; the noise is drawn as the stock pipeline draws it."""
+        config = self.unet.config
+        noise = randn_tensor(
+            (batch_size, config.in_channels, config.sample_size, config.sample_size), generator=generator
+        )
+        if self.projector is None:
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = noise * self.scheduler.init_noise_sigma
+        else:
+            level = self.projector.timestep
+            times = [round(level * (1 - k / num_inference_steps)) for k in range(num_inference_steps)]
+            self.scheduler.set_timesteps(timesteps=times)
+            alpha, _ = levels_at(self.scheduler, torch.full((batch_size,), level), noise)
+            x = alpha * self.projector.start(noise)
+        for t in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
+            x = self.scheduler.step(output, t, x).prev_sample
+        return ImagePipelineOutput((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())  # type: ignore
