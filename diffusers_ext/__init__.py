@@ -16,6 +16,7 @@ _EXPORTS = {
     "StepwiseVariationLoss": "diffusers_ext.smooth_lora.variation",
     "TeleportScheduler": "diffusers_ext.teleport.scheduler",
     "apply_golden_noise": "diffusers_ext.golden_noise.inject",
+    "apply_gri_attention": "diffusers_ext.asdm.gri_attention",
     "apply_teleport": "diffusers_ext.teleport.inject",
     "calibrate_skip": "diffusers_ext.teleport.calibrate",
     "compute_istd": "diffusers_ext.evaluation.istd",
@@ -31,6 +32,7 @@ _EXPORTS = {
     "reconstruct": "diffusers_ext.smooth_lora.null_text",
     "redenoise": "diffusers_ext.golden_noise.redenoise",
     "remove_golden_noise": "diffusers_ext.golden_noise.inject",
+    "remove_gri_attention": "diffusers_ext.asdm.gri_attention",
     "remove_teleport": "diffusers_ext.teleport.inject",
     "unload_smooth_lora": "diffusers_ext.smooth_lora.adapter",
     # Not in a module of its own name: importing that would put the module in place of the function.
@@ -43,6 +45,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from .asdm.gri_attention import apply_gri_attention, remove_gri_attention
     from .evaluation.istd import compute_istd
     from .golden_noise.inject import apply_golden_noise, golden_latents, remove_golden_noise
     from .golden_noise.npnet import NPNetModel
@@ -73,6 +76,7 @@ __all__ = [
     "StepwiseVariationLoss",
     "TeleportScheduler",
     "apply_golden_noise",
+    "apply_gri_attention",
     "apply_teleport",
     "calibrate_skip",
     "compute_istd",
@@ -88,6 +92,7 @@ __all__ = [
     "reconstruct",
     "redenoise",
     "remove_golden_noise",
+    "remove_gri_attention",
     "remove_teleport",
     "summary",
     "unload_smooth_lora",

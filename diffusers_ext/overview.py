@@ -28,6 +28,7 @@ def summary(pipe: Any) -> Summary:
         "golden noise": _golden_noise(pipe),
         "Smooth-LoRA": _smooth_lora(pipe),
         "SIGN": _sign(pipe),
+        "A-SDM": _asdm(pipe),
     }
     return Summary(type(pipe).__name__, {name: text for name, text in found.items() if text})
 
@@ -81,3 +82,13 @@ def _sign(pipe: Any) -> str | None:
     if not isinstance(pipe, SIGNPipeline):
         return None
     return f"projector at timestep {pipe.config.timestep}, σ={pipe.sigma:.3g}"
+
+
+def _asdm(pipe: Any) -> str | None:
+    from .asdm.gri_attention import gri_attention_of
+
+    found = gri_attention_of(pipe)
+    if found is None:
+        return None
+    paths, window, pool = found
+    return f"GRI attention in {len(paths)} layer(s), window {window}, pool {pool}"

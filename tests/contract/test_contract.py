@@ -63,6 +63,10 @@ def _smooth_lora(pipe: Any, name: str) -> Any:
         return dx.load_smooth_lora(pipe, folder)
 
 
+def _gri_attention(pipe: Any, name: str) -> Any:
+    return dx.apply_gri_attention(pipe, window=4, pool=2)
+
+
 METHODS = {
     "teleport": Method(
         _teleport("stats"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
@@ -84,6 +88,15 @@ METHODS = {
         dx.unload_smooth_lora,
         twice="An adapter called 'smooth' is on",
         pipelines=("sd", "sdxl", "sd3", "flux"),
+        saves=False,
+        on_denoiser=True,
+    ),
+    # Of networks that are pruned it is saved with them, which their own tests show.
+    "gri-attention": Method(
+        _gri_attention,
+        dx.remove_gri_attention,
+        twice="GRI attention is on",
+        pipelines=("sd", "sdxl"),
         saves=False,
         on_denoiser=True,
     ),

@@ -1,0 +1,233 @@
+"""CLME-CondConv of A-SDM (arXiv:2312.15516), as rebuilt here: one convolution that remembers removed layers'.
+
+When a layer is pruned, the kernels of its convolutions are thrown away. Here they become experts of the kept layer's
+convolution, which mixes them anew for every picture. The paper's code and routing are not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CLMECondConv2d(nn.Module):
+    """Cross-layer multi-expert conditional convolution: a kernel W(x) = Σ α_i(x) W_i for every picture.
+
+    Expert 0 is the kept convolution, the others come from removed layers; biases are mixed like kernels. The weights
+    are α(x) = (1, 0, …, 0) + FC(mean of x over the picture), and FC starts at zero: at step 0 this *is* the kept
+    convolution. CondConv (Yang et al., NeurIPS 2019, arXiv:1904.04971) has α = sigmoid(FC(…)), which for a zero FC
+    is ½ of every kernel and would throw away what the pruned network can do.
+
+    With α = (1, 0, …) the kernel equals W_0 exactly. Several pictures run as one grouped convolution, a group each,
+    whose sums may come in another order than a plain one's: float32 results then differ by rounding (10⁻⁶ of the
+    result's size). One picture runs as a plain convolution, and so does on the CPU, where no gradient is asked for, a
+    batch in which all have the same kernel: at step 0 these equal the kept convolution bit for bit. On a GPU to know
+    that would mean to wait for it in every layer; `fold` first where bits matter there.
+
+    The experts cost memory and the mixing E·out·in·k² multiplications a picture: parameters are not saved against
+    the unpruned network, layers are. `fold` makes a plain convolution where the routing is constant.
+
+    Args:
+        conv: gives the shape, the stride, padding and dilation, device and dtype. Its weights are not taken; see
+            `from_convs`.
+        num_experts: E, the kept one included.
+
+    Attributes:
+        weight: (E, out, in, k, k).
+        bias: (E, out), or None.
+        routing: Linear(in, E).
+
+    Raises:
+        ValueError: fewer than one expert, or a convolution with groups or with padding other than zeros.
+    """
+
+    def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts counts the kept convolution, so 1 or more, got {num_experts}.")
+        _check_kind("The kept convolution", conv)
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding: Any = conv.padding
+        like: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        self.weight = nn.Parameter(torch.zeros(num_experts, *conv.weight.shape, **like))
+        self.bias = (
+            None if conv.bias is None else nn.Parameter(torch.zeros(num_experts, len(conv.bias), **like))
+        )
+        self.routing = nn.Linear(self.in_channels, num_experts, **like)
+        nn.init.zeros_(self.routing.weight)
+        nn.init.zeros_(self.routing.bias)
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, num_experts: int) -> CLMECondConv2d:
+        """A layer of `conv`'s shape with all experts zero, to be filled by `load_state_dict`."""
+        return cls(conv, num_experts)
+
+    @classmethod
+    def from_convs(cls, kept: nn.Conv2d, removed: Sequence[nn.Conv2d]) -> CLMECondConv2d:
+        """The kept convolution with the removed ones as further experts; equal to the kept one for now.
+
+        Raises:
+            ValueError: kernels of different shapes, bias on one side only, or a kind that is not supported.
+        """
+        layer = cls(kept, 1 + len(removed))
+        for index, conv in enumerate(removed):
+            _check_kind(f"Removed convolution {index}", conv)
+            if conv.weight.shape != kept.weight.shape or (conv.bias is None) != (kept.bias is None):
+                raise ValueError(
+                    f"Experts need kernels of one shape: the kept convolution has {_describe(kept)}, removed"
+                    f" convolution {index} has {_describe(conv)}."
+                )
+        with torch.no_grad():
+            for index, conv in enumerate([kept, *removed]):
+                layer.weight[index].copy_(conv.weight)
+                if layer.bias is not None and conv.bias is not None:
+                    layer.bias[index].copy_(conv.bias)
+        return layer.train(kept.training)
+
+    @property
+    def num_experts(self) -> int:
+        """E, the kept convolution included."""
+        return len(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in, h, w) to (b, out, h', w')."""
+        offsets = self.routing(x.mean((2, 3)))
+        if _free_to_look(x) and (offsets == offsets[:1]).all():
+            offsets = offsets[:1]
+        groups = len(offsets)
+        kernels, biases = self._mixed(offsets)
+        # With a group a picture, batch and channels together; with one group, x as it is.
+        grouped = x.reshape(-1, groups * self.in_channels, *x.shape[2:])
+        biases = None if biases is None else biases.flatten()
+        out = F.conv2d(
+            grouped, kernels.flatten(0, 1), biases, self.stride, self.padding, self.dilation, groups
+        )
+        return out.reshape(len(x), self.out_channels, *out.shape[2:])
+
+    def _mixed(self, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels (b, out, in, k, k) and biases (b, out) for `offsets` (b, E) from the kept convolution alone."""
+        # Not one product with a one-hot row added: W_0 + 0 is exact in any order of summation and any precision.
+        kernels = self.weight[0] + (offsets @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        return kernels, None if self.bias is None else self.bias[0] + offsets @ self.bias
+
+    @torch.no_grad()
+    def fold(self) -> nn.Conv2d:
+        """The plain convolution that this layer is where its routing does not look at the picture.
+
+        Raises:
+            ValueError: the routing has weights, so that every picture has its own kernel.
+        """
+        if self.routing.weight.any():
+            raise ValueError(
+                "This CLMECondConv2d mixes its kernel anew for every picture (its routing's weights are up to"
+                f" {float(self.routing.weight.abs().max()):.3g}): no plain convolution equals it. Only a constant"
+                " routing, with weights of zero, can be folded."
+            )
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            cast(Any, self.kernel_size),
+            cast(Any, self.stride),
+            self.padding,
+            cast(Any, self.dilation),
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        kernels, biases = self._mixed(self.routing.bias[None])
+        conv.weight.copy_(kernels[0])
+        if conv.bias is not None and biases is not None:
+            conv.bias.copy_(biases[0])
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        """As a convolution's, and the number of experts."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride},"
+            f" padding={self.padding}, num_experts={self.num_experts}, bias={self.bias is not None}"
+        )
+
+
+def add_cond_convs(student: nn.Module, experts: Mapping[str, Sequence[nn.Conv2d]]) -> dict[str, int]:
+    """Replaces convolutions of `student` by `CLMECondConv2d`s, all or none; its outputs stay what they are.
+
+    Args:
+        student: changed in place.
+        experts: removed convolutions by the path of the kept one that inherits them.
+
+    Returns:
+        {path: number of experts}, what `CLMECondConv2d.like` needs to build the same layers again.
+
+    Raises:
+        ValueError: no convolution at a path, no experts for it, or shapes that don't go together; names the path.
+    """
+    made = {}
+    for path, removed in experts.items():
+        kept = _at(student, path)
+        if not isinstance(kept, nn.Conv2d):
+            found = "nothing" if kept is None else f"a {type(kept).__name__}"
+            raise ValueError(f"Expected a Conv2d at {path!r} of {type(student).__name__}, found {found}.")
+        if not removed:
+            raise ValueError(f"There are no removed convolutions for {path!r}: leave the path out.")
+        try:
+            made[path] = CLMECondConv2d.from_convs(kept, removed)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+    for path, layer in made.items():
+        _put(student, path, layer)
+    return {path: layer.num_experts for path, layer in made.items()}
+
+
+def fold_cond_convs(module: nn.Module) -> list[str]:
+    """Folds every `CLMECondConv2d` inside `module` to a plain convolution, all or none; returns their paths.
+
+    Raises:
+        ValueError: one whose routing is not constant; names its path.
+    """
+    made = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, CLMECondConv2d):
+            if not path:
+                raise ValueError("The module is a CLMECondConv2d itself: use its fold().")
+            try:
+                made[path] = layer.fold()
+            except ValueError as error:
+                raise ValueError(f"{path!r}: {error}") from error
+    for path, conv in made.items():
+        _put(module, path, conv)
+    return list(made)
+
+
+def _free_to_look(x: Tensor) -> bool:
+    """Whether a branch may depend on values: it waits for a GPU, breaks a compiled graph, and would give the gradients
+    of all pictures' routing to the first picture's.
+    """
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _check_kind(name: str, conv: Any) -> None:
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(f"{name} must be a torch.nn.Conv2d, got {type(conv).__name__}.")
+    if conv.groups != 1 or conv.padding_mode != "zeros":
+        raise ValueError(
+            f"{name} has groups={conv.groups} and padding_mode={conv.padding_mode!r}: only groups=1 and 'zeros' are"
+            " supported."
+        )
+
+
+def _describe(conv: nn.Conv2d) -> str:
+    return f"{tuple(conv.weight.shape)} {'without' if conv.bias is None else 'with'} bias"
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    return dict(module.named_modules()).get(path) if path else None
+
+
+def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, layer)
