@@ -138,7 +138,8 @@ def train(
     Args:
         accelerator: as from `make_accelerator`.
         args: as from `add_training_arguments`.
-        model: `model(**batch)` returns the mean loss over the batch's rows.
+        model: `model(**batch)` returns the mean loss over the batch's rows. If it has a method `networks`, the
+            gradients of each of the modules that it lists are clipped by themselves.
         make_batch: the tensors of the given rows, on any device.
         validate: called with the model (EMA weights in place) and the step; returns what to log.
 
@@ -149,7 +150,9 @@ def train(
         ValueError: the loss is not finite (looked at every 50 steps and before each checkpoint), or
             `--resume_from_checkpoint` and the run's folder do not go together.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = _trainable(model)
+    parts: Any = getattr(model, "networks", None)
+    groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
     optimizer: Any = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -179,7 +182,7 @@ def train(
     clock.start()
     wrapped.train()
     while clock.step < last:
-        loss = _optimization_step(accelerator, args, wrapped, optimizer, trainable, make_batch, clock.step)
+        loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, make_batch, clock.step)
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
@@ -215,12 +218,16 @@ def train(
     }
 
 
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def _optimization_step(
     accelerator: Accelerator,
     args: argparse.Namespace,
     wrapped: nn.Module,
     optimizer: Any,
-    trainable: list[nn.Parameter],
+    groups: list[list[nn.Parameter]],
     make_batch: Callable[[Rows], Batch],
     step: int,
 ) -> Tensor:
@@ -240,7 +247,8 @@ def _optimization_step(
             loss = wrapped(**batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                for parameters in groups:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())

@@ -115,15 +115,22 @@ def denoising_loss(projected: Tensor, data: Tensor) -> Tensor:
     return distance(projected, data).mean()
 
 
-def score_matching_loss(clean: Tensor, made: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """(α/σ)² ‖D_fake(x_t) − f(z)‖², the noise prediction's error: L_denoise read as the fake score's loss, as in DMD.
+def score_matching_loss(
+    clean: Tensor, made: Tensor, alpha: Tensor, sigma: Tensor, snr_gamma: float = 5.0
+) -> Tensor:
+    """min((α/σ)², γ) ‖D_fake(x_t) − f(z)‖²: L_denoise read as the fake score's loss, as in DMD.
+
+    DMD has the noise prediction's error, (α/σ)² without a limit. What f makes is not noise-free, so at the lowest levels
+    that error is many times 1 and drowns all others; hence min-SNR weights (Hang et al. 2023, arXiv:2303.09556).
 
     Args:
         clean: D_fake's clean prediction at αf(z) + σε.
         made: f(z), without gradient.
         alpha, sigma: (b, 1, ...), the level's.
+        snr_gamma: γ.
     """
-    return ((alpha / sigma) * (clean - made)).square().flatten(1).mean(1).mean()
+    weight = (alpha / sigma).square().clamp(max=snr_gamma)
+    return (weight * (clean - made).square()).flatten(1).mean(1).mean()
 
 
 def tightness_loss(reprojected: Tensor, made: Tensor, reconstruction: Tensor, ratio: float = 1.5) -> Tensor:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from . import objective as losses
 from .projector import Projector, denoise, levels_at
 
-# Of the schedule: where the two scores are compared (arXiv:2311.18828, section 3.2).
-SCORE_RANGE = (0.02, 0.98)
+# Of the schedule: where the two scores are compared at the least (arXiv:2311.18828, section 3.2, and 0.98 at the most).
+SCORE_START = 0.02
+# And at most at this level, times the projector's. There little of a picture is left to compare, and a noise
+# prediction's error counts σ/α times in the clean one: near the end of the schedule the difference of two networks is
+# that of their errors.
+SCORE_LEVEL = 4.0
 FLOW_LEVELS = 10
 
 
@@ -57,6 +61,10 @@ class SIGNObjective(nn.Module):
         self.fake = copy.deepcopy(teacher).requires_grad_(True).train() if weights.dmd else None
         self.weights, self.warmup_steps, self.fake_updates = weights, warmup_steps, fake_updates
         self.guidance_scale = guidance_scale
+
+    def networks(self) -> list[nn.Module]:
+        """Those that are trained: they share nothing, so one's gradient says nothing of how far the other may go."""
+        return [self.projector] if self.fake is None else [self.projector, self.fake]
 
     def train(self, mode: bool = True) -> SIGNObjective:
         """As usual, but the teacher never drops anything out."""
@@ -164,7 +172,7 @@ class SIGNObjective(nn.Module):
         return self._time_of(1 + (level * FLOW_LEVELS).long().clamp(max=FLOW_LEVELS - 1))
 
     def _time_of(self, index: Tensor) -> Tensor:
-        first = int(SCORE_RANGE[0] * self.projector.timestep)
+        first = int(SCORE_START * self.projector.timestep)
         return (first + (self.projector.timestep - first) * index / FLOW_LEVELS).round().long()
 
     @torch.no_grad()
@@ -172,7 +180,7 @@ class SIGNObjective(nn.Module):
         self, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor], negative: dict[str, Tensor]
     ) -> Tensor:
         """One DDIM step of the teacher to the next lower level, in the projector's units."""
-        first = int(SCORE_RANGE[0] * self.projector.timestep)
+        first = int(SCORE_START * self.projector.timestep)
         index = ((times - first) * FLOW_LEVELS / (self.projector.timestep - first)).round()
         after = self._time_of(index - 1)
         clean = self._teacher_clean(noisy, times, conditions, negative)
@@ -215,7 +223,10 @@ class SIGNObjective(nn.Module):
         return losses.score_matching_loss(clean, made, alpha, sigma)
 
     def _score_times(self, time: Tensor) -> Tensor:
-        low, high = (share * len(self.projector.scheduler.alphas_cumprod) for share in SCORE_RANGE)
+        cumulative = self.projector.scheduler.alphas_cumprod.to(time.device)
+        levels = ((1 - cumulative) / cumulative).sqrt()
+        low = SCORE_START * len(levels)
+        high = int((levels <= SCORE_LEVEL * self.projector.sigma).sum())
         return (low + (high - low) * time).long()
 
 

@@ -83,6 +83,11 @@ def test_score_matching_is_the_noise_predictions_error() -> None:
     clean = (alpha * made + sigma * noise - sigma * predicted) / alpha
     found = losses.score_matching_loss(clean, made, alpha, sigma)
     assert found.item() == pytest.approx((predicted - noise).square().mean().item(), rel=1e-5)
+    # At a low level the weight stays at γ: (0.995/0.1)² would be 99.
+    found = losses.score_matching_loss(
+        clean, made, torch.full_like(alpha, 0.995), torch.full_like(sigma, 0.1)
+    )
+    assert found.item() == pytest.approx(5 * (clean - made).square().mean().item(), rel=1e-5)
 
 
 def test_tightness_is_bounded_and_pushes_away() -> None:

@@ -77,6 +77,14 @@ def test_a_teacher_step_follows_the_flow_of_one_picture() -> None:
     assert (found[0] - 0.3).abs().max() < (noise[0] * 0.05).abs().max()
 
 
+def test_scores_are_compared_where_a_picture_can_be_seen() -> None:
+    model = objective()
+    times = model._score_times(torch.tensor([0.0, 0.5, 1 - 1e-6]))
+    _, sigma = levels_at(model.projector.scheduler, times, times)
+    assert times[0] == 20
+    assert float(sigma[-1] / (1 - sigma[-1] ** 2).sqrt()) == pytest.approx(10, rel=0.02)
+
+
 def test_the_teacher_is_left_alone_and_never_drops_out() -> None:
     model = objective().train()
     assert not model.teacher.training

@@ -29,6 +29,19 @@ class Line(torch.nn.Module):
         return (self.weight * x - 2 * x).square().mean()
 
 
+class TwoLines(torch.nn.Module):
+    """Two lines that share nothing, the second with a gradient a million times the first's."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.lines = torch.nn.ModuleList([Line(), Line()])
+        if apart:
+            self.networks = lambda: list(self.lines)
+
+    def forward(self, x):
+        return self.lines[0](x) + 1e6 * self.lines[1](x)
+
+
 def run(args, make_batch=lambda rows: {"x": rows.normal(3)}, validate=None):
     accelerator = make_accelerator(args)
     model = Line()
@@ -52,6 +65,28 @@ def test_rows_of_a_global_batch_do_not_depend_on_the_number_of_processes(seed, s
     parts = zip(*(draw(rank, world, batch) for rank in range(world)))
     for whole, several in zip(draw(0, 1, world * batch), parts):
         assert torch.equal(whole, torch.cat(several))
+
+
+def test_networks_are_clipped_each_by_itself(tmp_path, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, *rest, **options):
+        parameters = list(parameters)
+        norm = clip(parameters, *rest, **options)
+        norms.append([float(p.grad.abs()) for p in parameters])
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    for apart in (True, False):
+        args = arguments(tmp_path / str(apart), "--max_train_steps", "1")
+        train(make_accelerator(args), args, TwoLines(apart), lambda rows: {"x": rows.normal(3)})
+    first, second, (small, large) = norms
+    # Each has norm 1 by itself (its gradient was above); together the small one is nothing.
+    assert first == pytest.approx([1], rel=1e-4)
+    assert second == pytest.approx([1], rel=1e-4)
+    assert large == pytest.approx(1, rel=1e-4)
+    assert small < 1e-5
 
 
 def test_steps_and_seeds_draw_different_rows():
