@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ASDMUNet2DConditionModel": "diffusers_ext.asdm.unet",
+    "PruningPlan": "diffusers_ext.asdm.plan",
+    "analyse_pruning": "diffusers_ext.asdm.search",
+    "plan_pruning": "diffusers_ext.asdm.search",
+    "preset_plan": "diffusers_ext.asdm.plan",
+    "prune_unet": "diffusers_ext.asdm.prune",
+    "record_probes": "diffusers_ext.asdm.sensitivity",
     "GaussianSource": "diffusers_ext.sign.source",
     "GaussianStats": "diffusers_ext.teleport.gaussian",
     "NPNetModel": "diffusers_ext.golden_noise.npnet",
@@ -46,6 +53,11 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from .asdm.gri_attention import apply_gri_attention, remove_gri_attention
+    from .asdm.plan import PruningPlan, preset_plan
+    from .asdm.prune import prune_unet
+    from .asdm.search import analyse_pruning, plan_pruning
+    from .asdm.sensitivity import record_probes
+    from .asdm.unet import ASDMUNet2DConditionModel
     from .evaluation.istd import compute_istd
     from .golden_noise.inject import apply_golden_noise, golden_latents, remove_golden_noise
     from .golden_noise.npnet import NPNetModel
@@ -67,14 +79,17 @@ if TYPE_CHECKING:
     from .teleport.scheduler import TeleportScheduler
 
 __all__ = [
+    "ASDMUNet2DConditionModel",
     "GaussianSource",
     "GaussianStats",
     "ModelMixin",
     "NPNetModel",
+    "PruningPlan",
     "SIGNPipeline",
     "SchedulerMixin",
     "StepwiseVariationLoss",
     "TeleportScheduler",
+    "analyse_pruning",
     "apply_golden_noise",
     "apply_gri_attention",
     "apply_teleport",
@@ -88,8 +103,12 @@ __all__ = [
     "interpolate",
     "load_smooth_lora",
     "null_text_invert",
+    "plan_pruning",
+    "preset_plan",
     "prompt_means",
+    "prune_unet",
     "reconstruct",
+    "record_probes",
     "redenoise",
     "remove_golden_noise",
     "remove_gri_attention",

@@ -1,4 +1,4 @@
-"""The command line: `diffusers-ext fit-gaussian | istd | convert | demo | version`.
+"""The command line: `diffusers-ext fit-gaussian | istd | convert | asdm | demo | version`.
 
 torch and diffusers are imported inside the commands, so that `--help` answers at once.
 """
@@ -18,6 +18,7 @@ from rich.table import Table
 from .extras import MissingExtraError, require
 
 if TYPE_CHECKING:
+    from .asdm.plan import PruningPlan
     from .teleport.gaussian import GaussianStats
 
 app = typer.Typer(
@@ -234,6 +235,99 @@ def convert_npnet(
     if push_to_hub is not None:
         npnet.push_to_hub(push_to_hub)
         console.print(f"Uploaded to {escape(push_to_hub)}", soft_wrap=True)
+
+
+asdm = typer.Typer(no_args_is_help=True, help="Prunes a UNet: A-SDM (arXiv:2312.15516) as rebuilt here.")
+app.add_typer(asdm, name="asdm")
+
+
+@asdm.command("plan")
+@_one_line_errors
+def asdm_plan(
+    model: Annotated[
+        str, typer.Argument(help="Pipeline, or with --preset a UNet: a folder or a Hub repository.")
+    ],
+    target: Annotated[
+        float | None, typer.Option(help="Share of the cost that may be left: 0.78 saves 22%.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Instead: bk-base, bk-small, bk-tiny or incubation.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="The cost: macs, milliseconds or parameters.")] = "macs",
+    stages: Annotated[int, typer.Option(min=1, help="Divide the cuts into so many stages.")] = 3,
+    stock_only: Annotated[
+        bool, typer.Option("--stock-only", help="Only what loads in diffusers without this package.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line, each a picture to measure on.")
+    ] = None,
+    timesteps: Annotated[int, typer.Option(min=1, help="Noise levels to measure at.")] = 4,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Of the run they are taken from.")] = 20,
+    guidance_scale: float = 7.5,
+    height: Annotated[int | None, typer.Option(min=1, help="Of the pictures.")] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Measure milliseconds so often; 0: not at all.")] = 10,
+    seed: int = 0,
+    dtype: Annotated[str, typer.Option(help=f"Of the pipeline: {', '.join(_DTYPES)}.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    output: Annotated[Path, typer.Option(help="Plan to write.")] = Path("pruning-plan.json"),
+    plot: Annotated[Path | None, typer.Option(help="PNG to write, with --target.")] = None,
+) -> None:
+    """Measures what every part of a UNet costs and is worth, and plans which to cut for a speed-up."""
+    if (target is None) == (preset is None):
+        raise ValueError("Give either --target SHARE or --preset NAME.")
+    if preset is not None and (plot, prompts, height, width) != (None,) * 4:
+        raise ValueError(
+            "--prompts, --plot, --height and --width go with --target: a preset measures nothing."
+        )
+    if preset is None and prompts is None:
+        raise ValueError("--target needs --prompts FILE: the UNet is measured on what it samples for them.")
+    if preset is not None:
+        plan = _preset_plan(model, preset)
+    else:
+        from .asdm.report import analysis_table, cuts_table, save_plot
+        from .asdm.search import analyse_pruning
+        from .asdm.sensitivity import record_probes
+
+        texts = _read_prompts(Path(str(prompts)))
+        pipe = _load_pipeline(model, dtype, device)
+        call: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        call |= {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+        probes = record_probes(pipe, texts, num_timesteps=timesteps, seed=seed, **call)
+        analysis = analyse_pruning(pipe.unet, probes, repeats=repeats, progress=True)
+        Console().print(analysis_table(analysis), cuts_table(analysis), sep="\n")
+        plan = analysis.plan(float(str(target)), by, stages, stock_only)
+        if plot is not None:
+            save_plot(analysis, plot, plan)
+    _finish_plan(plan, output)
+
+
+def _finish_plan(plan: PruningPlan, output: Path) -> None:
+    from .asdm.report import plan_table
+
+    plan.save(output)
+    console = Console()
+    console.print(plan_table(plan))
+    console.print(f"Written to {escape(str(output))}", highlight=False, soft_wrap=True)
+
+
+def _preset_plan(model: str, preset: str) -> PruningPlan:
+    """It needs no weights, so only the config is read: a pipeline's UNet's or a UNet's own."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from .asdm.plan import preset_plan
+    from .asdm.unet import ASDMUNet2DConditionModel
+
+    config: Any
+    try:
+        config = UNet2DConditionModel.load_config(model, subfolder="unet")
+    except OSError:
+        config = UNet2DConditionModel.load_config(model)
+    with torch.device("meta"):
+        # This class takes the configs of both.
+        unet: Any = ASDMUNet2DConditionModel.from_config(config)
+    return preset_plan(preset, unet)
 
 
 @app.command()

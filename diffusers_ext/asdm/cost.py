@@ -1,0 +1,308 @@
+"""What a UNet and each of its parts cost: parameters, multiply-accumulates, milliseconds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .shape import UNetShape
+from .unet import build_unet, empty_unet, unet_config
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a network or a part of it.
+
+    Attributes:
+        parameters: how many numbers it has learnt.
+        macs: multiply-accumulates for one picture: of convolutions, linear layers and attention, as PyTorch counts
+            them (half its floating-point operations).
+        milliseconds: measured for one call; None where nobody measured.
+    """
+
+    parameters: int
+    macs: int
+    milliseconds: float | None = None
+
+    def __add__(self, other: Cost) -> Cost:
+        return self._with(other, 1)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self._with(other, -1)
+
+    def _with(self, other: Cost, sign: int) -> Cost:
+        known = self.milliseconds is not None and other.milliseconds is not None
+        return Cost(
+            self.parameters + sign * other.parameters,
+            self.macs + sign * other.macs,
+            self.milliseconds + sign * other.milliseconds if known else None,  # type: ignore[operator]
+        )
+
+    def of(self, measure: str) -> float:
+        """By name: "macs", "milliseconds" or "parameters".
+
+        Raises:
+            ValueError: another name, or milliseconds that were not measured.
+        """
+        if measure not in ("macs", "milliseconds", "parameters"):
+            raise ValueError(f"Costs are macs, milliseconds or parameters, got {measure!r}.")
+        found = getattr(self, measure)
+        if found is None:
+            raise ValueError(
+                "Milliseconds were not measured: give inputs to measure with, or plan by 'macs'."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """A UNet's cost and its parts'.
+
+    Attributes:
+        total: of the whole UNet.
+        parts: by module path: resnets, attentions, samplers, and the blocks that hold them.
+        gri: of attentions, if their self-attention were GRI attention.
+        height, width: of the latents that it was counted for.
+        tokens: of the prompt.
+    """
+
+    total: Cost
+    parts: dict[str, Cost]
+    gri: dict[str, Cost]
+    height: int
+    width: int
+    tokens: int
+
+    def of_shape(self, shape: UNetShape) -> Cost:
+        """The cost after cuts. Exact for parameters and MACs, since a kept module keeps its shape and its resolution;
+        for milliseconds it assumes that the parts' times add up.
+        """
+        kept = set(shape.units().values())
+        found = self.total
+        for path in UNetShape(shape.base).units().values():
+            if path not in kept:
+                found -= self.parts[path]
+        before = set(UNetShape(shape.base).gri())
+        for path in shape.gri():
+            if path not in before and path in self.gri:
+                found += self.gri[path] - self.parts[path]
+        return found
+
+
+def example_inputs(
+    config: Mapping[str, Any],
+    batch_size: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    tokens: int = 77,
+    device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Random keyword arguments for a UNet's call.
+
+    Args:
+        config: the UNet's.
+        batch_size: number of pictures.
+        height, width: of the latents; default: the config's `sample_size`.
+        tokens: length of the prompts.
+        device, dtype: of the tensors.
+
+    Raises:
+        ValueError: no size, or a UNet that wants other inputs than text, SDXL's text and time, and class labels.
+    """
+    height, width = latent_size(config, height, width)
+    kinds = {None, "text_time"}
+    known = config.get("addition_embed_type") in kinds and config.get("encoder_hid_dim_type") in (
+        None,
+        "text_proj",
+    )
+    if not known or config.get("class_embed_type") not in (None, "timestep"):
+        raise ValueError(
+            f"No example inputs are known for addition_embed_type={config.get('addition_embed_type')!r},"
+            f" encoder_hid_dim_type={config.get('encoder_hid_dim_type')!r} and"
+            f" class_embed_type={config.get('class_embed_type')!r}: this UNet is not supported."
+        )
+    like: Any = {"device": device, "dtype": dtype}
+    features = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    features = features if isinstance(features, int) else features[0]
+    found: dict[str, Any] = {
+        "sample": torch.randn(batch_size, config["in_channels"], height, width, **like),
+        "timestep": torch.full((batch_size,), 500, device=device),
+        "encoder_hidden_states": torch.randn(batch_size, tokens, features, **like),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        found["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch_size, pooled, **like),
+            "time_ids": torch.zeros(batch_size, 6, **like),
+        }
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") == "timestep":
+        found["class_labels"] = torch.zeros(batch_size, dtype=torch.long, device=device)
+    return found
+
+
+def latent_size(config: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, int]:
+    """The size given, or else the config's `sample_size`.
+
+    Raises:
+        ValueError: neither, or only one of height and width.
+    """
+    size = config.get("sample_size")
+    if (height is None) != (width is None) or (height is None and size is None):
+        raise ValueError(f"Give height and width of the latents; got {height} and {width}.")
+    if height is not None and width is not None:
+        return height, width
+    return (size, size) if isinstance(size, int) else (size[0], size[1])  # type: ignore[index]
+
+
+def count_macs(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> dict[str, int]:
+    """MACs of one picture by module path, the whole under ""; counted without weights, so that any size is quick.
+
+    Raises:
+        ValueError: see `example_inputs`.
+    """
+    with torch.device("meta"):
+        unet = empty_unet(dict(config))
+    inputs = example_inputs(config, 1, height, width, tokens, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(**inputs)
+    prefix = type(unet).__name__ + "."
+    found = {
+        name[len(prefix) :]: sum(counts.values()) // 2
+        for name, counts in counter.get_flop_counts().items()
+        if name.startswith(prefix)
+    }
+    return {**found, "": counter.get_total_flops() // 2}
+
+
+def cost_table(
+    unet: Any,
+    height: int | None = None,
+    width: int | None = None,
+    tokens: int = 77,
+    repeats: int = 0,
+    batch_size: int = 1,
+) -> CostTable:
+    """The cost of a UNet's parts.
+
+    Args:
+        unet: stock, or an `ASDMUNet2DConditionModel`; on the meta device too if nothing is to be measured.
+        height, width: of the latents; default: the config's `sample_size`.
+        tokens: of the prompt.
+        repeats: how often to measure the milliseconds, the median counting; 0: not at all.
+        batch_size: of the calls that are measured.
+
+    Raises:
+        ValueError: see `example_inputs` and `unet_config`.
+    """
+    config = unet_config(unet)
+    height, width = latent_size(config, height, width)
+    shape = UNetShape(config)
+    everywhere = _gri_everywhere(config, shape)
+    macs, gri_macs = (
+        count_macs(c, height, width, tokens) if c is not None else {} for c in (config, everywhere)
+    )
+    times, gri_times = {}, {}
+    paths = [*shape.units(), *_all_blocks(shape)]
+    if repeats:
+        device, dtype = next((p.device, p.dtype) for p in unet.parameters())
+        inputs = example_inputs(config, batch_size, height, width, tokens, device, dtype)
+        times = measure_milliseconds(unet, inputs, paths, repeats)
+        if everywhere is not None:
+            swapped = build_unet(everywhere, unet.state_dict()).train(unet.training)
+            gri_times = measure_milliseconds(swapped, inputs, shape.attentions(), repeats)
+    modules = dict(unet.named_modules())
+
+    def cost(path: str, counted: dict[str, int], measured: dict[str, float]) -> Cost:
+        parameters = sum(p.numel() for p in modules[path].parameters())
+        return Cost(parameters, counted.get(path, 0), measured.get(path))
+
+    parts = {path: cost(path, macs, times) for path in paths}
+    before = {path.split(".transformer_blocks")[0] for path in shape.gri()}
+    swaps = {p: cost(p, gri_macs, gri_times) for p in shape.attentions() if gri_macs and p not in before}
+    return CostTable(cost("", macs, times), parts, swaps, height, width, tokens)
+
+
+def _all_blocks(shape: UNetShape) -> list[str]:
+    return list(shape.blocks())
+
+
+def _gri_everywhere(config: dict[str, Any], shape: UNetShape) -> dict[str, Any] | None:
+    """The config with GRI attention wherever there is self-attention; None where there is none."""
+    if config.get("only_cross_attention") not in (None, False) or not shape.attentions():
+        return None
+    cuts = [f"gri.{s}" for s in range(shape.num_stages) if set(shape.attentions(s)) - set(shape.gri())]
+    return {**config, "gri_attention": shape.cut(*cuts).config()["gri_attention"]}
+
+
+@torch.no_grad()
+def measure_milliseconds(
+    unet: nn.Module, inputs: Mapping[str, Any], paths: list[str], repeats: int = 10
+) -> dict[str, float]:
+    """Median time of one call of each named module and, under "", of the whole UNet.
+
+    The whole is measured in calls of its own, without the timers inside.
+
+    Args:
+        unet: as it is to be run, on the CPU or an accelerator.
+        inputs: keyword arguments of its call.
+        paths: of modules, each called once in a call of the UNet.
+        repeats: 1 or more, after one call that does not count.
+
+    Raises:
+        ValueError: no repeats.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}.")
+    modules = dict(unet.named_modules())
+    found: dict[str, list[float]] = {path: [] for path in ["", *paths]}
+    device = next(unet.parameters()).device.type
+    unet(**inputs)
+    for _ in range(repeats):
+        for chosen in ([""], paths):
+            marks: dict[str, list[Any]] = {path: [] for path in chosen}
+            with _stopwatches({path: modules[path] for path in chosen}, marks, device):
+                unet(**inputs)
+            for path, (start, end) in marks.items():
+                found[path].append(_elapsed(start, end))
+    return {path: statistics.median(values) for path, values in found.items()}
+
+
+@contextmanager
+def _stopwatches(modules: dict[str, nn.Module], marks: dict[str, list[Any]], device: str) -> Iterator[None]:
+    """Notes when each module starts and ends."""
+    handles: list[Any] = []
+    for path, module in modules.items():
+
+        def note(*_: Any, path: str = path) -> None:
+            marks[path].append(_now(device))
+
+        handles += [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _now(device: str) -> Any:
+    """A time, or a mark in the accelerator's queue of work, which would have to be emptied for a time."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(start: Any, end: Any) -> float:
+    return 1000 * (end - start) if isinstance(start, float) else start.elapsed_time(end)

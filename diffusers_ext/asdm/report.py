@@ -1,0 +1,140 @@
+"""The analysis of a UNet and a pruning plan as tables for the terminal and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .cost import Cost
+    from .plan import PruningPlan
+    from .search import PruningAnalysis
+
+_SIDES = {"down_blocks": "tab:blue", "mid_block": "tab:green", "up_blocks": "tab:orange"}
+
+
+def analysis_table(analysis: PruningAnalysis) -> Table:
+    """Every block, layer and attention: parameters, MACs, milliseconds, and the loss without it."""
+    table = _table("part", "loss without it", title="Parts of the UNet, each skipped alone")
+    for path, loss in analysis.sensitivity.parts.items():
+        name = (
+            path
+            if path.count(".") < 2 and "resnets" not in path and "attentions" not in path
+            else f"  {path}"
+        )
+        table.add_row(name, *_figures(analysis.costs.parts[path]), _loss(loss))
+    table.add_row("whole UNet", *_figures(analysis.costs.total), "")
+    return table
+
+
+def cuts_table(analysis: PruningAnalysis) -> Table:
+    """Every cut: what it saves and what it alone loses."""
+    from .shape import UNetShape
+
+    table = _table("cut", "loss", title="Cuts, each made alone: what they save")
+    shape = UNetShape(analysis.config)
+    for group, loss in analysis.sensitivity.cuts.items():
+        saved = analysis.costs.total - analysis.costs.of_shape(shape.cut(*group))
+        name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
+        table.add_row(name, *_figures(saved), _loss(loss))
+    return table
+
+
+def plan_table(plan: PruningPlan) -> Table:
+    """The stages of a plan and what is left after each."""
+    table = _table("after stage", "predicted loss", "cuts", title="Pruning plan")
+    stages = [("0 (whole UNet)", ()), *((str(k), cuts) for k, cuts in enumerate(plan.stages, 1))]
+    for index, (name, cuts) in enumerate(stages):
+        figures, loss = ["", "", ""], None
+        if plan.predictions:
+            figures = _figures(plan.predictions[index].cost, plan.predictions[0].cost)
+            loss = plan.predictions[index].loss
+        table.add_row(name, *figures, _loss(loss), ", ".join(cuts))
+    return table
+
+
+def _table(first: str, *rest: str, title: str) -> Table:
+    table = Table(first, title=title)
+    for name in ("parameters", "MACs", "ms"):
+        table.add_column(name, justify="right")
+    for name in rest:
+        table.add_column(name, justify="left" if name == "cuts" else "right")
+    return table
+
+
+def _figures(cost: Cost, whole: Cost | None = None) -> list[str]:
+    found = [short(cost.parameters), short(cost.macs)]
+    found.append("–" if cost.milliseconds is None else f"{cost.milliseconds:.3g}")
+    if whole is not None:
+        found[0] += f" ({cost.parameters / whole.parameters:.1%})"
+        found[1] += f" ({cost.macs / whole.macs:.1%})"
+        if cost.milliseconds is not None and whole.milliseconds:
+            found[2] += f" ({cost.milliseconds / whole.milliseconds:.1%})"
+    return found
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3g}"
+
+
+def short(number: float) -> str:
+    """As 859.5M or 401.6G."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.4g}{letter}"
+    return f"{number:.4g}"
+
+
+def save_plot(analysis: PruningAnalysis, path: str | Path, plan: PruningPlan | None = None) -> None:
+    """A PNG: left the parts' MACs and losses, right what every cut saves and loses, a plan's own ones filled."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    units = {p: loss for p, loss in analysis.sensitivity.parts.items() if "resnets" in p or "attentions" in p}
+    # Not pyplot, which would choose and keep a backend for the whole process.
+    figure = Figure(figsize=(13, max(4, 0.17 * len(units) + 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.6, 1.4))
+    names, rows = list(units), range(len(units))
+    colors = [_SIDES[name.split(".")[0]] for name in names]
+    left.barh(
+        rows, [100 * analysis.costs.parts[n].macs / analysis.costs.total.macs for n in names], color=colors
+    )
+    left.set_yticks(rows, names, fontsize=6)
+    left.set_xlabel("share of MACs, %")
+    middle.barh(rows, [units[name] or 0.0 for name in names], color=colors)
+    middle.set_yticks([])
+    middle.set_xscale("symlog", linthresh=1e-4)
+    middle.set_xlabel("loss if skipped")
+    for axes in (left, middle):
+        axes.invert_yaxis()
+    _plot_cuts(analysis, right, plan)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _plot_cuts(analysis: PruningAnalysis, axes: Any, plan: PruningPlan | None) -> None:
+    from .shape import UNetShape
+
+    shape, chosen = UNetShape(analysis.config), list(plan.cuts) if plan else []
+    for group, loss in analysis.sensitivity.cuts.items():
+        cost = analysis.costs.of_shape(shape.cut(*group))
+        saved = 100 * (1 - cost.macs / analysis.costs.total.macs)
+        taken = chosen.count(group[0]) == len(group)
+        face = "tab:red" if taken else "none"
+        axes.scatter(saved, loss, s=30, facecolors=face, edgecolors="tab:red" if taken else "gray")
+        name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
+        if not name.startswith("attention:") or taken:
+            axes.annotate(
+                name,
+                (saved, loss),
+                fontsize=6,
+                xytext=(4, 2),
+                textcoords="offset points",
+                annotation_clip=True,
+            )
+    axes.set_yscale("symlog", linthresh=1e-4)
+    axes.set_xlabel("MACs saved, %")
+    axes.set_ylabel("loss, the cut made alone")
+    axes.set_title("filled: the plan's cuts" if chosen else "cuts", fontsize=9)

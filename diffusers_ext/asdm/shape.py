@@ -1,0 +1,337 @@
+"""Which modules a UNet keeps after a list of cuts, what it is called afterwards, and how its config says so.
+
+Pure bookkeeping on configs, no tensors. A cut is a string, and every path in one is the *original* UNet's:
+
+    "layer.S"           one layer less at resolution S (0 is the finest): one in the down, one in the up block
+    "attention.down.S"  a plain down block at resolution S instead of one with attention; "attention.up.S" likewise
+    "attention:PATH"    one attention, such as "attention:up_blocks.1.attentions.2"; needs `ASDMUNet2DConditionModel`
+    "mid.attention"     the mid block's attention, and the second of its two layers, which diffusers ties to it
+    "mid"               the whole mid block
+    "stage.S"           the innermost resolution with its down, mid and up block
+    "gri.S"             GRI attention in the place of self-attention at resolution S; needs `ASDMUNet2DConditionModel`
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .architecture import CROSS, MID_CROSS, MID_PLAIN, PLAIN, Config, architecture_config
+
+GRI_WINDOW, GRI_POOL = 8, 4
+
+_CUT = re.compile(
+    r"(layer|attention\.down|attention\.up|stage|gri)\.(\d+)|(mid\.attention|mid)|attention:(.+)"
+)
+# With a value for every resolution, from the finest on, if they are lists.
+_PER_STAGE = (
+    "down_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+)
+# The same, from the coarsest on.
+_REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")
+
+
+@dataclass
+class _Stage:
+    """One resolution: layers of its down and up block by their original index, and whether attentions follow them."""
+
+    down: list[int]
+    up: list[int]
+    down_attention: bool
+    up_attention: bool
+
+
+class UNetShape:
+    """A UNet's modules, as cuts take some away.
+
+    Args:
+        config: of a `UNet2DConditionModel` or an `ASDMUNet2DConditionModel`: the original UNet.
+
+    Attributes:
+        base: its `architecture_config`.
+
+    Raises:
+        ValueError: blocks that are not known here.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.base = architecture_config(config)
+        base = self.base
+        count = len(base["block_out_channels"])
+        self._count = count
+        self._stages = [
+            _Stage(
+                list(range(layers)),
+                list(range(layers + 1)),
+                base["down_block_types"][s] == CROSS[0],
+                base["up_block_types"][count - 1 - s] == CROSS[1],
+            )
+            for s, layers in enumerate(base["layers_per_block"])
+        ]
+        self._mid: str | None = base["mid_block_type"]
+        self._removed: set[str] = set(base["removed_attentions"] or [])
+        given = (base["gri_attention"] or {}).get("paths", [])
+        self._gri = {a for a in self.attentions() if any(f"{a}.".startswith(f"{p}.") for p in given)}
+        # Paths inside an attention stay as fine as they are.
+        self._gri |= {p for p in given if any(p.startswith(f"{a}.") for a in self.attentions())}
+
+    # --- what is there ---
+
+    @property
+    def num_stages(self) -> int:
+        """Number of resolutions."""
+        return len(self._stages)
+
+    @property
+    def mid(self) -> str | None:
+        """The mid block's type; None if there is none."""
+        return self._mid
+
+    def layers(self, stage: int) -> int:
+        """Layers of the down block at a resolution; its up block has one more."""
+        return len(self._stages[stage].down)
+
+    def units(self) -> dict[str, str]:
+        """{module's path now: its path in the original UNet}, in the order they run.
+
+        The modules are those that cuts can take away or that change their number: resnets, attentions, down- and
+        upsamplers. All else has the same path in both.
+        """
+        last, found = len(self._stages) - 1, {}
+        for s, stage in enumerate(self._stages):
+            now = old = f"down_blocks.{s}"
+            found |= self._layers(now, old, stage.down, stage.down_attention)
+            if s < last:
+                found[f"{now}.downsamplers.0"] = f"{old}.downsamplers.0"
+        if self._mid is not None:
+            found |= self._layers("mid_block", "mid_block", [0], self._mid == MID_CROSS)
+            if self._mid == MID_CROSS:
+                found["mid_block.resnets.1"] = "mid_block.resnets.1"
+        for s, stage in reversed(list(enumerate(self._stages))):
+            now, old = f"up_blocks.{last - s}", f"up_blocks.{self._count - 1 - s}"
+            found |= self._layers(now, old, stage.up, stage.up_attention)
+            if s > 0:
+                found[f"{now}.upsamplers.0"] = f"{old}.upsamplers.0"
+        return found
+
+    def _layers(self, now: str, old: str, kept: list[int], attention: bool) -> dict[str, str]:
+        found = {}
+        for index, original in enumerate(kept):
+            found[f"{now}.resnets.{index}"] = f"{old}.resnets.{original}"
+            path = f"{old}.attentions.{original}"
+            if attention and path not in self._removed:
+                found[f"{now}.attentions.{index}"] = path
+        return found
+
+    def blocks(self) -> dict[str, str]:
+        """{block's path now: its path in the original UNet}, of blocks whose output has its original shape.
+
+        After a "stage.S" cut that leaves out the innermost down block, whose downsampler is gone.
+        """
+        last = len(self._stages) - 1
+        lost = len(self._stages) < self._count
+        found = {f"down_blocks.{s}": f"down_blocks.{s}" for s in range(last + (not lost))}
+        if self._mid is not None:
+            found["mid_block"] = "mid_block"
+        up = range(len(self._stages))
+        return found | {f"up_blocks.{i}": f"up_blocks.{i + self._count - 1 - last}" for i in up}
+
+    def attentions(self, stage: int | None = None) -> list[str]:
+        """Original paths of the attentions left in the down and up blocks, of one resolution if given."""
+        sides = ("down_blocks.", "up_blocks.")
+        if stage is not None:
+            sides = (f"down_blocks.{stage}.", f"up_blocks.{self._count - 1 - stage}.")
+        return [old for old in self.units().values() if ".attentions." in old and old.startswith(sides)]
+
+    def gri(self) -> list[str]:
+        """Original paths under which self-attention is GRI attention, in the order they run."""
+        kept = list(self.units().values())
+        return [p for a in kept for p in sorted(self._gri) if f"{p}.".startswith(f"{a}.")]
+
+    def current(self, path: str) -> str | None:
+        """The present path of an original module or of anything inside one; None if it is gone."""
+        for now, old in self.units().items():
+            if f"{path}.".startswith(f"{old}."):
+                return now + path[len(old) :]
+        return None
+
+    # --- cutting ---
+
+    def cut(self, *cuts: str) -> UNetShape:
+        """A copy with further cuts made.
+
+        Raises:
+            ValueError: an unknown cut, or one that takes away what is not there or cannot go.
+        """
+        found = copy.copy(self)
+        found._stages = copy.deepcopy(self._stages)
+        found._removed, found._gri = set(self._removed), set(self._gri)
+        for name in cuts:
+            found._apply(name)
+        return found
+
+    def _apply(self, name: str) -> None:
+        match = _CUT.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            raise ValueError(
+                f"Unknown cut {name!r}: expected layer.S, attention.down.S, attention.up.S, attention:PATH,"
+                " mid.attention, mid, stage.S or gri.S, where S is a resolution (0 is the finest)."
+            )
+        kind, number, mid, path = match.groups()
+        if path is not None:
+            if path not in self.units().values() or ".attentions." not in path:
+                raise ValueError(
+                    f"Cut {name!r}: there is no such attention (any more). Left are:"
+                    f" {', '.join(self._all_attentions()) or 'none'}."
+                )
+            self._removed.add(path)
+        elif mid is not None:
+            self._cut_mid(name)
+        else:
+            stage = int(number)
+            if stage >= len(self._stages):
+                raise ValueError(
+                    f"Cut {name!r}: the UNet has the resolutions 0 to {len(self._stages) - 1} (any more)."
+                )
+            {"layer": self._cut_layer, "stage": self._cut_stage, "gri": self._put_gri}.get(
+                kind, self._cut_attentions
+            )(name, stage)
+
+    def _all_attentions(self) -> list[str]:
+        return [old for old in self.units().values() if ".attentions." in old]
+
+    def _cut_layer(self, name: str, stage: int) -> None:
+        layers, channels = self._stages[stage], self.base["block_out_channels"]
+        if not layers.down:
+            raise ValueError(f"Cut {name!r}: resolution {stage} has no layers left in its down block.")
+        if len(layers.down) == 1 and stage > 0 and channels[stage - 1] != channels[stage]:
+            raise ValueError(
+                f"Cut {name!r}: the last layer of down_blocks.{stage} takes {channels[stage - 1]} channels to"
+                f" {channels[stage]}, so it cannot go. Remove layers of other resolutions, or attentions."
+            )
+        # The down block's first layer changes the channels; the up block's first layer takes what comes from below and
+        # its last one the skip from above: none of these fits elsewhere. What is left is the down block's last and, for
+        # it, the up block's second layer. That is BK-SDM's choice too (up layer 2 becomes the student's layer 1). Without
+        # any layer in the down block, the up block's first layer takes the skip from above, which has its width.
+        layers.down.pop()
+        layers.up.pop(1)
+
+    def _cut_attentions(self, name: str, stage: int) -> None:
+        down = name.startswith("attention.down")
+        block = f"down_blocks.{stage}." if down else f"up_blocks.{self._count - 1 - stage}."
+        if not any(path.startswith(block) for path in self.attentions(stage)):
+            raise ValueError(f"Cut {name!r}: {block[:-1]} of the original UNet has no attention (any more).")
+        setattr(self._stages[stage], "down_attention" if down else "up_attention", False)
+
+    def _cut_mid(self, name: str) -> None:
+        if self._mid is None:
+            raise ValueError(f"Cut {name!r}: the UNet has no mid block (any more): leave this cut out.")
+        if name == "mid":
+            self._mid = None
+        elif self._mid == MID_PLAIN or "mid_block.attentions.0" in self._removed:
+            raise ValueError(f"Cut {name!r}: the mid block has no attention (any more): leave this cut out.")
+        else:
+            self._mid = MID_PLAIN
+
+    def _cut_stage(self, name: str, stage: int) -> None:
+        channels, last = self.base["block_out_channels"], len(self._stages) - 1
+        if stage != last or last == 0:
+            raise ValueError(
+                f"Cut {name!r}: only the innermost of two or more resolutions can go, which is"
+                f" {f'stage.{last}' if last else 'none here'}."
+            )
+        if channels[stage] != channels[stage - 1]:
+            raise ValueError(
+                f"Cut {name!r}: resolution {stage} has {channels[stage]} channels and the one above"
+                f" {channels[stage - 1]}, so that the up block above would not fit. Remove its layers or attentions."
+            )
+        self._stages.pop()
+        self._mid = None
+
+    def _put_gri(self, name: str, stage: int) -> None:
+        found = set(self.attentions(stage))
+        if not found:
+            raise ValueError(f"Cut {name!r}: resolution {stage} has no attention (any more).")
+        if found <= self._gri:
+            raise ValueError(f"Cut {name!r}: resolution {stage} has GRI attention already.")
+        self._gri |= found
+
+    # --- the config ---
+
+    def config(self) -> Config:
+        """`architecture_config` of the present UNet."""
+        found, gone = copy.deepcopy(self.base), self._count - len(self._stages)
+        for name in _PER_STAGE:
+            if isinstance(found[name], list):
+                found[name] = found[name][: len(self._stages)]
+        for name in _REVERSED:
+            if isinstance(found[name], list):
+                found[name] = found[name][gone:]
+        last = len(self._stages) - 1
+        for s, stage in enumerate(self._stages):
+            for key, index, attention, kept in (
+                ("down_block_types", s, stage.down_attention, stage.down),
+                ("up_block_types", last - s, stage.up_attention, stage.up),
+            ):
+                if not attention:
+                    found[key][index] = PLAIN[key == "up_block_types"]
+                _keep_depths(found, key, index, kept)
+            found["layers_per_block"][s] = len(stage.down)
+        found["mid_block_type"] = self._mid
+        found["removed_attentions"] = self._removed_now() or None
+        paths = [str(self.current(path)) for path in self.gri()]
+        own = {"window": GRI_WINDOW, "pool": GRI_POOL} | (found["gri_attention"] or {})
+        found["gri_attention"] = {**own, "paths": paths} if paths else None
+        return found
+
+    def _removed_now(self) -> list[str]:
+        """Present paths of singly removed attentions whose layer and block are still there."""
+        whole = self.cut()
+        whole._removed = set()
+        return sorted(now for path in self._removed if (now := whole.current(path)) is not None)
+
+
+def _keep_depths(config: Config, key: str, index: int, kept: Iterable[int]) -> None:
+    """Where transformers have a depth for every single layer, drops those of the layers that are gone."""
+    depths = "transformer_layers_per_block"
+    depths = depths if key == "down_block_types" else f"reverse_{depths}"
+    if isinstance(config[depths], list) and isinstance(config[depths][index], list):
+        config[depths][index] = [config[depths][index][layer] for layer in kept]
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that two UNets share only if they have the same modules."""
+    text = json.dumps(UNetShape(config).config(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def possible_cuts(config: Mapping[str, Any], stock_only: bool = False) -> list[str]:
+    """Every single cut that this UNet allows by itself; with `stock_only` those whose result is a stock UNet."""
+    shape = UNetShape(config)
+    stages = range(shape.num_stages)
+    tried = [f"layer.{s}" for s in stages]
+    tried += [f"attention.{side}.{s}" for s in stages for side in ("down", "up")]
+    tried += ["mid.attention", "mid", f"stage.{shape.num_stages - 1}"]
+    if not stock_only:
+        tried += [f"attention:{path}" for path in shape._all_attentions()]
+        tried += [f"gri.{s}" for s in stages]
+    return [name for name in tried if _allowed(shape, name)]
+
+
+def _allowed(shape: UNetShape, *cuts: str) -> bool:
+    try:
+        shape.cut(*cuts)
+    except ValueError:
+        return False
+    return True

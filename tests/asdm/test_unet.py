@@ -1,0 +1,113 @@
+"""The subclass: what its config says, what it loads in, what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+import diffusers_ext as dx
+from diffusers_ext.asdm.gri_attention import GRIAttnProcessor
+from diffusers_ext.asdm.prune import prune_unet
+from diffusers_ext.asdm.sensitivity import skipped
+from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel, SkippedAttention
+from tests import tiny
+from tests.asdm.networks import SDXL, SMALL, network, run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+OWN: dict[str, Any] = {
+    "removed_attentions": ["down_blocks.1.attentions.1", "mid_block.attentions.0"],
+    "gri_attention": {"paths": ["down_blocks.0", "up_blocks.2.attentions.1"], "window": 4, "pool": 2},
+    "cond_convs": {"up_blocks.1.resnets.0.conv2": 3},
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        {**SDXL, "down_block_types": SMALL["down_block_types"], "up_block_types": SMALL["up_block_types"]},
+    ],
+)
+def test_round_trip(config: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = ASDMUNet2DConditionModel(**config, **OWN).eval()
+    with torch.no_grad():
+        unet.get_submodule("up_blocks.1.resnets.0.conv2").weight.normal_(std=0.1)  # type: ignore[union-attr]
+    unet.save_pretrained(tmp_path)
+    again = ASDMUNet2DConditionModel.from_pretrained(tmp_path).eval()
+    assert isinstance(again.get_submodule("mid_block.attentions.0"), SkippedAttention)
+    found = {name for name, p in again.attn_processors.items() if isinstance(p, GRIAttnProcessor)}
+    assert {name.split(".transformer")[0] for name in found} == {
+        "down_blocks.0.attentions.0",
+        "down_blocks.0.attentions.1",
+        "up_blocks.2.attentions.1",
+    }
+    for name, value in OWN.items():
+        assert again.config[name] == value
+    # The parent's config survives.
+    assert list(again.config["block_out_channels"]) == list(config["block_out_channels"])
+    assert torch.equal(run(again), run(unet))
+    assert ASDMUNet2DConditionModel.from_config(again.config).state_dict().keys() == unet.state_dict().keys()
+
+
+def test_without_its_own_keys_it_is_the_stock_unet(tmp_path: Path) -> None:
+    stock = network()
+    stock.save_pretrained(tmp_path)
+    unet = ASDMUNet2DConditionModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(run(unet), run(stock))
+
+
+def test_a_removed_attention_is_a_skipped_one() -> None:
+    teacher = network()
+    path = "up_blocks.1.attentions.1"
+    student = prune_unet(teacher, dx.PruningPlan(dict(teacher.config), ((f"attention:{path}",),)))
+    with skipped(teacher, [path]):
+        assert torch.equal(run(student), run(teacher))
+    assert not torch.equal(run(student), run(teacher))
+    student.train().enable_gradient_checkpointing()
+    given = torch.randn(1, 4, 16, 8, requires_grad=True)
+    student(given, 5, torch.randn(1, 5, 12)).sample.sum().backward()
+    assert given.grad is not None
+
+
+def test_gri_attention_of_a_student_is_the_applied_one() -> None:
+    teacher = network()
+    student = prune_unet(teacher, dx.PruningPlan(dict(teacher.config), (("gri.0",),)))
+    dx.apply_gri_attention(teacher)  # at the finest resolution that has attention
+    assert torch.equal(run(student), run(teacher))
+
+
+def test_in_a_pipeline(tmp_path: Path) -> None:
+    pipe = tiny.build("sd")
+    plan = dx.PruningPlan(dict(pipe.unet.config), (("attention:up_blocks.1.attentions.1", "gri.0"),))
+    pipe.unet = dx.prune_unet(pipe.unet, plan)
+    before = tiny.images(pipe, "sd", steps=2)
+    pipe.save_pretrained(tmp_path)
+    assert '"diffusers_ext"' in (tmp_path / "model_index.json").read_text()
+    for kind in (StableDiffusionPipeline, DiffusionPipeline):
+        again = kind.from_pretrained(tmp_path)
+        again.set_progress_bar_config(disable=True)
+        assert isinstance(again.unet, ASDMUNet2DConditionModel)
+        assert torch.equal(tiny.images(again, "sd", steps=2), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            {"removed_attentions": ["down_blocks.9.attentions.0"]},
+            "removed_attentions: nothing is at 'down_blocks.9",
+        ),
+        ({"removed_attentions": ["down_blocks.0.resnets.0"]}, "is no attention's path"),
+        ({"cond_convs": {"conv_norm_out": 2}}, "cond_convs: a GroupNorm is at 'conv_norm_out'"),
+        ({"cond_convs": {"conv_in": 0}}, "num_experts"),
+        ({"gri_attention": {"paths": ["mid"]}}, "There is no attn1 at or under 'mid'"),
+    ],
+)
+def test_errors(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ASDMUNet2DConditionModel(**SMALL, **given)
+    assert isinstance(ASDMUNet2DConditionModel(**SMALL), UNet2DConditionModel)
