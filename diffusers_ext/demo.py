@@ -17,6 +17,7 @@ from rich.table import Table
 
 import diffusers_ext as dx
 
+from .data.fashion_scenes import SAMPLE_DIR, load_garments
 from .evaluation.frechet import FeatureStats, frechet_distance
 from .evaluation.report import proportion
 from .evaluation.testbed import Run, held_out_prompts, load_reference, run_garments, run_scenes
@@ -31,6 +32,8 @@ GARMENT_STEPS, GARMENT_SKIP = 20, 0.25
 GOLDEN_STEPS = 6
 # Of benchmarks/smooth_lora.py.
 STRIP_PROMPT, STRIP_SEEDS, STRIP_STEPS = "a green bag", (4, 5), 10
+# Of benchmarks/sign.py.
+SIGN_TEACHER_STEPS, SPOILING_NOISE = (4, 8), 0.5
 
 
 def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
@@ -67,16 +70,19 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
         scenes = _teleport("fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress)
         golden = _golden_noise(prompts, seed, progress)
         strips = _smooth_lora(progress)
+        projector, projected = _sign(num_images, seed, progress)
     parts = {
         "fashion-ddpm: unconditional garments": (garments, load_reference("garments-test")),
         "fashion-scenes: held-out prompts": (scenes, load_reference("scenes-test")),
         "fashion-scenes: golden noise": (golden, load_reference("scenes-test")),
+        "fashion-ddpm: SIGN": (projector, load_reference("garments-test")),
     }
     for title, (runs, reference) in parts.items():
         _print_table(console, title, runs, reference)
     path = output / "demo.png"
     _print_smoothness(console, strips)
-    _picture(path, {title: runs for title, (runs, _) in parts.items()}, prompts, strips)
+    titled = {f"{name}: {STRIP_PROMPT}, from one noise to another": frames for name, frames in strips.items()}
+    _picture(path, {title: runs for title, (runs, _) in parts.items()}, prompts, titled | projected)
     console.print(f"The same seeds side by side: [bold]{path}[/bold]")
     return path
 
@@ -159,6 +165,29 @@ def _smooth_lora(progress: Progress) -> dict[str, np.ndarray]:
     return {"plain": plain, "Smooth-LoRA": frames()}
 
 
+def _sign(num_images: int, seed: int, progress: Progress) -> tuple[dict[str, Run], dict[str, np.ndarray]]:
+    """The projector distilled from the garments' model beside its teacher; pictures spoilt by noise and projected."""
+    cards = resource_dir("model_cards")
+    sign: Any = dx.SIGNPipeline.from_pretrained(cards / "sign-fashion-ddpm", dtype=torch.float32)
+    teacher: Any = DiffusionPipeline.from_pretrained(cards / "fashion-ddpm", dtype=torch.float32)
+    teacher.scheduler = DPMSolverMultistepScheduler.from_config(teacher.scheduler.config)
+    runs: dict[str, Run] = {}
+    task = progress.add_task("SIGN", total=2 + len(SIGN_TEACHER_STEPS))
+    for label, pipe, steps in (
+        *(("SIGN", sign, n) for n in (1, 4)),
+        *(("DPM++ 2M", teacher, n) for n in SIGN_TEACHER_STEPS),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        runs[f"{label}, {steps} steps"] = run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
+        progress.advance(task)
+    images, _ = load_garments(SAMPLE_DIR, "test")
+    clean = torch.from_numpy(images[:16]).float()[:, None] / 255
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    spoilt = (clean + SPOILING_NOISE / 2 * noise).clamp(0, 1)
+    projected = sign.project(spoilt, output_type="np").images
+    return runs, {"real garments, spoilt": spoilt[:, 0].numpy(), "SIGN, projected": projected[..., 0]}
+
+
 def _print_smoothness(console: Console, strips: dict[str, np.ndarray]) -> None:
     table = Table(title=f"fashion-scenes: from one noise to another, {STRIP_PROMPT}", title_justify="left")
     for column in ("", "mean step", "standard deviation of the steps"):
@@ -199,8 +228,8 @@ def _picture(
         axis.set_title(f"{name}: {result.calls:.3g} NFE", fontsize=9, loc="left")
         axis.axis("off")
     for axis, (name, frames) in zip(axes[len(rows) :], strips.items()):
-        axis.imshow(np.concatenate(list(np.clip(frames, 0, 1)), 1))
-        axis.set_title(f"{name}: {STRIP_PROMPT}, from one noise to another", fontsize=9, loc="left")
+        axis.imshow(np.concatenate(list(np.clip(frames, 0, 1)), 1), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(name, fontsize=9, loc="left")
         axis.axis("off")
     captions = " · ".join(prompts[:8])
     figure.text(0.01, 0.005, captions, fontsize=5.2)

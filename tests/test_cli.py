@@ -190,6 +190,7 @@ def test_examples(name: str, sd: Path, tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("golden_noise", (3 * 64, 2 * 32), "golden noise: compact NPNet"),
         ("smooth_lora", (9 * 64, 32), "Smooth-LoRA: adapter 'smooth' of rank 8"),
+        ("sign", (8 * 32, 4 * 32), "SIGN: projector at timestep"),
     ],
 )
 def test_the_examples_with_embedded_weights(
