@@ -130,10 +130,11 @@ def train(
     model: nn.Module,
     make_batch: Callable[[Rows], Batch],
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    last: bool = True,
 ) -> dict[str, Any]:
     """Optimises `model`, whose forward turns a batch into a scalar loss; leaves the EMA weights in it.
 
-    It ends the accelerator's trackers and process group: call it last.
+    It ends the accelerator's trackers, and its process group too unless more is to be trained in this process.
 
     Args:
         accelerator: as from `make_accelerator`.
@@ -142,6 +143,8 @@ def train(
             gradients of each of the modules that it lists are clipped by themselves.
         make_batch: the tensors of the given rows, on any device.
         validate: called with the model (EMA weights in place) and the step; returns what to log.
+        last: end the process group. Without, the next model needs an accelerator of its own, and the caller ends the
+            group by `accelerator.end_training()`.
 
     Returns:
         What a model card needs: steps, seconds, hardware, the last loss and the last validation.
@@ -174,26 +177,27 @@ def train(
     if ema is not None:
         ema.to(accelerator.device)
 
-    last = args.max_train_steps
+    num_steps = args.max_train_steps
     saved = clock.step if checkpoint is not None else None
     results: dict[str, float] = {}
-    loss_value = float("nan")
-    bar = tqdm(total=last, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5)
+    bar = tqdm(
+        total=num_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
+    )
     clock.start()
     wrapped.train()
-    while clock.step < last:
+    while clock.step < num_steps:
         loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, make_batch, clock.step)
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
         clock.tick()
         bar.update()
-        save_now = clock.step % args.checkpointing_steps == 0 or clock.step == last
+        save_now = clock.step % args.checkpointing_steps == 0 or clock.step == num_steps
         if clock.step % 50 == 0 or save_now:
-            loss_value = _checked_loss(accelerator, loss, clock.step)
-            bar.set_postfix(loss=f"{loss_value:.4f}")
-            accelerator.log({"loss": loss_value, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
-        if save_now and clock.step < last:
+            clock.loss = _checked_loss(accelerator, loss, clock.step)
+            bar.set_postfix(loss=f"{clock.loss:.4f}")
+            accelerator.log({"loss": clock.loss, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
+        if save_now and clock.step < num_steps:
             save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
             results = _validate(accelerator, model, ema, trainable, validate, clock.step)
@@ -206,14 +210,19 @@ def train(
     model.eval()
     if validate:
         results = _validate(accelerator, model, None, trainable, validate, clock.step)
-    accelerator.end_training()
+    if last:
+        accelerator.end_training()
+    else:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.free_memory()
     batch_size = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     return {
         "steps": clock.step,
         "images": clock.step * batch_size,
         "seconds": round(clock.seconds),
         "hardware": describe_hardware(accelerator),
-        "loss": loss_value,
+        "loss": clock.loss,
         **results,
     }
 
@@ -289,10 +298,10 @@ def _validate(
 
 
 class _Clock:
-    """Steps done and seconds spent over all resumptions of a run."""
+    """Steps done, seconds spent over all resumptions of a run, and the last loss that was looked at."""
 
     def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.loss = 0, 0.0, float("nan")
 
     def start(self) -> None:
         self._last = time.monotonic()
@@ -302,10 +311,11 @@ class _Clock:
         self.step, self.seconds, self._last = self.step + 1, self.seconds + now - self._last, now
 
     def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds}
+        return {"step": self.step, "seconds": self.seconds, "loss": self.loss}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.loss = float(state.get("loss", "nan"))
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

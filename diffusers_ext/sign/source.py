@@ -50,11 +50,13 @@ class GaussianSource(ModelMixin, ConfigMixin):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _, singular, directions = torch.svd_lowrank(rows - mean, q=rank, niter=4)
-        source = cls(tuple(data.shape[1:]), rank)
+        channels, height, width = data.shape[1:]
+        source = cls((channels, height, width), rank)
         source.mean.copy_(mean.reshape(data.shape[1:]))
         source.directions.copy_(directions.T)
         source.variances.copy_(singular.square() / (len(rows) - 1))
-        return source.to(data.device)
+        source.to(data.device)
+        return source
 
     def forward(self, noise: Tensor, sigma: float) -> Tensor:
         """Unit noise (n, C, H, W) as a sample of noisy data at the level `sigma`."""

@@ -1,0 +1,239 @@
+"""Progressive incubation of A-SDM (arXiv:2312.15516), as rebuilt here: the students of a plan and what they train on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..checkpoints import list_checkpoints
+from .cost import count_macs
+from .distill import DistillObjective, DistillWeights
+from .plan import PruningPlan
+from .prune import inherit_convs, prune_unet, teacher_blocks
+from .unet import ASDMUNet2DConditionModel, empty_unet, unet_config
+
+RECIPE_NAME = "incubation.json"
+
+
+class TeacherView(nn.Module):
+    """The whole UNet with its blocks under the names that a student's have: after a "stage.S" cut they count otherwise.
+
+    Args:
+        unet: the teacher.
+        blocks: {student's block: the teacher's}, see `teacher_blocks`.
+    """
+
+    def __init__(self, unet: nn.Module, blocks: Mapping[str, str]) -> None:
+        super().__init__()
+        self.down_blocks, self.up_blocks = nn.ModuleDict(), nn.ModuleDict()
+        self.mid_block: nn.Module | None = None
+        for name, source in blocks.items():
+            module = unet.get_submodule(source)
+            if name == "mid_block":
+                self.mid_block = module
+            else:
+                side, index = name.split(".")
+                self.get_submodule(side).add_module(index, module)
+        # The last, since a module that has several names is listed under its first one.
+        self.unet = unet
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the UNet's."""
+        return self.unet(*args, **kwargs)
+
+
+class StageObjective(nn.Module):
+    """The loss of one stage's student against the whole UNet, of tensors alone; see `DistillObjective`.
+
+    Args:
+        student: trained.
+        teacher: the UNet that the plan is for.
+        blocks: {student's block: the teacher's}.
+        scheduler, weights, snr_gamma: of `DistillObjective`.
+
+    Raises:
+        ValueError: see `DistillObjective`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        blocks: Mapping[str, str],
+        scheduler: Any,
+        weights: DistillWeights | None = None,
+        snr_gamma: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.distill = DistillObjective(student, TeacherView(teacher, blocks), scheduler, weights, snr_gamma)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The loss of one batch, see `losses`."""
+        return self.distill(**_conditioned(**batch))
+
+    def losses(self, **batch: Tensor) -> dict[str, Tensor]:
+        """The losses by name, unweighted.
+
+        Args:
+            batch: latents, noise (b, C, H, W), timesteps (b,), prompt_embeds (b, tokens, width), and for SDXL
+                pooled_prompt_embeds (b, width) and time_ids (b, 6).
+        """
+        return self.distill.losses(**_conditioned(**batch))
+
+
+def _conditioned(
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor | None = None,
+    time_ids: Tensor | None = None,
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "latents": latents,
+        "noise": noise,
+        "timesteps": timesteps,
+        "encoder_hidden_states": prompt_embeds,
+    }
+    if pooled_prompt_embeds is not None:
+        found["added_cond_kwargs"] = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids}
+    return found
+
+
+def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = True) -> UNet2DConditionModel:
+    """The untrained student of a stage, counted from 1.
+
+    Args:
+        source: the student of the stage before, for stage 1 the whole UNet; left alone.
+        plan: see `PruningPlan`.
+        stage: which.
+        cond_convs: the removed convolutions live on as experts (CLME-CondConv).
+
+    Raises:
+        ValueError: see `prune_unet`.
+    """
+    stages = {"from_stage": stage - 1, "num_stages": stage}
+    student = prune_unet(source, plan, **stages)
+    return inherit_convs(student, source, plan, **stages) if cond_convs else student
+
+
+def make_objective(
+    student: Any,
+    teacher: Any,
+    plan: PruningPlan,
+    stage: int,
+    scheduler: Any,
+    weights: DistillWeights,
+    snr_gamma: float | None,
+) -> StageObjective:
+    """The objective of a stage's student."""
+    return StageObjective(student, teacher, teacher_blocks(plan, stage), scheduler, weights, snr_gamma)
+
+
+def random_unet(unet: Any, seed: int) -> UNet2DConditionModel:
+    """An untrained UNet of the same config; it depends on the seed alone, and nothing else on it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return empty_unet(unet_config(unet))
+
+
+def load_student(folder: str | Path) -> UNet2DConditionModel:
+    """What `save_pretrained` of a student wrote, in float32."""
+    kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    ours = kind == ASDMUNet2DConditionModel.__name__
+    loader: Any = ASDMUNet2DConditionModel if ours else UNet2DConditionModel
+    return loader.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def in_one_go(plan: PruningPlan) -> PruningPlan:
+    """The same cuts as a plan of one stage: the control for making them in several."""
+    predictions = (plan.predictions[0], plan.predictions[-1]) if plan.predictions else ()
+    return PruningPlan(plan.config, (plan.cuts,), predictions, plan.height, plan.width, plan.tokens)
+
+
+def stage_steps(steps: Sequence[int], num_stages: int, one_shot: bool = False) -> list[int]:
+    """Optimisation steps by stage.
+
+    Args:
+        steps: one number for all stages or one for each.
+        num_stages: of the plan as it was made.
+        one_shot: all stages' steps go to a single one.
+
+    Raises:
+        ValueError: another number of numbers, steps below 1, or a plan without stages.
+    """
+    if num_stages == 0:
+        raise ValueError("The plan has no stages, so there is nothing to train.")
+    if len(steps) not in (1, num_stages) or min(steps) < 1:
+        raise ValueError(
+            f"--steps_per_stage takes one number for all stages or one for each of the plan's {num_stages}, each 1 or"
+            f" more; got {len(steps)}: {' '.join(map(str, steps))}."
+        )
+    each = list(steps) * (num_stages if len(steps) == 1 else 1)
+    return [sum(each)] if one_shot else each
+
+
+def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
+    """Refuses a folder whose students were made otherwise than `recipe` says, or that nobody asked to go on with.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    begun = [p for p in sorted(output.glob("stage-*")) if list_checkpoints(p) or (p / "unet").is_dir()]
+    if not begun:
+        return
+    if not resumed:
+        raise ValueError(
+            f"{output} holds {begun[-1].name} of an earlier run: continue it with --resume_from_checkpoint latest,"
+            " delete its stages, or choose another --output_dir."
+        )
+    path = output / RECIPE_NAME
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wanted = json.loads(json.dumps(recipe))
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        raise ValueError(
+            f"The run in {output} was started with another {' and another '.join(different)}: "
+            + "; ".join(f"{name} was {found.get(name)!r}, now {wanted[name]!r}" for name in different)
+            + ". Resume it with its own arguments, or choose another --output_dir."
+        )
+
+
+def write_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
+    """Writes what `check_run` reads, whole or not at all."""
+    path = output / RECIPE_NAME
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def cost_figures(unet: Any, height: int, width: int, tokens: int) -> dict[str, int]:
+    """Parameters, and multiply-accumulates of one call for one picture, CLME-CondConv layers included."""
+    macs = count_macs(unet_config(unet), height, width, tokens)[""]
+    return {"parameters": unet.num_parameters(), "MACs": macs}
+
+
+def summarise(
+    teacher: Mapping[str, int], records: Sequence[Mapping[str, Any]], pictures: int
+) -> dict[str, Any]:
+    """One record of all stages, as `publish` takes it.
+
+    Args:
+        teacher: see `cost_figures`.
+        records: of the stages, what `train` returned and `cost_figures`.
+        pictures: trained on.
+    """
+    found: dict[str, Any] = {name: sum(r[name] for r in records) for name in ("steps", "images", "seconds")}
+    found |= {"hardware": records[-1]["hardware"], "pictures": pictures}
+    found |= {f"teacher {name}": value for name, value in teacher.items()}
+    for stage, record in enumerate(records, 1):
+        own = {name: value for name, value in record.items() if name not in ("images", "seconds", "hardware")}
+        found |= {f"stage {stage} {name}": value for name, value in own.items()}
+    return found

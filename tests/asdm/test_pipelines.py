@@ -1,0 +1,76 @@
+"""The custom pipeline: it loads pruned UNets in a process that has imported nothing but diffusers."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+import diffusers_ext as dx
+from diffusers_ext.asdm.gri_attention import gri_attention_of
+from diffusers_ext.asdm.pipelines import ASDMStableDiffusionPipeline
+from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
+from diffusers_ext.resources import resource_dir
+from tests import tiny
+from tests.training.launching import environment
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FOLDER = str(resource_dir("pipelines") / "asdm_sd")
+LOADS = """
+import sys, torch
+from diffusers import DiffusionPipeline
+assert "diffusers_ext" not in sys.modules
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[2], trust_remote_code=True)
+print(type(pipe).__name__, type(pipe.unet).__name__)
+"""
+
+
+def pruned() -> Any:
+    pipe = tiny.build("sd")
+    plan = dx.PruningPlan(dict(pipe.unet.config), (("attention:up_blocks.1.attentions.1", "gri.0"),))
+    pipe.unet = dx.prune_unet(pipe.unet, plan)
+    return pipe
+
+
+def load(path: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(path, custom_pipeline=FOLDER, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_process_without_the_package_loads_a_pruned_unet(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path)
+    argv = [sys.executable, "-c", LOADS, str(tmp_path), FOLDER]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["ASDMStableDiffusionPipeline", "ASDMUNet2DConditionModel"]
+
+
+def test_saved_and_loaded_it_draws_the_same(tmp_path: Path) -> None:
+    pipe = pruned()
+    before = tiny.images(pipe, "sd", steps=2)
+    pipe.save_pretrained(tmp_path / "once")
+    again = load(tmp_path / "once")
+    assert isinstance(again, ASDMStableDiffusionPipeline)
+    assert isinstance(again.unet, ASDMUNet2DConditionModel)
+    assert torch.equal(tiny.images(again, "sd", steps=2), before)
+    again.save_pretrained(tmp_path / "twice")
+    assert torch.equal(tiny.images(load(tmp_path / "twice"), "sd", steps=2), before)
+
+
+def test_of_a_stock_model_it_is_the_base_class(tmp_path: Path) -> None:
+    plain = tiny.build("sd")
+    plain.save_pretrained(tmp_path)
+    pipe = load(tmp_path)
+    before = tiny.images(plain, "sd", steps=2)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert torch.equal(tiny.images(pipe, "sd", steps=2), before)
+    assert pipe.apply_gri_attention(window=2, pool=2) is pipe
+    assert gri_attention_of(pipe) is not None
+    assert not torch.equal(tiny.images(pipe, "sd", steps=2), before)
+    assert pipe.remove_gri_attention() is pipe
+    assert torch.equal(tiny.images(pipe, "sd", steps=2), before)
