@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -51,12 +53,11 @@ class GaussianSource(ModelMixin, ConfigMixin):
             torch.manual_seed(0)
             _, singular, directions = torch.svd_lowrank(rows - mean, q=rank, niter=4)
         channels, height, width = data.shape[1:]
-        source = cls((channels, height, width), rank)
+        source: Any = cls((channels, height, width), rank)
         source.mean.copy_(mean.reshape(data.shape[1:]))
         source.directions.copy_(directions.T)
         source.variances.copy_(singular.square() / (len(rows) - 1))
-        source.to(data.device)
-        return source
+        return source.to(data.device)
 
     def forward(self, noise: Tensor, sigma: float) -> Tensor:
         """Unit noise (n, C, H, W) as a sample of noisy data at the level `sigma`."""

@@ -21,8 +21,9 @@ from diffusers import UNet2DConditionModel
 unet = UNet2DConditionModel.from_pretrained(sys.argv[1]).eval()
 given = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
-    # Another process may sum a convolution in another order: rounding of float32.
-    torch.testing.assert_close(unet(**given["inputs"]).sample, given["output"], rtol=1e-5, atol=1e-6)
+    # Another process may sum a convolution in another order: rounding of float32, some twenty layers deep, outputs of
+    # order 1.
+    torch.testing.assert_close(unet(**given["inputs"]).sample, given["output"], rtol=1e-4, atol=1e-5)
 assert "diffusers_ext" not in sys.modules
 """
 
