@@ -178,7 +178,9 @@ def _sign(num_images: int, seed: int, progress: Progress) -> tuple[dict[str, Run
         *(("DPM++ 2M", teacher, n) for n in SIGN_TEACHER_STEPS),
     ):
         pipe.set_progress_bar_config(disable=True)
-        runs[f"{label}, {steps} steps"] = run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
+        runs[f"{label}, {steps} step{'s' * (steps > 1)}"] = run_garments(
+            pipe, num_images, seed=seed, num_inference_steps=steps
+        )
         progress.advance(task)
     images, _ = load_garments(SAMPLE_DIR, "test")
     clean = torch.from_numpy(images[:16]).float()[:, None] / 255
