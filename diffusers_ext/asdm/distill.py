@@ -7,7 +7,7 @@ alignment is our reading of A-SDM's SAS (arXiv:2312.15516), whose features are n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -182,6 +182,8 @@ class DistillObjective(nn.Module):
         weights: of the losses.
         snr_gamma: the cap of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556) of the two losses on
             predictions; None for equal weights.
+        blocks: {student's block: the teacher's} to compare; None: those of one name. After a "stage.S" cut blocks
+            count otherwise, see `teacher_blocks`.
 
     Raises:
         ValueError: a scheduler without that noise schedule, an unknown prediction type, a gamma that is not above 0,
@@ -195,6 +197,7 @@ class DistillObjective(nn.Module):
         scheduler: DDPMScheduler | DDIMScheduler,
         weights: DistillWeights | None = None,
         snr_gamma: float | None = None,
+        blocks: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if student is teacher:
@@ -205,8 +208,12 @@ class DistillObjective(nn.Module):
         self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.scheduler, self.snr_gamma = scheduler, snr_gamma
         self.weights = DistillWeights() if weights is None else weights
-        self.blocks = shared_blocks(student, teacher) if self.weights.feature or self.weights.semantic else []
-        if not self.blocks and (self.weights.feature or self.weights.semantic):
+        compared = self.weights.feature or self.weights.semantic
+        pairs = {name: name for name in shared_blocks(student, teacher)} if blocks is None else blocks
+        # In the order in which the student runs them.
+        own = [name for name in block_names(student) if name in pairs] if compared else []
+        self.blocks = {name: pairs[name] for name in own}
+        if compared and not self.blocks:
             raise ValueError("Student and teacher have no block in common: set feature and semantic to 0.")
 
     def train(self, mode: bool = True) -> DistillObjective:
@@ -219,7 +226,7 @@ class DistillObjective(nn.Module):
     def semantic_block(self) -> str:
         """Where meaning is compared: the mid block, or where one has none the last down block that both have."""
         down = [name for name in self.blocks if name.startswith("down_blocks.")]
-        return "mid_block" if "mid_block" in self.blocks else (down or self.blocks)[-1]
+        return "mid_block" if "mid_block" in self.blocks else (down or list(self.blocks))[-1]
 
     def forward(
         self,
@@ -254,7 +261,7 @@ class DistillObjective(nn.Module):
         conditions = {name: value for name, value in conditions.items() if value is not None}
         noisy = self.scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
         weights = self.weights
-        blocks = [self.semantic_block] if weights.semantic and not weights.feature else self.blocks
+        blocks = [self.semantic_block] if weights.semantic and not weights.feature else list(self.blocks)
         predicted, own = _run(self.student, blocks, noisy, timesteps, conditions)
         rows = self._row_weights(timesteps)
         found = {}
@@ -263,7 +270,9 @@ class DistillObjective(nn.Module):
         if not (weights.output or weights.feature or weights.semantic):
             return found
         with torch.no_grad():
-            wanted, theirs = _run(self.teacher, blocks, noisy, timesteps, conditions)
+            sources = [self.blocks[name] for name in blocks]
+            wanted, features = _run(self.teacher, sources, noisy, timesteps, conditions)
+        theirs = {name: features[source] for name, source in zip(blocks, sources)}
         if weights.output:
             found["output"] = output_loss(predicted, wanted, rows)
         if weights.feature:

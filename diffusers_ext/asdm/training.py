@@ -22,33 +22,6 @@ from .unet import ASDMUNet2DConditionModel, empty_unet, unet_config
 RECIPE_NAME = "incubation.json"
 
 
-class TeacherView(nn.Module):
-    """The whole UNet with its blocks under the names that a student's have: after a "stage.S" cut they count otherwise.
-
-    Args:
-        unet: the teacher.
-        blocks: {student's block: the teacher's}, see `teacher_blocks`.
-    """
-
-    def __init__(self, unet: nn.Module, blocks: Mapping[str, str]) -> None:
-        super().__init__()
-        self.down_blocks, self.up_blocks = nn.ModuleDict(), nn.ModuleDict()
-        self.mid_block: nn.Module | None = None
-        for name, source in blocks.items():
-            module = unet.get_submodule(source)
-            if name == "mid_block":
-                self.mid_block = module
-            else:
-                side, index = name.split(".")
-                self.get_submodule(side).add_module(index, module)
-        # The last, since a module that has several names is listed under its first one.
-        self.unet = unet
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the UNet's."""
-        return self.unet(*args, **kwargs)
-
-
 class StageObjective(nn.Module):
     """The loss of one stage's student against the whole UNet, of tensors alone; see `DistillObjective`.
 
@@ -72,7 +45,7 @@ class StageObjective(nn.Module):
         snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
-        self.distill = DistillObjective(student, TeacherView(teacher, blocks), scheduler, weights, snr_gamma)
+        self.distill = DistillObjective(student, teacher, scheduler, weights, snr_gamma, blocks)
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The loss of one batch, see `losses`."""

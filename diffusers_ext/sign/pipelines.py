@@ -126,9 +126,10 @@ class SIGNPipeline(DiffusionPipeline):
             if latents is None
             else latents.to(self._execution_device, self.unet.dtype)
         )
-        x = self.projector(self.projector.start(noise, levels[0]), **conditions)
+        projector = self.projector
+        x = projector(projector.start(noise, levels[0]), **conditions)
         for sigma in levels[1:]:
-            x = self.projector(x + sigma * self._noise(shape, generator), **conditions)
+            x = projector(x + sigma * self._noise(shape, generator), **conditions)
         return self._output(x, output_type, return_dict)
 
     @torch.no_grad()

@@ -44,14 +44,19 @@ def check_teacher(unet: Any, scheduler: Any) -> None:
         )
 
 
+def noise_levels(scheduler: Any) -> Tensor:
+    """√(1 − ᾱ)/√ᾱ of every timestep, float64: the noise beside data that keep their scale."""
+    cumulative = scheduler.alphas_cumprod.double()
+    return ((1 - cumulative) / cumulative).sqrt()
+
+
 def nearest_timestep(scheduler: Any, sigma: float = SIGMA) -> int:
     """The timestep whose noise level √(1 − ᾱ)/√ᾱ is nearest to `sigma` by ratio.
 
     Raises:
         ValueError: the schedule has no level within a tenth of it.
     """
-    cumulative = scheduler.alphas_cumprod.double()
-    levels = ((1 - cumulative) / cumulative).sqrt()
+    levels = noise_levels(scheduler)
     found = int((levels.log() - torch.tensor(sigma).double().log()).abs().argmin()) if sigma > 0 else 0
     if not 0.9 < float(levels[found]) / max(sigma, 1e-12) < 1.1:
         raise ValueError(
@@ -116,8 +121,7 @@ class Projector(nn.Module):
     @property
     def sigma(self) -> float:
         """The noise level of the timestep, at which samples start."""
-        cumulative = float(self.scheduler.alphas_cumprod[self.timestep])
-        return ((1 - cumulative) / cumulative) ** 0.5
+        return float(noise_levels(self.scheduler)[self.timestep])
 
     def start(self, noise: Tensor, sigma: float | None = None) -> Tensor:
         """z of unit noise (b, C, H, W) at the level `sigma`, by default the projector's own."""

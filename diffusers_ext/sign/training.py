@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import objective as losses
-from .projector import Projector, denoise, levels_at
+from .projector import Projector, denoise, levels_at, noise_levels
 
-# Of the schedule: where the two scores are compared at the least (arXiv:2311.18828, section 3.2, and 0.98 at the most).
+# Of the schedule: from here on the two scores are compared (arXiv:2311.18828, section 3.2, which goes on to 0.98).
 SCORE_START = 0.02
-# And at most at this level, times the projector's. There little of a picture is left to compare, and a noise
+# Up to this many times the projector's noise level. Beyond it little of a picture is left to compare, and a noise
 # prediction's error counts σ/α times in the clean one: near the end of the schedule the difference of two networks is
 # that of their errors.
 SCORE_LEVEL = 4.0
@@ -223,8 +223,7 @@ class SIGNObjective(nn.Module):
         return losses.score_matching_loss(clean, made, alpha, sigma)
 
     def _score_times(self, time: Tensor) -> Tensor:
-        cumulative = self.projector.scheduler.alphas_cumprod.to(time.device)
-        levels = ((1 - cumulative) / cumulative).sqrt()
+        levels = noise_levels(self.projector.scheduler)
         low = SCORE_START * len(levels)
         high = int((levels <= SCORE_LEVEL * self.projector.sigma).sum())
         return (low + (high - low) * time).long()

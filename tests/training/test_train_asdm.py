@@ -199,9 +199,9 @@ def test_blocks_are_compared_with_those_they_come_from() -> None:
     found = objective.losses(**batch)
     assert set(found) == {"task", "output", "feature", "semantic"}
     assert torch.stack(list(found.values())).isfinite().all()
-    view: Any = objective.distill.teacher
-    assert view.up_blocks["0"] is teacher.up_blocks[1]
-    assert view.down_blocks["0"] is teacher.down_blocks[0]
+    compared, whole = objective.distill.blocks, objective.distill.teacher
+    assert whole.get_submodule(compared["up_blocks.0"]) is teacher.up_blocks[1]
+    assert whole.get_submodule(compared["down_blocks.0"]) is teacher.down_blocks[0]
     assert torch.equal(
         objective(**batch), found["task"] + found["output"] + found["feature"] + 0.1 * found["semantic"]
     )
