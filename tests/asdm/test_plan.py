@@ -235,8 +235,8 @@ def test_the_plan_is_the_best_of_all(analysis: PruningAnalysis) -> None:
 
 
 def test_random_plans_reach_the_target_too(analysis: PruningAnalysis) -> None:
-    found = {analysis.random_plan(0.7, seed=seed).cuts for seed in range(3)}
-    assert len(found) > 1
+    found = {analysis.random_plan(0.7, seed=seed).cuts for seed in range(5)}
+    assert len(found) == 5
     for cuts in found:
         plan = make_plan(analysis.config, [cuts], analysis.costs)
         assert 0.65 < plan.predictions[-1].cost.macs / analysis.costs.total.macs <= 0.7
