@@ -1,0 +1,151 @@
+"""The measurements of benchmarks/asdm.py: pictures, latencies and sizes of pruned students, kept in a folder."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kept
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+import diffusers_ext as dx
+from diffusers_ext.asdm.condconv import fold_cond_convs
+from diffusers_ext.asdm.cost import example_inputs
+from diffusers_ext.asdm.gri_attention import gri_attention_of
+from diffusers_ext.asdm.prune import cut_unet
+from diffusers_ext.asdm.sensitivity import output_change, predict, record_probes
+from diffusers_ext.asdm.training import cost_figures
+from diffusers_ext.asdm.unet import unet_config
+from diffusers_ext.evaluation.testbed import held_out_prompts, run_scenes
+from diffusers_ext.resources import resource_dir
+
+TEACHER = resource_dir("model_cards") / "fashion-scenes"
+SIZE: dict[str, Any] = {"height": 32, "width": 64}
+LATENT = (8, 16)
+BATCHES = (8, 1)
+SHOWN = 10
+# How a UNet is run: as it was saved, with GRI attention put on or taken off, with its CLME-CondConv layers folded.
+AS_IS, GRI_ON, GRI_OFF, FOLDED = "as is", "GRI on", "GRI off", "folded"
+
+
+def load(folder: Path = TEACHER) -> Any:
+    """A pipeline with a pruned UNet, or the embedded one."""
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def variant_of(folder: Path, variant: str) -> Any:
+    """A pipeline of its own with the UNet as `variant` says.
+
+    Raises:
+        ValueError: CLME-CondConv layers that mix anew for every picture cannot be folded.
+    """
+    pipe = load(folder)
+    if variant == GRI_ON:
+        dx.apply_gri_attention(pipe)
+    elif variant == GRI_OFF:
+        dx.remove_gri_attention(pipe)
+    elif variant == FOLDED:
+        fold_cond_convs(pipe.unet)
+    return pipe
+
+
+def variants(folder: Path) -> list[str]:
+    """How a UNet can be run."""
+    unet = load(folder).unet
+    found = [AS_IS, GRI_ON if gri_attention_of(unet) is None else GRI_OFF]
+    if unet.config.get("cond_convs"):
+        try:
+            variant_of(folder, FOLDED)
+        except ValueError:
+            return found
+        found.append(FOLDED)
+    return found
+
+
+def pictures(
+    folder: Path, variant: str, seed: int, num_images: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    """Which pictures show every word of their held-out prompt, features, and the first few."""
+    texts = held_out_prompts(num_images, seed)
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    found = run_scenes(variant_of(folder, variant), texts, seed=seed, **options)
+    return {
+        "aligned": found.grades["aligned"],
+        "features": found.features,
+        "pictures": found.pictures[:SHOWN].astype(np.float16),
+    }
+
+
+@torch.no_grad()
+def latency(folder: Path, variant: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds of one call of the teacher's UNet and of another, in turns, by batch size; one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    own = variant_of(folder, variant)
+    tokens, found = own.tokenizer.model_max_length, {}
+    unets = {"teacher": load().unet.eval(), "own": own.unet.eval()}
+    for batch in BATCHES:
+        inputs = example_inputs(unet_config(unets["teacher"]), batch, *LATENT, tokens)
+        times: dict[str, list[float]] = {name: [] for name in unets}
+        for number in range(rounds + 3):
+            # Who comes second may find the processor's cache warmer.
+            for name in list(unets)[:: 1 if number % 2 else -1]:
+                start = time.perf_counter()
+                unets[name](**inputs)
+                times[name].append(1000 * (time.perf_counter() - start))
+        found |= {f"{name} {batch}": np.array(values[3:]) for name, values in times.items()}
+    torch.set_num_threads(threads)
+    return found
+
+
+def size(folder: Path) -> dict[str, Any]:
+    """Parameters, and MACs of one call for one picture."""
+    pipe = load(folder)
+    return dict(cost_figures(pipe.unet, *LATENT, pipe.tokenizer.model_max_length))
+
+
+def plan(folder: Path) -> dict[str, Any]:
+    """How much the teacher's output changes by a plan's cuts without training, each alone and all together."""
+    teacher, cuts = load(), dx.PruningPlan.load(folder / "plan.json").cuts
+    probes = record_probes(teacher, held_out_prompts(8, seed=5), **SIZE, guidance_scale=2.0)
+    whole = predict(teacher.unet, probes)
+    alone = [output_change(cut_unet(teacher.unet, cut), probes, whole) for cut in cuts]
+    return {
+        "cuts": np.array(cuts),
+        "alone": np.array(alone),
+        "together": output_change(cut_unet(teacher.unet, *cuts), probes, whole),
+    }
+
+
+def training(folder: Path) -> dict[str, Any]:
+    """What its training script noted."""
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+
+def run(kind: str, path: Path, arguments: tuple[Any, ...]) -> Path:
+    """Makes one measurement and writes it, unless it is there."""
+    if not path.is_file():
+        torch.set_num_threads(1)
+        measures: dict[str, Callable[..., dict[str, Any]]] = {
+            "pictures": pictures,
+            "latency": latency,
+            "size": size,
+            "plan": plan,
+        }
+        kept.write(path, measures[kind](*arguments))
+    return path
+
+
+def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
+    """Where a measurement is kept: under everything that it depends on but the code."""
+    folder: Path = arguments[0]
+    names = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
+    files = [model / name for model in (TEACHER, folder) for name in names]
+    files += [folder / "plan.json"] if kind == "plan" else []
+    key = f"{kind}|{arguments[1:]}|{kept.digest(files)}"
+    return cache_dir / f"{kind}-{kept.name_of(key, 16)}.npz"
