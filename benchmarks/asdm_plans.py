@@ -27,8 +27,8 @@ from diffusers_ext.evaluation.testbed import held_out_prompts
 Stages = tuple[tuple[str, ...], ...]
 MILD: Stages = (("attention.down.0",), ("attention:up_blocks.2.attentions.1",))
 STAGES: dict[str, Stages] = {
-    # Up to here as good as taking an attention at the middle resolution for the mid block's; and a layer goes with it,
-    # so that CLME-CondConv has something to inherit.
+    # To take an attention of the middle resolution instead of the mid block's was as good; but with the mid block's goes a
+    # layer, whose convolutions CLME-CondConv can inherit, and the student is a stock UNet.
     "ours": (("attention.down.0",), ("attention.up.0",), ("mid.attention",)),
     "ours78": MILD,
     "ours78-gri": (*MILD, ("gri.0",)),
