@@ -180,11 +180,14 @@ def add_cond_convs(student: nn.Module, experts: Mapping[str, Sequence[nn.Conv2d]
             raise ValueError(f"{path!r}: {error}") from error
     for path, layer in made.items():
         _put(student, path, layer)
+    _note_in_configs(student)
     return {path: layer.num_experts for path, layer in made.items()}
 
 
 def fold_cond_convs(module: nn.Module) -> list[str]:
     """Folds every `CLMECondConv2d` inside `module` to a plain convolution, all or none; returns their paths.
+
+    Give the whole UNet: its config then knows, as `save_pretrained` needs it.
 
     Raises:
         ValueError: one whose routing is not constant; names its path.
@@ -200,7 +203,17 @@ def fold_cond_convs(module: nn.Module) -> list[str]:
                 raise ValueError(f"{path!r}: {error}") from error
     for path, conv in made.items():
         _put(module, path, conv)
+    _note_in_configs(module)
     return list(made)
+
+
+def _note_in_configs(module: nn.Module) -> None:
+    """The config of an `ASDMUNet2DConditionModel` has a place for them, and is what `from_pretrained` builds from."""
+    for unet in module.modules():
+        if "cond_convs" in (getattr(unet, "config", None) or {}):
+            layers = {n: m for n, m in unet.named_modules() if isinstance(m, CLMECondConv2d)}
+            noted = {name: layer.num_experts for name, layer in layers.items()} or None
+            cast(Any, unet).register_to_config(cond_convs=noted)
 
 
 def _free_to_look(x: Tensor) -> bool:

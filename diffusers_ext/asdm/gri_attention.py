@@ -199,6 +199,7 @@ def _drop_grid(
 def apply_gri_attention(unet: Any, paths: Sequence[str] | None = None, window: int = 8, pool: int = 4) -> Any:
     """Puts GRI attention in the place of a UNet's self-attention, at any picture size.
 
+    The config of an `ASDMUNet2DConditionModel` says so from then on, a stock UNet's cannot, so that saving loses it.
     It follows `unet.set_attention_backend`. It goes with LoRA, and with an IP-Adapter, which is on the
     cross-attention: in either order. A deep copy of the UNet has it too.
 
@@ -226,6 +227,7 @@ def apply_gri_attention(unet: Any, paths: Sequence[str] | None = None, window: i
         _check(name, model.get_submodule(name))
     for parent, names in _by_transformer(model, chosen).items():
         _install(model.get_submodule(parent), names, window, pool)
+    _note_in_config(model)
     return unet
 
 
@@ -252,7 +254,16 @@ def remove_gri_attention(unet: Any) -> Any:
     for _, hook in hooks:
         for handle in hook.handles:
             handle.remove()
+    _note_in_config(_unet_of(unet))
     return unet
+
+
+def _note_in_config(unet: UNet2DConditionModel) -> None:
+    """The config of an `ASDMUNet2DConditionModel` has a place for it, and is what `from_pretrained` builds from."""
+    if "gri_attention" in unet.config:
+        found = gri_attention_of(unet)
+        noted = None if found is None else dict(zip(("paths", "window", "pool"), found))
+        unet.register_to_config(gri_attention=noted)
 
 
 def gri_attention_of(unet: Any) -> tuple[list[str], int, int] | None:

@@ -31,8 +31,8 @@ class ASDMUNet2DConditionModel(UNet2DConditionModel):
     Args:
         removed_attentions: paths of attentions that are not there, as "down_blocks.0.attentions.1".
         gri_attention: {"paths": modules whose self-attention is GRI attention, "window": 8, "pool": 4};
-            `remove_gri_attention` takes it off the module but not out of the config.
-        cond_convs: {path of a convolution: number of experts}.
+            `apply_gri_attention` and `remove_gri_attention` change it.
+        cond_convs: {path of a convolution: number of experts}; `add_cond_convs` and `fold_cond_convs` change it.
         config: every argument of `UNet2DConditionModel`, by name.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor
 from diffusers_ext.asdm.prune import prune_unet
 from diffusers_ext.asdm.sensitivity import skipped
@@ -51,6 +52,29 @@ def test_round_trip(config: dict[str, Any], tmp_path: Path) -> None:
     assert list(again.config["block_out_channels"]) == list(config["block_out_channels"])
     assert torch.equal(run(again), run(unet))
     assert ASDMUNet2DConditionModel.from_config(again.config).state_dict().keys() == unet.state_dict().keys()
+
+
+def test_the_config_follows_what_is_put_on_and_taken_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = ASDMUNet2DConditionModel(**SMALL, **OWN).eval()
+    with torch.no_grad():
+        unet.get_submodule("up_blocks.1.resnets.0.conv2").weight.normal_(std=0.1)  # type: ignore[union-attr]
+    dx.remove_gri_attention(unet)
+    assert fold_cond_convs(unet) == ["up_blocks.1.resnets.0.conv2"]
+    assert unet.config["gri_attention"] is None
+    assert unet.config["cond_convs"] is None
+    unet.save_pretrained(tmp_path / "taken off")
+    again = ASDMUNet2DConditionModel.from_pretrained(tmp_path / "taken off").eval()
+    assert not any(isinstance(p, GRIAttnProcessor) for p in again.attn_processors.values())
+    assert torch.equal(run(again), run(unet))
+    dx.apply_gri_attention(unet, ["down_blocks.0"], window=4, pool=2)
+    conv = unet.get_submodule("up_blocks.1.resnets.0.conv2")
+    assert isinstance(conv, torch.nn.Conv2d)
+    assert add_cond_convs(unet, {"up_blocks.1.resnets.0.conv2": [conv]}) == unet.config["cond_convs"]
+    unet.save_pretrained(tmp_path / "put on")
+    again = ASDMUNet2DConditionModel.from_pretrained(tmp_path / "put on").eval()
+    assert torch.equal(run(again), run(unet))
+    assert not torch.equal(run(unet), run(dx.remove_gri_attention(again)))
 
 
 def test_without_its_own_keys_it_is_the_stock_unet(tmp_path: Path) -> None:
