@@ -31,7 +31,7 @@ _EXPORTS = {
     "golden_latents": "diffusers_ext.golden_noise.inject",
     "ddim_invert": "diffusers_ext.smooth_lora.inversion",
     "edit": "diffusers_ext.smooth_lora.editing",
-    "encode_pictures": "diffusers_ext.smooth_lora.inversion",
+    "encode_pictures": "diffusers_ext.data.latents",
     "interpolate": "diffusers_ext.smooth_lora.interpolation",
     "load_smooth_lora": "diffusers_ext.smooth_lora.adapter",
     "null_text_invert": "diffusers_ext.smooth_lora.null_text",
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .asdm.search import analyse_pruning, plan_pruning
     from .asdm.sensitivity import record_probes
     from .asdm.unet import ASDMUNet2DConditionModel
+    from .data.latents import encode_pictures
     from .evaluation.istd import compute_istd
     from .golden_noise.inject import apply_golden_noise, golden_latents, remove_golden_noise
     from .golden_noise.npnet import NPNetModel
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from .smooth_lora.adapter import load_smooth_lora, unload_smooth_lora
     from .smooth_lora.editing import edit
     from .smooth_lora.interpolation import interpolate
-    from .smooth_lora.inversion import ddim_invert, encode_pictures
+    from .smooth_lora.inversion import ddim_invert
     from .smooth_lora.null_text import null_text_invert, reconstruct
     from .smooth_lora.variation import StepwiseVariationLoss
     from .teleport.calibrate import calibrate_skip

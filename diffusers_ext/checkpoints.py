@@ -7,11 +7,17 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+
+_STATE = "trained.safetensors"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -76,3 +82,34 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f"partial-{checkpoint.name}-removed")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
+
+
+def checkpoint_only_what_is_trained(accelerator: Accelerator, buffers: Sequence[str] = ()) -> None:
+    """Leaves the frozen weights out of the checkpoints: they are where they came from.
+
+    Args:
+        accelerator: of one model.
+        buffers: beginnings of the names of buffers that training changes.
+    """
+
+    def trained(model: nn.Module) -> dict[str, Tensor]:
+        wanted = {name for name, value in model.named_parameters() if value.requires_grad}
+        wanted |= {name for name, _ in model.named_buffers() if name.startswith(tuple(buffers))}
+        return {name: value for name, value in model.state_dict().items() if name in wanted}
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if accelerator.is_main_process:
+            state = trained(accelerator.unwrap_model(models[0]))
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / _STATE)
+        weights.clear()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        model = accelerator.unwrap_model(models.pop())
+        state = load_file(Path(folder) / _STATE)
+        missing = trained(model).keys() ^ state.keys()
+        if missing:
+            raise ValueError(f"The checkpoint is of another network: {', '.join(sorted(missing)[:3])}, ...")
+        model.load_state_dict(state, strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -22,19 +22,17 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from diffusers_ext.asdm import training as asdm
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.plan import PRESETS, PruningPlan, preset_stages
+from diffusers_ext.checkpoints import checkpoint_only_what_is_trained
 from diffusers_ext.data.base_training import save_grid
-from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of
+from diffusers_ext.data.latents import TrainingLatents, encode_captions
+from diffusers_ext.data.pictures import add_data_arguments, load_dataset
 from diffusers_ext.extras import require
-from diffusers_ext.pipeline_calls import encode_prompts
 from diffusers_ext.publishing import create_hub_repo, publish, whole_folder
-from diffusers_ext.smooth_lora.inversion import encode_pictures
-from diffusers_ext.smooth_lora.training import checkpoint_only_what_is_trained, sdxl_time_ids
 from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, rows_of_step, train
 
 ABOUT = """\
@@ -212,32 +210,22 @@ class Batches:
     def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
         self.args, self.pipe, self.data = args, pipe, data
         self.num_timesteps = pipe.scheduler.config.num_train_timesteps
-        self.cached = self._cache() if args.cache_latents else None
-        height, width = self._encode([0]).shape[2:] if self.cached is None else self.cached.shape[2:]
+        self.encoded = TrainingLatents(args, pipe, data)
+        height, width = self.encoded([0]).shape[2:]
         self.size: tuple[int, int] = height, width
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """The tensors of the given rows."""
         index = rows.indices(len(self.data)).tolist()
-        latents = self._encode(index) if self.cached is None else self.cached[index]
+        latents = self.encoded(index)
         empty = (rows.uniform() < self.args.proportion_empty_prompts).tolist()
         captions = [
             "" if drop else str(self.data[i][self.args.caption_column]) for i, drop in zip(index, empty)
         ]
-        batch = encode_prompts(self.pipe, captions, guidance=False)
-        if "pooled_prompt_embeds" in batch:
-            height, width = (side * self.pipe.vae_scale_factor for side in self.size)
-            batch["time_ids"] = sdxl_time_ids(height, width, len(index))
+        height, width = (side * self.pipe.vae_scale_factor for side in self.size)
+        batch = encode_captions(self.pipe, captions, height, width)
         batch |= {"latents": latents, "noise": rows.normal(*latents.shape[1:])}
         return {**batch, "timesteps": rows.integers(self.num_timesteps)}
-
-    def _encode(self, index: list[int]) -> Tensor:
-        return encode_pictures(self.pipe, pictures_of(self.args, [self.data[i] for i in index])).cpu()
-
-    def _cache(self) -> Tensor:
-        total = len(self.data)
-        lows = tqdm(range(0, total, 64), desc="encoding")
-        return torch.cat([self._encode(list(range(low, min(low + 64, total)))) for low in lows])
 
 
 @dataclass

@@ -16,24 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from diffusers_ext.checkpoints import checkpoint_only_what_is_trained
+from diffusers_ext.data.latents import TrainingLatents, encode_captions
 from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of
 from diffusers_ext.evaluation.istd import compute_istd
-from diffusers_ext.pipeline_calls import encode_prompts
 from diffusers_ext.publishing import create_hub_repo, publish
 from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME, lora_state
-from diffusers_ext.smooth_lora.inversion import encode_pictures
-from diffusers_ext.smooth_lora.training import (
-    SmoothLoraObjective,
-    add_lora,
-    checkpoint_only_what_is_trained,
-    sdxl_time_ids,
-)
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
 
@@ -96,29 +89,20 @@ def main() -> None:
     kind = scheduler.config.prediction_type
     variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
     objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
-    checkpoint_only_what_is_trained(accelerator)
-    cached = cache(args, pipe, data) if args.cache_latents else None
+    checkpoint_only_what_is_trained(accelerator, buffers=["variation."])
+    encoded = TrainingLatents(args, pipe, data)
 
     def make_batch(rows: Rows) -> dict[str, Tensor]:
-        index = rows.indices(len(data))
-        if cached is not None:
-            latents = cached[index]
-        else:
-            latents = encode_pictures(pipe, pictures_of(args, [data[int(i)] for i in index])).cpu()
-        captions = [data[int(i)][args.caption_column] for i in index]
-        encoded = encode_prompts(pipe, captions, guidance=False)
-        extra = {}
-        if "pooled_prompt_embeds" in encoded:
-            size = [n * pipe.vae_scale_factor for n in latents.shape[2:]]
-            extra = {"pooled_prompt_embeds": encoded["pooled_prompt_embeds"]}
-            extra["time_ids"] = sdxl_time_ids(size[0], size[1], len(latents))
+        index = rows.indices(len(data)).tolist()
+        latents = encoded(index)
+        captions = [data[i][args.caption_column] for i in index]
+        height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
         return {
             "latents": latents,
             "noise": rows.normal(*latents.shape[1:]),
             "timesteps": rows.integers(scheduler.config.num_train_timesteps),
             "direction": rows.normal(*latents.shape[1:]),
-            "prompt_embeds": encoded["prompt_embeds"],
-            **extra,
+            **encode_captions(pipe, captions, height, width),
         }
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
@@ -143,15 +127,6 @@ def main() -> None:
 
         publish(args, sys.argv, record, save, about, ["smooth-diffusion", "lora"], repo_id)
         print(json.dumps(record, indent=1))
-
-
-def cache(args: argparse.Namespace, pipe: Any, data: Any) -> Tensor:
-    """Latents of all pictures, (n, C, h, w), on the CPU."""
-    parts = []
-    for low in tqdm(range(0, len(data), 64), desc="encoding"):
-        rows = [data[i] for i in range(low, min(low + 64, len(data)))]
-        parts.append(encode_pictures(pipe, pictures_of(args, rows)).cpu())
-    return torch.cat(parts)
 
 
 if __name__ == "__main__":

@@ -9,40 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .. import packing
 from ..pipeline_hooks import quiet, scheduler_of
 from .schedules import inverse_scheduler
-
-
-@torch.no_grad()
-def encode_pictures(pipe: Any, pictures: np.ndarray | Tensor) -> Tensor:
-    """Latents of pictures, the posterior's mean times the scaling factor.
-
-    Args:
-        pipe: a pipeline with a `vae`.
-        pictures: (n, h, w, 3) in [0, 1] as pipelines return them, or a tensor (n, 3, h, w).
-
-    Raises:
-        ValueError: another layout or range, or a size that the autoencoder cannot halve evenly.
-    """
-    x = pictures if isinstance(pictures, Tensor) else torch.from_numpy(np.asarray(pictures)).movedim(-1, 1)
-    factor = pipe.vae_scale_factor
-    if x.ndim != 4 or x.shape[1] != 3 or not torch.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-        raise ValueError(
-            f"Expected pictures (n, h, w, 3) in [0, 1] or a tensor (n, 3, h, w), got {tuple(pictures.shape)} of"
-            f" {pictures.dtype}."
-        )
-    if x.shape[2] % factor or x.shape[3] % factor:
-        raise ValueError(
-            f"Pictures must be multiples of {factor} high and wide, got {x.shape[2]} × {x.shape[3]}: resize or crop."
-        )
-    x = (2 * x - 1).to(pipe.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(x).latent_dist.mode() - (getattr(pipe.vae.config, "shift_factor", None) or 0)
-    return latents * pipe.vae.config.scaling_factor
 
 
 def ddim_invert(
@@ -60,7 +31,7 @@ def ddim_invert(
 
     Args:
         pipe: Stable Diffusion, SDXL, SD3, Flux or a pipeline with their schedules. Its scheduler is put back.
-        latents: (B, C, H, W) clean latents, see `encode_pictures`.
+        latents: (B, C, H, W) clean latents, see `diffusers_ext.encode_pictures`.
         prompt: one text for all, or B texts; describes the picture. None with `prompt_embeds=`.
         num_inference_steps: the same number redraws it.
         guidance_scale: 1 for the conditional prediction alone; with more the way back does not meet the way out.

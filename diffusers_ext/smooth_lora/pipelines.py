@@ -25,10 +25,11 @@ import PIL.Image
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..data.latents import encode_pictures
 from .adapter import load_smooth_lora, unload_smooth_lora
 from .editing import edit
 from .interpolation import interpolate
-from .inversion import ddim_invert, encode_pictures
+from .inversion import ddim_invert
 from .null_text import NullTextInversion, null_text_invert, reconstruct
 
 

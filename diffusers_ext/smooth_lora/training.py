@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from diffusers.training_utils import compute_snr
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .variation import StepwiseVariationLoss, double_differentiable
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-_STATE = "trained.safetensors"
 
 
 def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
@@ -121,34 +116,3 @@ class SmoothLoraObjective(nn.Module):
             snr = compute_snr(self.scheduler, timesteps)
             error = error * snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
         return error.mean()
-
-
-def checkpoint_only_what_is_trained(accelerator: Accelerator) -> None:
-    """Leaves the frozen weights out of the checkpoints: they are where they came from."""
-
-    def trained(model: nn.Module) -> dict[str, Tensor]:
-        wanted = {name for name, value in model.named_parameters() if value.requires_grad}
-        wanted |= {name for name, _ in model.named_buffers() if name.startswith("variation.")}
-        return {name: value for name, value in model.state_dict().items() if name in wanted}
-
-    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if accelerator.is_main_process:
-            state = trained(accelerator.unwrap_model(models[0]))
-            save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / _STATE)
-        weights.clear()
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        model = accelerator.unwrap_model(models.pop())
-        state = load_file(Path(folder) / _STATE)
-        missing = trained(model).keys() ^ state.keys()
-        if missing:
-            raise ValueError(f"The checkpoint is of another network: {', '.join(sorted(missing)[:3])}, ...")
-        model.load_state_dict(state, strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def sdxl_time_ids(height: int, width: int, batch: int) -> Tensor:
-    """SDXL's size conditioning of uncropped pictures, (batch, 6)."""
-    return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(batch, -1)

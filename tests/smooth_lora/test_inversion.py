@@ -11,9 +11,10 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 
 from diffusers_ext import packing
 from diffusers_ext.data import fashion_scenes
+from diffusers_ext.data.latents import encode_pictures
 from diffusers_ext.pipeline_calls import encode_prompts
 from diffusers_ext.resources import resource_dir
-from diffusers_ext.smooth_lora.inversion import ddim_invert, encode_pictures
+from diffusers_ext.smooth_lora.inversion import ddim_invert
 from diffusers_ext.smooth_lora.null_text import null_text_invert, reconstruct
 from tests import tiny
 
