@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+# On no more positions than these, one convolution with all experts is cheaper than a kernel of its own for every picture:
+# to mix a kernel is to read and write it whole.
+FEW_POSITIONS = 64
+
+
 class CLMECondConv2d(nn.Module):
     """Cross-layer multi-expert conditional convolution: a kernel W(x) = Σ α_i(x) W_i for every picture.
 
@@ -22,9 +27,9 @@ class CLMECondConv2d(nn.Module):
     convolution. CondConv (Yang et al., NeurIPS 2019, arXiv:1904.04971) has α = sigmoid(FC(…)), which for a zero FC
     is ½ of every kernel and would throw away what the pruned network can do.
 
-    With α = (1, 0, …) the kernel equals W_0 exactly. Several pictures run as one grouped convolution, a group each,
-    whose sums may come in another order than a plain one's: float32 results then differ by rounding (10⁻⁶ of the
-    result's size). One picture runs as a plain convolution, and so does on the CPU, where no gradient is asked for, a
+    With α = (1, 0, …) the kernel equals W_0 exactly. Several pictures run as one grouped convolution, a group each, or,
+    on few positions, as all experts' convolutions with their outputs mixed. The sums may come in another order than a
+    plain convolution's: float32 results then differ by rounding (10⁻⁶ of the result's size). One picture runs as a plain convolution, and so does on the CPU, where no gradient is asked for, a
     batch in which all have the same kernel: at step 0 these equal the kept convolution bit for bit. On a GPU to know
     that would mean to wait for it in every layer; `fold` first where bits matter there.
 
@@ -100,6 +105,8 @@ class CLMECondConv2d(nn.Module):
         if _free_to_look(x) and (offsets == offsets[:1]).all():
             offsets = offsets[:1]
         groups = len(offsets)
+        if groups > 1 and x.shape[2] * x.shape[3] <= FEW_POSITIONS:
+            return self._mixed_outputs(x, offsets)
         kernels, biases = self._mixed(offsets)
         # With a group a picture, batch and channels together; with one group, x as it is.
         grouped = x.reshape(-1, groups * self.in_channels, *x.shape[2:])
@@ -108,6 +115,13 @@ class CLMECondConv2d(nn.Module):
             grouped, kernels.flatten(0, 1), biases, self.stride, self.padding, self.dilation, groups
         )
         return out.reshape(len(x), self.out_channels, *out.shape[2:])
+
+    def _mixed_outputs(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """All experts' outputs, mixed for `offsets` (b, E): the same sum as one mixed kernel's output."""
+        biases = None if self.bias is None else self.bias.flatten()
+        out = F.conv2d(x, self.weight.flatten(0, 1), biases, self.stride, self.padding, self.dilation)
+        out = out.unflatten(1, (self.num_experts, self.out_channels))
+        return out[:, 0] + (offsets[:, :, None, None, None] * out).sum(1)
 
     def _mixed(self, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernels (b, out, in, k, k) and biases (b, out) for `offsets` (b, E) from the kept convolution alone."""

@@ -76,9 +76,12 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("config", SHAPES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_is_the_loop_over_pictures_and_experts(config: dict[str, Any], batch: int) -> None:
+@pytest.mark.parametrize("size", [(7, 5), (9, 9)])  # few positions, and more
+def test_it_is_the_loop_over_pictures_and_experts(
+    config: dict[str, Any], batch: int, size: tuple[int, int]
+) -> None:
     made = layer(**config)
-    x = draw(batch, 6, 7, 5)
+    x = draw(batch, 6, *size)
     torch.testing.assert_close(made(x), by_hand(made, x), **EXACT)
 
 
@@ -99,7 +102,7 @@ def test_at_step_0_it_is_the_kept_convolution(
 
 
 def test_equal_pictures_share_a_kernel_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, x = layer(), draw(3, 6, 8, 8)
+    made, x = layer(), draw(3, 6, 9, 9)
     groups: list[int] = []
     real = F.conv2d
 
