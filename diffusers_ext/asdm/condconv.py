@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 # On no more positions than these, one convolution with all experts is cheaper than a kernel of its own for every picture:
 # to mix a kernel is to read and write it whole.
 FEW_POSITIONS = 64
