@@ -12,7 +12,8 @@ from diffusers_ext.sign.projector import Projector, levels_at
 class PixelPipeline(DDPMPipeline):
     """`DDPMPipeline` for every solver: the stock one neither scales the model's input nor spares `step` a generator.
 
-    With a `projector` (and a solver that takes timesteps) the flow starts at that projector's level from its source.
+    With a `projector` (and a solver that takes timesteps) the flow starts at that projector's level from its source; in
+    no steps the source's own picture without noise is what comes out.
     """
 
     projector: Projector | None = None
@@ -26,16 +27,19 @@ class PixelPipeline(DDPMPipeline):
         noise = randn_tensor(
             (batch_size, config.in_channels, config.sample_size, config.sample_size), generator=generator
         )
+        timesteps: Any = ()
         if self.projector is None:
             self.scheduler.set_timesteps(num_inference_steps)
-            x = noise * self.scheduler.init_noise_sigma
+            x, timesteps = noise * self.scheduler.init_noise_sigma, self.scheduler.timesteps
+        elif num_inference_steps == 0:
+            x = self.projector.start(noise, 0.0)
         else:
             level = self.projector.timestep
             times = [round(level * (1 - k / num_inference_steps)) for k in range(num_inference_steps)]
             self.scheduler.set_timesteps(timesteps=times)
             alpha, _ = levels_at(self.scheduler, torch.full((batch_size,), level), noise)
-            x = alpha * self.projector.start(noise)
-        for t in self.scheduler.timesteps:
+            x, timesteps = alpha * self.projector.start(noise), self.scheduler.timesteps
+        for t in timesteps:
             output = self.unet(self.scheduler.scale_model_input(x, t), t).sample
             x = self.scheduler.step(output, t, x).prev_sample
         return ImagePipelineOutput((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())  # type: ignore

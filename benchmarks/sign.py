@@ -49,11 +49,11 @@ def parse_args() -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("benchmarks/results"))
     add("--cache_dir", type=Path, default=Path("runs/sign_benchmark"))
     add("--num_images", type=int, default=1700, help="of every seed")
-    add("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    add("--seeds", type=int, nargs="+", default=[21, 22, 23])
     add("--solvers", nargs="+", default=["DPM++ 2M"], choices=list(SOLVERS), help="of the teacher")
     add("--teacher_steps", type=int, nargs="+", default=[1, 2, 4, 8])
     add("--reference_steps", type=int, default=50, help="of the teacher's first solver")
-    add("--control_steps", type=int, nargs="+", default=[1, 2])
+    add("--control_steps", type=int, nargs="+", default=[1])
     add("--train_data_dir", default=str(SAMPLE_DIR), help="Fashion-MNIST's files; default: 320 test garments")
     add("--num_projections", type=int, default=500, help="test pictures that are spoilt and projected")
     add("--workers", type=int, default=2, help="processes of one thread each")
@@ -79,6 +79,7 @@ def sampled(args: argparse.Namespace) -> list[tuple[str, Row]]:
     rows: list[tuple[str, Row]] = [("SIGN", (args.sign, "", n)) for n in SIGN_STEPS]
     rows += [(f"teacher, {solver}", (None, solver, n)) for solver in args.solvers for n in args.teacher_steps]
     rows += [(f"teacher, {first}", (None, first, args.reference_steps))]
+    rows += [("SIGN's source without noise", (args.sign, first, 0))]
     rows += [(f"teacher, {first}, from SIGN's source", (args.sign, first, n)) for n in args.teacher_steps]
     for label, folder in args.controls.items():
         rows += [(label, (folder, "", n)) for n in args.control_steps]

@@ -16,7 +16,7 @@ _EXPORTS = {
     "preset_plan": "diffusers_ext.asdm.plan",
     "prune_unet": "diffusers_ext.asdm.prune",
     "record_probes": "diffusers_ext.asdm.sensitivity",
-    "GaussianSource": "diffusers_ext.sign.source",
+    "MixtureSource": "diffusers_ext.sign.source",
     "GaussianStats": "diffusers_ext.teleport.gaussian",
     "NPNetModel": "diffusers_ext.golden_noise.npnet",
     "SIGNPipeline": "diffusers_ext.sign.pipelines",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from .golden_noise.redenoise import redenoise
     from .overview import summary
     from .sign.pipelines import SIGNPipeline
-    from .sign.source import GaussianSource
+    from .sign.source import MixtureSource
     from .smooth_lora.adapter import load_smooth_lora, unload_smooth_lora
     from .smooth_lora.editing import edit
     from .smooth_lora.interpolation import interpolate
@@ -81,8 +81,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASDMUNet2DConditionModel",
-    "GaussianSource",
     "GaussianStats",
+    "MixtureSource",
     "ModelMixin",
     "NPNetModel",
     "PruningPlan",

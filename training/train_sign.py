@@ -33,7 +33,7 @@ from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import TeacherPairs, weights_digest
 from diffusers_ext.sign.pipelines import SIGNPipeline, encode_texts
 from diffusers_ext.sign.projector import SIGMA, check_teacher, nearest_timestep
-from diffusers_ext.sign.source import GaussianSource
+from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
 from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
 
@@ -66,7 +66,8 @@ def parse_args() -> argparse.Namespace:
     add("--variant", default=None)
     add_data_arguments(parser)
     add("--sigma", type=float, default=SIGMA, help="noise level at which the network is held")
-    add("--source_rank", type=int, default=64, help="directions of the data's in the source; 0: white noise")
+    add("--source_components", type=int, default=32, help="Gaussians in the source; 0: white noise")
+    add("--source_rank", type=int, default=32, help="directions of the data's in each of them")
     add("--guidance_scale", type=float, default=1.0, help="of the teacher, where it has prompts")
     add("--warmup_steps", type=int, default=0, help="steps without the scores")
     add("--fake_updates", type=int, default=1, help="updates of the fake score for each of the projector")
@@ -92,11 +93,12 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     pipe = load_teacher(args, accelerator)
     data, captions = load_data(args, pipe)
-    if args.source_rank:
-        pipe.register_modules(source=GaussianSource.fit(data, args.source_rank).to(accelerator.device))
+    if args.source_components:
+        source = MixtureSource.fit(data, args.source_rank, args.source_components)
+        pipe.register_modules(source=source.to(accelerator.device))
     teacher = copy.deepcopy(pipe.unet).eval().requires_grad_(False)
     texts = Texts(pipe, accelerator.device)
-    pairs = collect_pairs(args, accelerator, pipe, teacher, texts, captions) if weights.reg else None
+    pairs = collect_pairs(args, accelerator, pipe, texts, captions) if weights.reg else None
     objective = SIGNObjective(
         pipe.projector, teacher, weights, args.warmup_steps, args.fake_updates, args.guidance_scale
     )
@@ -223,13 +225,14 @@ def collect_pairs(
     args: argparse.Namespace,
     accelerator: Accelerator,
     pipe: Any,
-    teacher: nn.Module,
     texts: Texts,
     captions: list[str] | None,
 ) -> tuple[Tensor, Tensor]:
     """Noise and the teacher's pictures from it; pair i has caption i, modulo their number."""
     recipe = {
-        "teacher": weights_digest(teacher),
+        "teacher": weights_digest(pipe.unet),
+        "source": weights_digest(pipe.source) if pipe.source else "white noise",
+        "timestep": pipe.config.timestep if pipe.source else None,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale if captions else 1.0,
         "captions": len(captions) if captions else 0,
@@ -245,8 +248,7 @@ def collect_pairs(
     size = pipe.unet.config.in_channels, *pipe._sample_size()
     return store.collect(
         accelerator,
-        teacher,
-        pipe.scheduler,
+        pipe.projector,
         size,
         args.num_inference_steps,
         conditions_of if captions else None,

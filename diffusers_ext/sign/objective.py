@@ -31,9 +31,9 @@ class LossWeights:
     """
 
     rec: float = 1.0
-    idem: float = 1.0
+    idem: float = 0.5
     dmd: float = 1.0
-    reg: float = 0.25
+    reg: float = 0.5
     flow: float = 1.0
     denoise: float = 0.0
     tight: float = 0.0

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .projector import Projector
+
 SHARD = 256
 CHUNK = 64
 
@@ -29,17 +31,22 @@ def teacher_flow(
     conditions: dict[str, Tensor] | None = None,
     negative: dict[str, Tensor] | None = None,
     guidance_scale: float = 1.0,
+    timestep: int | None = None,
 ) -> Tensor:
-    """The teacher's pictures (or latents) from unit noise (b, C, H, W), by DPM-Solver++ from the highest level on.
-
-    The whole flow, not that from the projector's own level: unit noise has the distribution of noisy data only at
-    the end of the schedule.
+    """The teacher's pictures (or latents), by DPM-Solver++.
 
     Args:
+        noise: (b, C, H, W): unit noise, or α · data + σ · noise at `timestep`.
+        num_inference_steps: evaluations of the network, fewer where there are not as many timesteps.
         conditions, negative: arguments of the network for the guided and for the unguided prediction.
+        timestep: where the flow begins; None: at the end of the schedule.
     """
     solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    solver.set_timesteps(num_inference_steps, device=noise.device)
+    if timestep is None:
+        solver.set_timesteps(num_inference_steps, device=noise.device)
+    else:
+        falling = torch.linspace(timestep, 0, num_inference_steps + 1)[:-1].round().long()
+        solver.set_timesteps(timesteps=list(dict.fromkeys(falling.tolist())), device=noise.device)
     x = noise
     for t in solver.timesteps:
         output = unet(x, t, **(conditions or {})).sample
@@ -79,8 +86,7 @@ class TeacherPairs:
     def collect(
         self,
         accelerator: Accelerator,
-        unet: Any,
-        scheduler: Any,
+        projector: Projector,
         shape: Sequence[int],
         num_inference_steps: int,
         conditions_of: Any = None,
@@ -88,7 +94,11 @@ class TeacherPairs:
     ) -> tuple[Tensor, Tensor]:
         """(noise, drawn), each (n, *shape) float32; makes the shards that are not there, shared among the processes.
 
+        A source has the distribution of noisy data at the projector's level, so the teacher goes on from there; without
+        one, unit noise has it at the end of the schedule alone.
+
         Args:
+            projector: the teacher's network, and the source.
             shape: of one row.
             conditions_of: for row indices (b,), the arguments of the network with and without the prompt.
         """
@@ -105,10 +115,20 @@ class TeacherPairs:
             for low in range(0, SHARD, CHUNK):
                 rows = torch.arange(i * SHARD + low, i * SHARD + low + CHUNK)
                 given = conditions_of(rows) if conditions_of else (None, None)
-                start = noise[low : low + CHUNK].float().to(accelerator.device)
-                parts.append(
-                    teacher_flow(unet, scheduler, start, num_inference_steps, *given, guidance_scale).cpu()
+                start, timestep = noise[low : low + CHUNK].float().to(accelerator.device), None
+                if projector.source is not None:
+                    timestep = projector.timestep
+                    start = projector.start(start) / (1 + projector.sigma**2) ** 0.5
+                drawn = teacher_flow(
+                    projector.unet,
+                    projector.scheduler,
+                    start,
+                    num_inference_steps,
+                    *given,
+                    guidance_scale,
+                    timestep,
                 )
+                parts.append(drawn.cpu())
             drawn = torch.cat(parts)
             partial = self._path(i).with_suffix(".partial")
             save_file({"noise": noise, "drawn": drawn.half().contiguous()}, partial)

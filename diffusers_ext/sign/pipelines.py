@@ -25,8 +25,10 @@ from torch import Tensor
 import diffusers_ext.registration  # noqa: F401
 
 from .projector import Projector, check_teacher
-from .source import GaussianSource
+from .source import MixtureSource
 
+# The highest level of a second step, as a share of the first one's.
+REFINEMENT = 0.125
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -55,7 +57,7 @@ class SIGNPipeline(DiffusionPipeline):
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        source: GaussianSource | None = None,
+        source: MixtureSource | None = None,
         timestep: int | None = None,
     ) -> None:
         super().__init__()
@@ -106,7 +108,8 @@ class SIGNPipeline(DiffusionPipeline):
             batch_size: pictures, of every prompt if there are some.
             num_inference_steps: evaluations of the network.
             sigmas: the noise levels instead, the first of them `pipe.sigma` unless you know better; by default
-                `pipe.sigma` · (1 − k/n).
+                `pipe.sigma`, then evenly down from an eighth of it: higher ones draw anew, and worse, what the first
+                step has drawn.
             generator: one, or one for each picture.
             latents: unit noise (n, C, H, W) to start from.
             output_type: `pil`, `np`, `pt` or `latent`.
@@ -200,7 +203,10 @@ class SIGNPipeline(DiffusionPipeline):
         if strength == 1 and mask_image is not None:
             unknown = 0 if self.source is None else self.source.mean.to(known)
             x = mask * unknown + (1 - mask) * known
-        for sigma in (strength * level for level in self._levels(num_inference_steps, None)):
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
+        for k in range(num_inference_steps):
+            sigma = strength * self.sigma * (1 - k / num_inference_steps)
             x = self.projector(x + sigma * self._noise(x.shape, generator), **conditions)
             x = mask * x + (1 - mask) * known
         return self._output(x, output_type, return_dict)
@@ -211,7 +217,9 @@ class SIGNPipeline(DiffusionPipeline):
         if sigmas is None:
             if num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
-            return [self.sigma * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
+            rest = max(num_inference_steps - 1, 1)
+            finer = [self.sigma * REFINEMENT * (1 - k / rest) for k in range(num_inference_steps - 1)]
+            return [self.sigma, *finer]
         levels = [float(sigma) for sigma in sigmas]
         falling = all(a > b for a, b in pairwise(levels))
         if not levels or not falling or min(levels) < 0:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .source import GaussianSource
+from .source import MixtureSource
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SIGMA = 2.5
+SIGMA = 1.5
 
 
 def check_teacher(unet: Any, scheduler: Any) -> None:
@@ -106,9 +106,7 @@ class Projector(nn.Module):
         ValueError: what `check_teacher` refuses, or a timestep beyond the schedule.
     """
 
-    def __init__(
-        self, unet: Any, scheduler: Any, timestep: int, source: GaussianSource | None = None
-    ) -> None:
+    def __init__(self, unet: Any, scheduler: Any, timestep: int, source: MixtureSource | None = None) -> None:
         super().__init__()
         check_teacher(unet, scheduler)
         if not 0 <= timestep < len(scheduler.alphas_cumprod):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffusers_ext as dx
 from diffusers_ext.sign.projector import nearest_timestep
-from diffusers_ext.sign.source import GaussianSource
+from diffusers_ext.sign.source import MixtureSource
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -25,7 +25,7 @@ def build(name: str, source: bool = True) -> Any:
     parts = {key: base.components.get(key) for key in ("vae", "text_encoder", "tokenizer")}
     if source:
         draw = torch.Generator().manual_seed(9)
-        parts["source"] = GaussianSource.fit(torch.randn(20, *tiny.LATENT_SHAPES[name], generator=draw), 5)
+        parts["source"] = MixtureSource.fit(torch.randn(20, *tiny.LATENT_SHAPES[name], generator=draw), 5)
     return dx.SIGNPipeline(base.unet, base.scheduler, **parts, timestep=nearest_timestep(base.scheduler))
 
 
@@ -39,6 +39,16 @@ def one(name: str, i: int) -> dict[str, Any]:
 
 def pictures(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_further_steps_refine_from_an_eighth_of_the_level_down() -> None:
+    pipe = build("ddpm")
+    found = {n: [level / pipe.sigma for level in pipe._levels(n, None)] for n in (1, 2, 4)}
+    assert found == {
+        1: [1],
+        2: pytest.approx([1, 1 / 8]),
+        4: pytest.approx([1, 1 / 8, 1 / 12, 1 / 24]),
+    }
 
 
 @each

@@ -51,7 +51,7 @@ def test_the_clean_prediction_of_every_parametrisation(kind: str) -> None:
 def test_a_projector_is_the_denoiser_at_its_level(kind: str) -> None:
     scheduler = DDPMScheduler(prediction_type=kind)
     projector = Projector(GaussianUNet(scheduler, 0.3, 0.6), scheduler, nearest_timestep(scheduler))
-    assert projector.sigma == pytest.approx(2.5, rel=0.01)
+    assert projector.sigma == pytest.approx(1.5, rel=0.01)
     x = torch.randn(5, 1, 3, 3)
     gain = 0.36 / (0.36 + projector.sigma**2)
     assert torch.allclose(projector(x), 0.3 + gain * (x - 0.3), atol=1e-5)

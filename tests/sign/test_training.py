@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import SHARD, TeacherPairs, teacher_flow, weights_digest
 from diffusers_ext.sign.projector import Projector, levels_at, nearest_timestep
+from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
 from tests import tiny
 from tests.sign.test_projector import GaussianUNet
@@ -82,7 +83,9 @@ def test_scores_are_compared_where_a_picture_can_be_seen() -> None:
     times = model._score_times(torch.tensor([0.0, 0.5, 1 - 1e-6]))
     _, sigma = levels_at(model.projector.scheduler, times, times)
     assert times[0] == 20
-    assert float(sigma[-1] / (1 - sigma[-1] ** 2).sqrt()) == pytest.approx(10, rel=0.02)
+    assert float(sigma[-1] / (1 - sigma[-1] ** 2).sqrt()) == pytest.approx(
+        4 * model.projector.sigma, rel=0.02
+    )
 
 
 def test_the_teacher_is_left_alone_and_never_drops_out() -> None:
@@ -159,7 +162,8 @@ def test_pairs_resume_and_refuse_another_teacher(tmp_path: Any) -> None:
     pipe, accelerator = tiny.build("ddpm"), Accelerator(cpu=True)
     recipe = {"teacher": weights_digest(pipe.unet), "steps": 2}
     made = TeacherPairs(tmp_path, SHARD + 1, recipe)
-    noise, drawn = made.collect(accelerator, pipe.unet, pipe.scheduler, (3, 8, 8), 2)
+    projector = Projector(pipe.unet, pipe.scheduler, nearest_timestep(pipe.scheduler))
+    noise, drawn = made.collect(accelerator, projector, (3, 8, 8), 2)
     assert noise.shape == drawn.shape == (2 * SHARD, 3, 8, 8)
     # Stored with 11 bits; the teacher saw the stored noise.
     assert torch.allclose(
@@ -169,10 +173,33 @@ def test_pairs_resume_and_refuse_another_teacher(tmp_path: Any) -> None:
     stamp = kept.stat().st_mtime_ns
     lost.rename(lost.with_suffix(".partial"))  # as a killed run leaves it
     again = TeacherPairs(tmp_path, SHARD + 1, recipe)
-    assert torch.equal(again.collect(accelerator, pipe.unet, pipe.scheduler, (3, 8, 8), 2)[1], drawn)
+    assert torch.equal(again.collect(accelerator, projector, (3, 8, 8), 2)[1], drawn)
     assert kept.stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"made with another steps, teacher"):
         TeacherPairs(tmp_path, SHARD, {"teacher": "other", "steps": 3})
+
+
+def test_pairs_of_a_source_begin_at_its_level(tmp_path: Any) -> None:
+    from accelerate import Accelerator
+
+    scheduler = DDPMScheduler()
+    unet: Any = GaussianUNet(scheduler, 0.3, 0.6)
+    rows = 0.3 + 0.6 * torch.randn(2000, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    level = nearest_timestep(scheduler)
+    projector = Projector(unet, scheduler, level, MixtureSource.fit(rows, 8, 1))
+    noise, drawn = TeacherPairs(tmp_path, SHARD, {}).collect(Accelerator(cpu=True), projector, (1, 3, 3), 40)
+    # Under the flow of the Gaussian N(.3, .36) a sample keeps its quantile. 40 steps, and a source fitted to 2,000 rows.
+    gain = 0.6 / (0.36 + projector.sigma**2) ** 0.5
+    assert torch.allclose(drawn, 0.3 + gain * (projector.start(noise) - 0.3), atol=0.03)
+
+
+def test_a_flow_has_no_more_steps_than_timesteps() -> None:
+    pipe = tiny.build("ddpm")
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(int(args[1])))
+    found = teacher_flow(pipe.unet, pipe.scheduler, torch.randn(2, 3, 8, 8), 50, timestep=3)
+    assert calls == [3, 2, 1, 0]
+    assert torch.isfinite(found).all()
 
 
 def test_refusals() -> None:

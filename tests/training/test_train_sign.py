@@ -34,7 +34,8 @@ def command(base: Path, output: Path, *extra: str, teacher: str = "ddpm") -> lis
         *("--pretrained_model_name_or_path", str(base / teacher), "--train_data_dir", str(base / "pictures")),
         *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "3"),
         *("--train_batch_size", "4", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--use_ema"),
-        *("--num_pairs", "16", "--source_rank", "4", "--num_inference_steps", "2", "--fake_updates", "2"),
+        *("--num_pairs", "16", "--num_inference_steps", "2", "--fake_updates", "2"),
+        *("--source_rank", "2", "--source_components", "3"),
         *("--pairs_dir", str(base / f"pairs-{teacher}"), *extra),
     ]
 
@@ -96,7 +97,7 @@ def test_scores_alone_need_no_pairs(base: Path, tmp_path: Path) -> None:
     launch(
         command(
             base, tmp_path, "--warmup_steps", "0", "--reg_weight", "0", "--flow_weight", "0",
-            "--pairs_dir", str(tmp_path / "pairs"), "--source_rank", "0",
+            "--pairs_dir", str(tmp_path / "pairs"), "--source_components", "0",
         )
     )  # fmt: skip
     assert not (tmp_path / "pairs").exists()
@@ -109,6 +110,7 @@ def test_refusals(base: Path, trained: Path, tmp_path: Path) -> None:
     assert "expected a pipeline with one UNet" in launch(command(base, tmp_path, teacher="sdxl"), code=1)
     assert "must be even, got 3" in launch(command(base, tmp_path, "--train_batch_size", "3"), code=2)
     few = command(base, tmp_path, "--source_rank", "64")
-    assert "between 1 and 11 for 12 samples of 192 elements, got 64" in launch(few, code=1)
+    assert "12 samples of 192 elements allow a source of" in launch(few, code=1)
+    assert "got 3 of rank 64" in launch(few, code=1)
     same = command(base, tmp_path, "--resolution", "16")
     assert "Expected pictures of 3 channels, 8 wide and 8 high" in launch(same, code=1)
