@@ -1,7 +1,7 @@
 """Distils a SIGN projector from a diffusion model: a one- to few-step generator that also projects and edits.
 
     accelerate launch training/train_sign.py --pretrained_model_name_or_path MODEL \\
-        --train_data_dir FOLDER --resolution 64 --use_ema --warmup_steps 2000 --output_dir runs/sign
+        --train_data_dir FOLDER --resolution 64 --use_ema --output_dir runs/sign
 
 MODEL is a DDPM pipeline, or Stable Diffusion with --guidance_scale; FOLDER an image folder, with captions in
 metadata.jsonl if MODEL has prompts. --dataset_name takes a data set on the Hub, or `fashion-mnist` or `fashion-scenes` with

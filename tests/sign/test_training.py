@@ -15,7 +15,7 @@ from diffusers_ext.sign.training import SIGNObjective, projector_figures
 from tests import tiny
 from tests.sign.test_projector import GaussianUNet
 
-ALL = LossWeights(denoise=0.5, tight=0.1)
+ALL = LossWeights(dmd=1, denoise=0.5, tight=0.1)
 
 
 def batch(rows: int = 4, step: int = 0) -> dict[str, Any]:
@@ -208,4 +208,4 @@ def test_refusals() -> None:
     ):
         objective(warmup_steps=-1)
     with pytest.raises(ValueError, match="nothing to warm up with"):
-        objective(LossWeights(reg=0, flow=0), warmup_steps=5)
+        objective(LossWeights(dmd=1, reg=0, flow=0), warmup_steps=5)

@@ -34,7 +34,8 @@ def command(base: Path, output: Path, *extra: str, teacher: str = "ddpm") -> lis
         *("--pretrained_model_name_or_path", str(base / teacher), "--train_data_dir", str(base / "pictures")),
         *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "3"),
         *("--train_batch_size", "4", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--use_ema"),
-        *("--num_pairs", "16", "--num_inference_steps", "2", "--fake_updates", "2"),
+        *("--num_pairs", "16", "--num_inference_steps", "2"),
+        *("--dmd_weight", "1", "--fake_updates", "2"),
         *("--source_rank", "2", "--source_components", "3"),
         *("--pairs_dir", str(base / f"pairs-{teacher}"), *extra),
     ]
