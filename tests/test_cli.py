@@ -204,6 +204,15 @@ def test_the_examples_with_embedded_weights(
     assert summary in printed[0]
 
 
+@pytest.mark.slow
+def test_the_example_of_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+    monkeypatch.setattr(builtins, "print", lambda *args, **kwargs: printed.append(str(args[0])))
+    runpy.run_path(str(ROOT / "examples" / "prune_unet.py"), run_name="__main__")
+    assert printed[0].startswith("stage 1: ")
+    assert " of 4,770,276 parameters are left" in printed[-1]
+
+
 def test_istd_with_and_without_a_lora(sd: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a aaa\na bbb\n")
     save_file(tiny.lora("sd"), tmp_path / "lora.safetensors")

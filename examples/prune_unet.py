@@ -1,0 +1,33 @@
+"""Plans and prunes the embedded text-to-image model's UNet, and loads what is left without this package's classes."""
+
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+
+import diffusers_ext as dx
+from diffusers_ext.resources import resource_dir
+
+pipe: Any = DiffusionPipeline.from_pretrained(
+    resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
+)
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+prompts = ["a red bag", "a blue boot left of a green dress"]
+sampling = {"num_inference_steps": 6, "guidance_scale": 2.0, "height": 32, "width": 64}
+probes = dx.record_probes(pipe, prompts, num_timesteps=2, **sampling)
+
+plan = dx.plan_pruning(pipe.unet, probes, target=0.9, stock_only=True)
+for number, stage in enumerate(plan.stages, 1):
+    predicted = plan.predictions[number]
+    print(f"stage {number}: {', '.join(stage)}: {predicted.cost.macs / plan.predictions[0].cost.macs:.1%} of the MACs,"
+          f" output changed by {predicted.loss:.3g}")  # fmt: skip
+
+student = dx.prune_unet(pipe.unet, plan)
+with TemporaryDirectory() as folder:
+    student.save_pretrained(folder)
+    loaded: Any = UNet2DConditionModel.from_pretrained(folder)
+print(
+    f"{loaded.num_parameters():,} of {pipe.unet.num_parameters():,} parameters are left; training/train_asdm.py trains them."
+)
