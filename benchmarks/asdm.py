@@ -20,10 +20,10 @@ prompts and noise in every row. The Fréchet distance is on the small grader's f
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import kept
 import matplotlib
 import numpy as np
 from asdm_runs import AS_IS, BATCHES, FOLDED, SHOWN, TEACHER, kept_at, run, training, variants
@@ -97,21 +97,15 @@ def gathered(found: Found, args: argparse.Namespace, row: Row, name: str) -> np.
     return np.concatenate([found[pictures_of(row, seed, args)][name] for seed in args.seeds])
 
 
-def marked(estimate: Estimate, digits: int = 2, scale: float = 1.0) -> str:
-    """Bold where the interval excludes 0."""
-    text = estimate.format(digits, scale)
-    return f"**{text}**" if estimate.excludes(0) else text
-
-
 def quality_cells(found: Found, args: argparse.Namespace, row: Row, control: Row) -> list[str]:
     """Alignment and Fréchet distance, and what they are less another row's."""
     reference = load_reference("scenes-test")
     aligned, features = (gathered(found, args, row, name) for name in ("aligned", "features"))
     cells = [proportion(aligned).format(1, 100), "", frechet_interval(features, reference).format(), ""]
     if row != control:
-        cells[1] = marked(paired_difference(aligned, gathered(found, args, control, "aligned")), 1, 100)
+        cells[1] = paired_difference(aligned, gathered(found, args, control, "aligned")).marked(1, 100)
         theirs = gathered(found, args, control, "features")
-        cells[3] = marked(paired_frechet_difference(features, theirs, reference))
+        cells[3] = paired_frechet_difference(features, theirs, reference).marked()
     return cells
 
 
@@ -190,10 +184,8 @@ def measured(args: argparse.Namespace, rows: dict[str, Row]) -> Found:
     """Measures what is missing, what is timed by itself."""
     side_by_side, timed = tasks_of(rows, args)
     paths = {(kind, given): kept_at(kind, args.cache_dir, given) for kind, given in [*side_by_side, *timed]}
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(run, task[0], paths[task], task[1]) for task in side_by_side]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements"):
-            job.result()
+    calls = [(task[0], paths[task], task[1]) for task in side_by_side]
+    kept.side_by_side(run, calls, args.workers, "measurements")
     for task in tqdm(timed, desc="latencies"):
         run(task[0], paths[task], task[1])
     return {task: dict(np.load(path).items()) for task, path in paths.items()}

@@ -1,8 +1,8 @@
 """The measurements of benchmarks/asdm.py: pictures, latencies and sizes of pruned students, kept in a folder."""
 
 import json
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import kept
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from turns import take_turns
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.condconv import fold_cond_convs
@@ -83,7 +84,7 @@ def pictures(
 
 @torch.no_grad()
 def latency(folder: Path, variant: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of one call of the teacher's UNet and of another, in turns, by batch size; one thread."""
+    """Seconds of one call of the teacher's UNet and of another, in turns, by batch size; one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     own = variant_of(folder, variant)
@@ -91,14 +92,8 @@ def latency(folder: Path, variant: str, rounds: int) -> dict[str, Any]:
     unets = {"teacher": load().unet.eval(), "own": own.unet.eval()}
     for batch in BATCHES:
         inputs = example_inputs(unet_config(unets["teacher"]), batch, *LATENT, tokens)
-        times: dict[str, list[float]] = {name: [] for name in unets}
-        for number in range(rounds + 3):
-            # Who comes second may find the processor's cache warmer.
-            for name in list(unets)[:: 1 if number % 2 else -1]:
-                start = time.perf_counter()
-                unets[name](**inputs)
-                times[name].append(1000 * (time.perf_counter() - start))
-        found |= {f"{name} {batch}": np.array(values[3:]) for name, values in times.items()}
+        work = {f"{name} {batch}": partial(unet, **inputs) for name, unet in unets.items()}
+        found |= take_turns(work, rounds, 3, torch.device("cpu"), f"batches of {batch}")
     torch.set_num_threads(threads)
     return found
 
@@ -129,16 +124,13 @@ def training(folder: Path) -> dict[str, Any]:
 
 def run(kind: str, path: Path, arguments: tuple[Any, ...]) -> Path:
     """Makes one measurement and writes it, unless it is there."""
-    if not path.is_file():
-        torch.set_num_threads(1)
-        measures: dict[str, Callable[..., dict[str, Any]]] = {
-            "pictures": pictures,
-            "latency": latency,
-            "size": size,
-            "plan": plan,
-        }
-        kept.write(path, measures[kind](*arguments))
-    return path
+    measures: dict[str, Callable[..., dict[str, Any]]] = {
+        "pictures": pictures,
+        "latency": latency,
+        "size": size,
+        "plan": plan,
+    }
+    return kept.measure(path, measures[kind], *arguments)
 
 
 def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
@@ -147,5 +139,4 @@ def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
     names = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
     files = [model / name for model in (TEACHER, folder) for name in names]
     files += [folder / "plan.json"] if kind == "plan" else []
-    key = f"{kind}|{arguments[1:]}|{kept.digest(files)}"
-    return cache_dir / f"{kind}-{kept.name_of(key, 16)}.npz"
+    return kept.place(cache_dir, kind, arguments[1:], files)

@@ -8,13 +8,12 @@ distances and diversity are on the small grader's features and are not FID.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+import kept
 from golden_noise_report import write_report
 from golden_noise_runs import BEST_OF, Job, Outcome, best_of, job_path, jobs, outcome, prompts, real, run
-from tqdm.auto import tqdm
 
 
 def main() -> None:
@@ -36,10 +35,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     wanted = [job for job in jobs(args.num_seeds) if not args.variants or job.variant in args.variants]
     paths = {job: job_path(job, args.num_prompts, args.cache_dir) for job in wanted}
-    with ProcessPoolExecutor(args.workers) as pool:
-        tasks = [pool.submit(run, job, args.num_prompts, path) for job, path in paths.items()]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="runs of all prompts"):
-            task.result()
+    calls = [(job, args.num_prompts, path) for job, path in paths.items()]
+    kept.side_by_side(run, calls, args.workers, "runs of all prompts")
     if args.variants:
         return
     draws = [BEST_OF * s for s in range(args.num_seeds)]

@@ -111,17 +111,12 @@ def _row(
     change = paired_frechet_difference(ours.features, plain.features, reference, group_size=seeds)
     return [
         *cells,
-        _bold(paired(ours.aligned, plain.aligned, seeds), 1, 100),
+        paired(ours.aligned, plain.aligned, seeds).marked(1, 100),
         distance.format(),
-        _bold(change),
-        _bold(diversity_change(ours, plain, seeds), 1, 100),
-        _bold(diversity_change(ours, plain, seeds, right_only=True), 1, 100),
+        change.marked(),
+        diversity_change(ours, plain, seeds).marked(1, 100),
+        diversity_change(ours, plain, seeds, right_only=True).marked(1, 100),
     ]
-
-
-def _bold(estimate: Estimate, digits: int = 2, scale: float = 1.0) -> str:
-    text = estimate.format(digits, scale)
-    return f"**{text}**" if estimate.excludes(0) else text
 
 
 def share(right: np.ndarray, seeds: int) -> Estimate:
@@ -183,9 +178,9 @@ def _more(
             name,
             f"{job.rows:g}",
             share(ours.aligned, seeds).format(1, 100),
-            _bold(paired(ours.aligned, control.aligned, seeds), 1, 100),
-            _bold(paired_frechet_difference(ours.features, control.features, reference, group_size=seeds)),
-            _bold(diversity_change(ours, control, seeds), 1, 100),
+            paired(ours.aligned, control.aligned, seeds).marked(1, 100),
+            paired_frechet_difference(ours.features, control.features, reference, group_size=seeds).marked(),
+            diversity_change(ours, control, seeds).marked(1, 100),
         ]
 
     columns = [

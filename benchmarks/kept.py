@@ -2,11 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -27,3 +30,27 @@ def write(path: Path, arrays: dict[str, Any]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.npz")
     np.savez_compressed(partial, **arrays)
     os.replace(partial, path)
+
+
+def place(cache_dir: Path, kind: str, settings: tuple[Any, ...], files: Iterable[Path]) -> Path:
+    """Where a measurement of a kind is kept that depends on settings and on files' bytes."""
+    key = f"{kind}|{settings}|{digest(files)}"
+    return cache_dir / f"{kind}-{name_of(key, 16)}.npz"
+
+
+def measure(path: Path, measurement: Callable[..., dict[str, Any]], *arguments: Any) -> Path:
+    """Makes a measurement on one thread and writes it, unless it is there."""
+    if not path.is_file():
+        torch.set_num_threads(1)
+        write(path, measurement(*arguments))
+    return path
+
+
+def side_by_side(
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int, title: str
+) -> None:
+    """Calls a function in `workers` processes, with a progress bar; the first error ends it."""
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = [pool.submit(function, *arguments) for arguments in calls]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc=title):
+            job.result()

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ext.sign.projector import Projector, levels_at
+from diffusers_ext.sign.projector import Projector, falling_timesteps, levels_at
 
 
 class PixelPipeline(DDPMPipeline):
@@ -35,8 +35,7 @@ class PixelPipeline(DDPMPipeline):
             x = self.projector.start(noise, 0.0)
         else:
             level = self.projector.timestep
-            times = [round(level * (1 - k / num_inference_steps)) for k in range(num_inference_steps)]
-            self.scheduler.set_timesteps(timesteps=times)
+            self.scheduler.set_timesteps(timesteps=falling_timesteps(level, num_inference_steps))
             alpha, _ = levels_at(self.scheduler, torch.full((batch_size,), level), noise)
             x, timesteps = alpha * self.projector.start(noise), self.scheduler.timesteps
         for t in timesteps:

@@ -10,14 +10,13 @@ bootstrap over pictures, from the same noise in every row. The Fréchet distance
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import kept
 import matplotlib
 import numpy as np
 from sign_runs import CORRUPTIONS, SDEDIT_STEPS, SHOWN, SOLVERS, STRENGTHS, kept_at, run
-from tqdm.auto import tqdm
 
 from diffusers_ext.data.fashion_scenes import SAMPLE_DIR
 from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
@@ -208,10 +207,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     args.controls = {name: Path(folder) for name, folder in args.control}
     paths = {task: kept_at(task[0], args.cache_dir, task[1]) for task in tasks_of(args)}
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(run, kind, path, given) for (kind, given), path in paths.items()]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="measurements"):
-            job.result()
+    calls = [(kind, path, given) for (kind, given), path in paths.items()]
+    kept.side_by_side(run, calls, args.workers, "measurements")
     found: Found = {task: dict(np.load(path).items()) for task, path in paths.items()}
     count = args.num_images * len(args.seeds)
     projections = found["projections", (args.sign, args.train_data_dir, args.num_projections)]

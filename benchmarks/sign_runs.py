@@ -17,7 +17,7 @@ from diffusers_ext.data import fashion_scenes
 from diffusers_ext.evaluation.grader import garment_features
 from diffusers_ext.evaluation.testbed import load_grader, run_garments
 from diffusers_ext.resources import resource_dir
-from diffusers_ext.sign.projector import Projector, denoise, levels_at, nearest_timestep
+from diffusers_ext.sign.projector import Projector, denoise, falling_timesteps, levels_at, nearest_timestep
 from diffusers_ext.sign.training import projector_figures
 
 TEACHER = "fashion-ddpm"
@@ -113,7 +113,7 @@ def sdedit(y: Tensor, strength: float, steps: int, sigma: float) -> Tensor:
     teacher = load_teacher()
     scheduler = teacher.scheduler
     top = nearest_timestep(scheduler, strength * sigma)
-    times = torch.linspace(top, 0, steps + 1).round().long()[:-1]
+    times = torch.tensor(falling_timesteps(top, steps))
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(19))
     alpha, level = levels_at(scheduler, times[:1].expand(len(y)), y)
     x = alpha * y + level * noise
@@ -155,15 +155,12 @@ def projections(folder: Path, data_dir: str, num_images: int) -> dict[str, Any]:
 
 def run(kind: str, path: Path, arguments: tuple[Any, ...]) -> Path:
     """Makes one measurement and writes it, unless it is there."""
-    if not path.is_file():
-        torch.set_num_threads(1)
-        measures: dict[str, Callable[..., dict[str, Any]]] = {
-            "samples": samples,
-            "figures": figures,
-            "projections": projections,
-        }
-        kept.write(path, measures[kind](*arguments))
-    return path
+    measures: dict[str, Callable[..., dict[str, Any]]] = {
+        "samples": samples,
+        "figures": figures,
+        "projections": projections,
+    }
+    return kept.measure(path, measures[kind], *arguments)
 
 
 def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
@@ -171,5 +168,4 @@ def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
     teacher = resource_dir("model_cards") / TEACHER / "unet/diffusion_pytorch_model.safetensors"
     folder = arguments[0]
     files = [teacher] if folder is None else [teacher, folder / "unet/diffusion_pytorch_model.safetensors"]
-    key = f"{kind}|{arguments[1:]}|{kept.digest(files)}"
-    return cache_dir / f"{kind}-{kept.name_of(key, 16)}.npz"
+    return kept.place(cache_dir, kind, arguments[1:], files)

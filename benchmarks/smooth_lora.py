@@ -9,15 +9,14 @@ not FID.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import kept
 import matplotlib
 import numpy as np
 from smooth_lora_report import Found, write_tables
 from smooth_lora_runs import STRIPS, Counts, kept_at, run
-from tqdm.auto import tqdm
 
 matplotlib.use("Agg")
 KINDS = ("strip", "path", "quality", "inversion")
@@ -91,13 +90,8 @@ def main() -> None:
         for kind in KINDS
         for name, lora in loras.items()
     }
-    with ProcessPoolExecutor(args.workers) as pool:
-        tasks = [
-            pool.submit(run, kind, loras[name], counts, args.train_data_dir, path)
-            for (name, kind), path in paths.items()
-        ]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="measurements"):
-            task.result()
+    calls = [(kind, loras[name], counts, args.train_data_dir, path) for (name, kind), path in paths.items()]
+    kept.side_by_side(run, calls, args.workers, "measurements")
     models = {name: {k: v for kind in KINDS for k, v in np.load(paths[name, kind]).items()} for name in loras}
     page = write_tables(models, args.control)
     (args.output_dir / "smooth_lora.md").write_text(page)

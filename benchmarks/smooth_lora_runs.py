@@ -115,17 +115,13 @@ def edited(pipe: Any, data_dir: str) -> dict[str, np.ndarray]:
 
 def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path) -> Path:
     """Makes one measurement of one model and writes it, unless it is there."""
-    if path.is_file():
-        return path
-    torch.set_num_threads(1)
     measures: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         "strip": lambda: measure_strip(lora),
         "path": lambda: measure_path(lora, counts),
         "quality": lambda: measure_quality(lora, counts),
         "inversion": lambda: measure_inversion(lora, counts, data_dir),
     }
-    kept.write(path, measures[kind]())
-    return path
+    return kept.measure(path, measures[kind])
 
 
 def kept_at(kind: str, lora: Path | None, counts: Counts, folder: Path) -> Path:

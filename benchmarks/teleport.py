@@ -326,9 +326,7 @@ def _most_aligned(point: Point, runs: dict[Point, list[Run]], calls: dict[Point,
 
 
 def _difference(ours: np.ndarray, control: np.ndarray, reference: FeatureStats) -> str:
-    estimate = paired_frechet_difference(ours, control, reference)
-    text = estimate.format(2)
-    return f"**{text}**" if estimate.excludes(0) else text
+    return paired_frechet_difference(ours, control, reference).marked()
 
 
 def plot(

@@ -23,6 +23,7 @@ import matplotlib
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from turns import take_turns, wait
 from unet_speed_attention import attention_table, layers_of, paired_ratio
 from unet_speed_runs import (
     ORIGINAL,
@@ -36,8 +37,6 @@ from unet_speed_runs import (
     materialise,
     on_meta,
     shape_config,
-    take_turns,
-    wait,
 )
 
 from diffusers_ext.asdm.cost import example_inputs

@@ -10,7 +10,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from unet_speed_runs import take_turns
+from turns import take_turns
 
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, gri_attention
 from diffusers_ext.evaluation.report import Estimate, bootstrap, markdown_table

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
@@ -252,44 +249,3 @@ def count(variant: Variant, config: Mapping[str, Any]) -> tuple[int, float]:
         run()
     parameters = sum(p.numel() for p in unet.parameters())
     return parameters, counter.get_total_flops() / 2 / variant.calls
-
-
-def take_turns(
-    work: Mapping[str, Callable[[], Any]], repetitions: int, warmup: int, device: torch.device, title: str
-) -> dict[str, np.ndarray]:
-    """Seconds of every call (repetitions,), by name.
-
-    Each round calls every function once, in a new order, so that a change of the machine's speed meets them all.
-
-    Args:
-        work: functions by name.
-        repetitions: rounds that count.
-        warmup: rounds before them.
-        device: waited for.
-        title: of the progress bar, which also tells how long it will take.
-    """
-    order = np.random.default_rng(0)
-    names = list(work)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(warmup + repetitions) * len(names), desc=title, dynamic_ncols=True) as bar:
-        for number in range(warmup + repetitions):
-            for index in order.permutation(len(names)):
-                seconds = _seconds(work[names[index]], device)
-                if number >= warmup:
-                    found[names[index]].append(seconds)
-                bar.update()
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
-    wait(device)
-    start = time.perf_counter()
-    function()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

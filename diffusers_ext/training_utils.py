@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -56,6 +57,20 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     add("--push_to_hub", action="store_true")
     add("--hub_model_id", default=None)
     return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, about: str | None = None) -> None:
+    """Adds the arguments that name a pipeline; `about` says which one."""
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help=about)
+    add("--revision", default=None)
+    add("--variant", default=None)
+
+
+def load_pipeline(args: argparse.Namespace, **options: Any) -> Any:
+    """The pipeline that the arguments of `add_model_arguments` name; `options` are `from_pretrained`'s."""
+    named = {"revision": args.revision, "variant": args.variant}
+    return DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **named, **options)
 
 
 def make_accelerator(args: argparse.Namespace, idle_parameters: bool = False) -> Accelerator:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 
 import diffusers_ext.registration  # noqa: F401
 from diffusers_ext.data import fashion_scenes
 from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs
 from diffusers_ext.golden_noise.scorers import load_scorer
+from diffusers_ext.training_utils import add_model_arguments, load_pipeline
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,9 +30,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True)
-    add("--revision", default=None)
-    add("--variant", default=None)
+    add_model_arguments(parser)
     add("--prompts", default=None, help="text file, one prompt a line; without it, Fashion Scenes' own")
     add("--num_pairs", type=int, default=20_000, help="attempts in all")
     add("--output_dir", required=True)
@@ -60,8 +58,7 @@ def main() -> None:
     args = parse_args()
     accelerator = Accelerator()
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    options = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
-    pipe: Any = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
+    pipe = load_pipeline(args, dtype=dtype)
     pipe.to(accelerator.device)
     size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
     mine = collect_pairs(

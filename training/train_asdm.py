@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,10 +30,18 @@ from diffusers_ext.asdm.plan import PRESETS, PruningPlan, preset_stages
 from diffusers_ext.checkpoints import checkpoint_only_what_is_trained
 from diffusers_ext.data.base_training import save_grid
 from diffusers_ext.data.latents import TrainingLatents, encode_captions
-from diffusers_ext.data.pictures import add_data_arguments, load_dataset
+from diffusers_ext.data.pictures import add_data_arguments, load_dataset, require_data
 from diffusers_ext.extras import require
 from diffusers_ext.publishing import create_hub_repo, publish, whole_folder
-from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, rows_of_step, train
+from diffusers_ext.training_utils import (
+    Rows,
+    add_model_arguments,
+    add_training_arguments,
+    load_pipeline,
+    make_accelerator,
+    rows_of_step,
+    train,
+)
 
 ABOUT = """\
 # {model}, pruned
@@ -72,9 +80,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="the teacher, a pipeline")
-    add("--revision", default=None)
-    add("--variant", default=None)
+    add_model_arguments(parser, "the teacher, a pipeline")
     cuts = parser.add_mutually_exclusive_group(required=True)
     cuts.add_argument("--plan", default=None, help="a plan.json that was made for this UNet")
     cuts.add_argument("--preset", choices=PRESETS, default=None, help="a plan known by name")
@@ -96,8 +102,7 @@ def parse_args() -> argparse.Namespace:
     add_training_arguments(parser)
     parser.set_defaults(max_train_steps=None)
     args = parser.parse_args()
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("give --dataset_name or --train_data_dir")
+    require_data(parser, args)
     if args.max_train_steps is not None:
         parser.error("--max_train_steps: stages have their own numbers, give --steps_per_stage")
     if args.resume_from_checkpoint not in (None, "latest"):
@@ -139,12 +144,7 @@ def main() -> None:
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
     """The pipeline, nothing in it trained."""
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=torch.float32,
-    )
+    pipe: Any = load_pipeline(args, dtype=torch.float32)
     missing = [name for name in ("unet", "vae", "text_encoder") if pipe.components.get(name) is None]
     if missing or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         what = (

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
@@ -35,7 +34,14 @@ from diffusers_ext.golden_noise.training import (
     split_by_prompt,
 )
 from diffusers_ext.publishing import create_hub_repo, publish
-from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
+from diffusers_ext.training_utils import (
+    Rows,
+    add_model_arguments,
+    add_training_arguments,
+    load_pipeline,
+    make_accelerator,
+    train,
+)
 
 ABOUT = """\
 # Golden noise for {model}
@@ -61,9 +67,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="the pipeline that the pairs come from")
-    add("--revision", default=None)
-    add("--variant", default=None)
+    add_model_arguments(parser, "the pipeline that the pairs come from")
     add("--train_data_dir", default=None, help="a folder that collect_noise_pairs.py wrote")
     add("--dataset_name", default=None, help="a data set on the Hub that holds such a folder")
     add("--width", type=int, default=128, help="features of a patch")
@@ -88,9 +92,7 @@ def main() -> None:
     folder = args.train_data_dir or snapshot_download(args.dataset_name, repo_type="dataset")
     pairs = NoisePairs.load(folder)
     training, held_out = split_by_prompt(pairs, args.held_out_share)
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
-    ).to(accelerator.device)
+    pipe: Any = load_pipeline(args).to(accelerator.device)
     made_by = read_manifest(folder)
     if made_by["model"] != describe_model(pipe):
         raise ValueError(

@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_ext.data import fashion_scenes
 from diffusers_ext.data.base_training import save_grid
-from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of
+from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of, require_data
 from diffusers_ext.publishing import create_hub_repo, publish
 from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import TeacherPairs, weights_digest
@@ -35,7 +34,14 @@ from diffusers_ext.sign.pipelines import SIGNPipeline, encode_texts
 from diffusers_ext.sign.projector import SIGMA, check_teacher, nearest_timestep
 from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
-from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
+from diffusers_ext.training_utils import (
+    Rows,
+    add_model_arguments,
+    add_training_arguments,
+    load_pipeline,
+    make_accelerator,
+    train,
+)
 
 ABOUT = """\
 # SIGN projector of {model}
@@ -61,9 +67,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="the teacher, a pipeline")
-    add("--revision", default=None)
-    add("--variant", default=None)
+    add_model_arguments(parser, "the teacher, a pipeline")
     add_data_arguments(parser)
     add("--sigma", type=float, default=SIGMA, help="noise level at which the network is held")
     add("--source_components", type=int, default=32, help="Gaussians in the source; 0: white noise")
@@ -78,8 +82,7 @@ def parse_args() -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=20, help="of the teacher's pictures")
     add_training_arguments(parser)
     args = parser.parse_args()
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("give --dataset_name or --train_data_dir")
+    require_data(parser, args)
     if args.train_batch_size % 2:
         parser.error(f"--train_batch_size must be even, got {args.train_batch_size}")
     return args
@@ -149,12 +152,7 @@ def main() -> None:
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
     """The projector's pipeline, its network still the teacher's."""
-    base: Any = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=torch.float32,
-    )
+    base: Any = load_pipeline(args, dtype=torch.float32)
     there = {name for name, part in base.components.items() if part is not None}
     extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
     if extra or "unet" not in there:

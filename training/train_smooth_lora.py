@@ -16,19 +16,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_ext.checkpoints import checkpoint_only_what_is_trained
 from diffusers_ext.data.latents import TrainingLatents, encode_captions
-from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of
+from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of, require_data
 from diffusers_ext.evaluation.istd import compute_istd
 from diffusers_ext.publishing import create_hub_repo, publish
 from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME, lora_state
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
-from diffusers_ext.training_utils import Rows, add_training_arguments, make_accelerator, train
+from diffusers_ext.training_utils import (
+    Rows,
+    add_model_arguments,
+    add_training_arguments,
+    load_pipeline,
+    make_accelerator,
+    train,
+)
 
 ABOUT = """\
 # Smooth-LoRA for {model}
@@ -51,9 +58,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True)
-    add("--revision", default=None)
-    add("--variant", default=None)
+    add_model_arguments(parser)
     add_data_arguments(parser)
     add("--cache_latents", action="store_true", help="encode every picture once, before training")
     add("--rank", type=int, default=8)
@@ -67,8 +72,7 @@ def parse_args() -> argparse.Namespace:
     add("--guidance_scale", type=float, default=7.5, help="of the validation pictures")
     add_training_arguments(parser)
     args = parser.parse_args()
-    if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("give --dataset_name or --train_data_dir")
+    require_data(parser, args)
     return args
 
 
@@ -78,9 +82,7 @@ def main() -> None:
     accelerator = make_accelerator(args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
-    ).to(accelerator.device)
+    pipe: Any = load_pipeline(args).to(accelerator.device)
     scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

@@ -27,6 +27,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_train_samples", type=int, default=None)
 
 
+def require_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command with a usage error where the arguments of `add_data_arguments` name no data."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("give --dataset_name or --train_data_dir")
+
+
 def load_dataset(args: argparse.Namespace, captions: bool = True) -> Any:
     """A `datasets.Dataset` with the columns that the arguments name.
 

@@ -27,6 +27,11 @@ class Estimate:
         value, low, high = (f"{scale * x:.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
+    def marked(self, digits: int = 2, scale: float = 1.0) -> str:
+        """As `format`, in Markdown's bold where the interval excludes 0."""
+        text = self.format(digits, scale)
+        return f"**{text}**" if self.excludes(0) else text
+
 
 def proportion(right: np.ndarray) -> Estimate:
     """Share of True in a boolean array (n,) with Wilson's score interval (Wilson 1927).

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .projector import Projector
+from .projector import Projector, falling_timesteps
 
 SHARD = 256
 CHUNK = 64
@@ -45,8 +45,8 @@ def teacher_flow(
     if timestep is None:
         solver.set_timesteps(num_inference_steps, device=noise.device)
     else:
-        falling = torch.linspace(timestep, 0, num_inference_steps + 1)[:-1].round().long()
-        solver.set_timesteps(timesteps=list(dict.fromkeys(falling.tolist())), device=noise.device)
+        falling = falling_timesteps(timestep, num_inference_steps)
+        solver.set_timesteps(timesteps=falling, device=noise.device)
     x = noise
     for t in solver.timesteps:
         output = unet(x, t, **(conditions or {})).sample

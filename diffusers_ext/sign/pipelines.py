@@ -203,11 +203,11 @@ class SIGNPipeline(DiffusionPipeline):
         if strength == 1 and mask_image is not None:
             unknown = 0 if self.source is None else self.source.mean.to(known)
             x = mask * unknown + (1 - mask) * known
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
+        _check_steps(num_inference_steps)
+        projector = self.projector
         for k in range(num_inference_steps):
-            sigma = strength * self.sigma * (1 - k / num_inference_steps)
-            x = self.projector(x + sigma * self._noise(x.shape, generator), **conditions)
+            sigma = strength * projector.sigma * (1 - k / num_inference_steps)
+            x = projector(x + sigma * self._noise(x.shape, generator), **conditions)
             x = mask * x + (1 - mask) * known
         return self._output(x, output_type, return_dict)
 
@@ -215,11 +215,9 @@ class SIGNPipeline(DiffusionPipeline):
 
     def _levels(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> list[float]:
         if sigmas is None:
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
-            rest = max(num_inference_steps - 1, 1)
-            finer = [self.sigma * REFINEMENT * (1 - k / rest) for k in range(num_inference_steps - 1)]
-            return [self.sigma, *finer]
+            _check_steps(num_inference_steps)
+            highest, rest = self.sigma, num_inference_steps - 1
+            return [highest, *(highest * REFINEMENT * (1 - k / rest) for k in range(rest))]
         levels = [float(sigma) for sigma in sigmas]
         falling = all(a > b for a, b in pairwise(levels))
         if not levels or not falling or min(levels) < 0:
@@ -311,6 +309,11 @@ def encode_texts(tokenizer: Any, text_encoder: Any, texts: Sequence[str], device
         return_tensors="pt",
     ).input_ids
     return text_encoder(ids.to(device))[0]
+
+
+def _check_steps(num_inference_steps: int) -> None:
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
 
 
 def _check_strength(strength: float) -> None:

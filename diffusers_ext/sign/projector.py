@@ -66,6 +66,12 @@ def nearest_timestep(scheduler: Any, sigma: float = SIGMA) -> int:
     return found
 
 
+def falling_timesteps(timestep: int, num_inference_steps: int) -> list[int]:
+    """Evenly from `timestep` down towards 0, which is not among them; no timestep twice, so fewer where there are few."""
+    steps = range(num_inference_steps)
+    return list(dict.fromkeys(round(timestep * (1 - k / num_inference_steps)) for k in steps))
+
+
 def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """(α, σ) of timesteps (b,), with α² + σ² = 1, shaped to multiply `like` (b, ...)."""
     cumulative = scheduler.alphas_cumprod.to(like.device, torch.float32)[timesteps]

@@ -33,13 +33,12 @@ class MixtureSource(ModelMixin, ConfigMixin):
     def __init__(self, shape: tuple[int, int, int], rank: int, num_components: int = 1) -> None:
         super().__init__()
         size = shape[0] * shape[1] * shape[2]
-        for name, of in (
-            ("weights", ()),
-            ("means", (size,)),
-            ("directions", (rank, size)),
-            ("variances", (rank,)),
-        ):
-            setattr(self, name, nn.Parameter(torch.zeros(num_components, *of), requires_grad=False))
+
+        def zeros(*of: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(num_components, *of), requires_grad=False)
+
+        self.weights, self.means = zeros(), zeros(size)
+        self.directions, self.variances = zeros(rank, size), zeros(rank)
 
     @classmethod
     def fit(cls, data: Tensor, rank: int, num_components: int = 1) -> MixtureSource:
