@@ -1,7 +1,6 @@
 """Outcomes that an interrupted benchmark finds again: written whole, named after what they depend on."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from diffusers_ext.files import whole_file
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -27,9 +28,9 @@ def name_of(key: str, length: int) -> str:
 
 def write(path: Path, arrays: dict[str, Any]) -> None:
     """Writes an npz file, which is there whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
+    # Into an open file, as numpy gives a path of its own the ending .npz.
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def place(cache_dir: Path, kind: str, settings: tuple[Any, ...], files: Iterable[Path]) -> Path:

@@ -71,11 +71,13 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
         golden = _golden_noise(prompts, seed, progress)
         strips = _smooth_lora(progress)
         projector, projected = _sign(num_images, seed, progress)
+        pruned = {"the whole UNet": scenes["DPM++ 2M"], "A-SDM": _asdm(draw_scenes, progress)}
     parts = {
         "fashion-ddpm: unconditional garments": (garments, load_reference("garments-test")),
         "fashion-scenes: held-out prompts": (scenes, load_reference("scenes-test")),
         "fashion-scenes: golden noise": (golden, load_reference("scenes-test")),
         "fashion-ddpm: SIGN": (projector, load_reference("garments-test")),
+        "fashion-scenes: A-SDM": (pruned, load_reference("scenes-test")),
     }
     for title, (runs, reference) in parts.items():
         _print_table(console, title, runs, reference)
@@ -188,6 +190,19 @@ def _sign(num_images: int, seed: int, progress: Progress) -> tuple[dict[str, Run
     spoilt = (clean + SPOILING_NOISE / 2 * noise).clamp(0, 1)
     projected = sign.project(spoilt, output_type="np").images
     return runs, {"real garments, spoilt": spoilt[:, 0].numpy(), "SIGN, projected": projected[..., 0]}
+
+
+def _asdm(generate: Callable[[Any, int], Run], progress: Progress) -> Run:
+    """The scenes by the pruned UNet, in the same steps as by the whole one."""
+    task = progress.add_task("A-SDM", total=1)
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        resource_dir("model_cards") / "asdm-fashion-scenes", dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    found = generate(pipe, SCENE_STEPS)
+    progress.advance(task)
+    return found
 
 
 def _print_smoothness(console: Console, strips: dict[str, np.ndarray]) -> None:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .files import whole_folder, write_json
+
 _NOT_RESULTS = ("steps", "images", "seconds", "hardware")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which gets the name `folder` only once everything is in it."""
-    partial = folder.with_name(f"partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 def create_hub_repo(args: argparse.Namespace) -> str | None:
@@ -63,7 +51,7 @@ def publish(
     with whole_folder(folder) as partial:
         save(partial)
         arguments = {name: _portable(value) for name, value in vars(args).items()}
-        (partial / "training.json").write_text(json.dumps({**arguments, **record}, indent=1) + "\n")
+        write_json(partial / "training.json", {**arguments, **record})
         make_model_card(args, argv, record, description, tags).save(partial / "README.md")
     if repo_id is not None:
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="End of training")

@@ -14,6 +14,7 @@ def test_demo_runs_offline_on_the_embedded_models(tmp_path, capsys):
     assert "golden noise" in printed
     assert "Smooth-LoRA" in printed
     assert "SIGN" in printed
+    assert "A-SDM" in printed
 
 
 def test_demo_refuses_too_few_pictures(tmp_path):

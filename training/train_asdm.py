@@ -14,7 +14,7 @@ on with --resume_from_checkpoint latest, in whichever stage it was. On several C
 import argparse
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from transformers import PreTrainedModel
 from diffusers_ext.asdm import training as asdm
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.plan import PRESETS, PruningPlan, preset_stages
+from diffusers_ext.asdm.prune import teacher_blocks
 from diffusers_ext.checkpoints import checkpoint_only_what_is_trained
 from diffusers_ext.data.base_training import save_grid
 from diffusers_ext.data.latents import TrainingLatents, encode_captions
 from diffusers_ext.data.pictures import add_data_arguments, load_dataset, require_data
 from diffusers_ext.extras import require
-from diffusers_ext.publishing import create_hub_repo, publish, whole_folder
+from diffusers_ext.files import whole_folder, write_json
+from diffusers_ext.publishing import create_hub_repo, publish
 from diffusers_ext.training_utils import (
     Rows,
     add_model_arguments,
@@ -121,7 +123,7 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     pipe = load_teacher(args, accelerator)
     plan, steps = load_plan(args, pipe.unet)
-    start_or_resume(args, accelerator, plan, steps)
+    start_or_resume(args, accelerator, plan, steps, weights)
     if args.enable_xformers_memory_efficient_attention:
         use_xformers(plan, pipe.unet)
     data = load_dataset(args)
@@ -174,7 +176,11 @@ def load_plan(args: argparse.Namespace, unet: Any) -> tuple[PruningPlan, list[in
 
 
 def start_or_resume(
-    args: argparse.Namespace, accelerator: Accelerator, plan: PruningPlan, steps: list[int]
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    plan: PruningPlan,
+    steps: list[int],
+    weights: DistillWeights,
 ) -> None:
     """Refuses a folder that holds another run; notes what this one is."""
     output = Path(args.output_dir)
@@ -182,6 +188,7 @@ def start_or_resume(
         "fingerprint": plan.fingerprint,
         "stages": plan.stages,
         "steps_per_stage": steps,
+        "weights": asdict(weights),
         "cond_convs": not args.no_cond_convs,
         "from_scratch": args.from_scratch,
         "seed": args.seed,
@@ -276,8 +283,9 @@ class Incubation:
         if args.enable_xformers_memory_efficient_attention:
             student.enable_xformers_memory_efficient_attention()
         scheduler: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        objective = asdm.make_objective(
-            student, self.pipe.unet, self.plan, stage, scheduler, self.weights, args.snr_gamma
+        blocks = teacher_blocks(self.plan, stage)
+        objective = asdm.StageObjective(
+            student, self.pipe.unet, blocks, scheduler, self.weights, args.snr_gamma
         )
         checkpoint_only_what_is_trained(accelerator)
 
@@ -291,7 +299,7 @@ class Incubation:
         if accelerator.is_main_process:
             with whole_folder(folder / "unet") as partial:
                 student.save_pretrained(partial)
-                (partial / "stage.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                write_json(partial / "stage.json", record)
         return student, record
 
     def _fixed_losses(self, objective: asdm.StageObjective) -> dict[str, float]:

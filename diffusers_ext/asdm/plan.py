@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from .architecture import Config, architecture_config
 from .cost import Cost, CostTable, cost_table
 from .shape import UNetShape, fingerprint
@@ -127,10 +127,7 @@ class PruningPlan:
             "tokens": self.tokens,
             "config": self.config,
         }
-        path = Path(path)
-        partial = path.with_name(f"partial-{path.name}")
-        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, found)
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

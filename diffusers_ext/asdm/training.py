@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..checkpoints import list_checkpoints
+from ..files import write_json
 from .cost import count_macs
 from .distill import DistillObjective, DistillWeights
 from .plan import PruningPlan
-from .prune import inherit_convs, prune_unet, teacher_blocks
+from .prune import inherit_convs, prune_unet
 from .unet import ASDMUNet2DConditionModel, empty_unet, unet_config
 
 RECIPE_NAME = "incubation.json"
@@ -97,19 +97,6 @@ def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = 
     return inherit_convs(student, source, plan, **stages) if cond_convs else student
 
 
-def make_objective(
-    student: Any,
-    teacher: Any,
-    plan: PruningPlan,
-    stage: int,
-    scheduler: Any,
-    weights: DistillWeights,
-    snr_gamma: float | None,
-) -> StageObjective:
-    """The objective of a stage's student."""
-    return StageObjective(student, teacher, teacher_blocks(plan, stage), scheduler, weights, snr_gamma)
-
-
 def random_unet(unet: Any, seed: int) -> UNet2DConditionModel:
     """An untrained UNet of the same config; it depends on the seed alone, and nothing else on it."""
     with torch.random.fork_rng(devices=[]):
@@ -180,11 +167,8 @@ def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
 
 
 def write_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
-    """Writes what `check_run` reads, whole or not at all."""
-    path = output / RECIPE_NAME
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Writes what `check_run` reads."""
+    write_json(output / RECIPE_NAME, recipe)
 
 
 def cost_figures(unet: Any, height: int, width: int, tokens: int) -> dict[str, int]:

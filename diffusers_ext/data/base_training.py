@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..evaluation.grader import GarmentClassifier, augment, grade, to_tensor
+from ..files import whole_file
 from ..pipeline_hooks import scheduler_of
 from ..training_utils import Batch, Rows, train
 from . import base_models, fashion_scenes
@@ -198,9 +198,8 @@ def scene_latents(
         with torch.no_grad():
             inputs = ((to_tensor(c) * 2 - 1).to(accelerator.device) for c in chunks)
             latents = torch.cat([base_models.encode(vae, x).cpu() for x in inputs])
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents.contiguous()}, partial, {"fingerprint": fingerprint})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file({"latents": latents.contiguous()}, partial, {"fingerprint": fingerprint})
     accelerator.wait_for_everyone()
     with safe_open(path, "pt") as file:
         return file.get_tensor("latents"), prompts

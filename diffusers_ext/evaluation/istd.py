@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..files import write_json
 from ..pipeline_calls import initial_noise
 from ..pipeline_hooks import quiet
 from ..slerp import slerp
@@ -127,7 +127,7 @@ def compute_istd(
         low, high = value_range
         rows.append(path_statistics(low + (high - low) * pictures, ddof))
         if path is not None:
-            _write(path, rows[-1])
+            write_json(path, rows[-1])
     return ISTD(*np.array(rows).T)
 
 
@@ -152,10 +152,3 @@ def _path(
 def _cache_path(folder: Path, settings: dict[str, Any], number: int, prompt: str) -> Path:
     key = json.dumps([settings, number, prompt], sort_keys=True, default=repr)
     return folder / f"istd-{number:05d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-
-
-def _write(path: Path, row: tuple[float, float, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(row))
-    os.replace(partial, path)

@@ -8,7 +8,6 @@ that the whole batch was tried, kept or not.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..files import whole_file, write_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -30,13 +31,9 @@ def shard_path(folder: str | Path, batch: int) -> Path:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], prompts: Sequence[str], tried: int) -> None:
     """Writes a shard in one rename."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        partial,
-        {"prompts": json.dumps(list(prompts)), "tried": str(tried)},
-    )
-    os.replace(partial, path)
+    content = {name: value.contiguous() for name, value in tensors.items()}
+    with whole_file(path) as partial:
+        save_file(content, partial, {"prompts": json.dumps(list(prompts)), "tried": str(tried)})
 
 
 def write_manifest(folder: str | Path, settings: dict[str, Any]) -> None:
@@ -56,10 +53,7 @@ def write_manifest(folder: str | Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds pairs that were made otherwise ({shown}): choose another folder, or delete it."
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(wanted, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(path, wanted)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

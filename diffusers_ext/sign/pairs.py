@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import whole_file, write_json
 from .projector import Projector, falling_timesteps
 
 SHARD = 256
@@ -103,9 +103,7 @@ class TeacherPairs:
             conditions_of: for row indices (b,), the arguments of the network with and without the prompt.
         """
         if accelerator.is_main_process:
-            partial = self.folder / "recipe.partial"
-            partial.write_text(json.dumps(self.recipe, indent=1) + "\n")
-            os.replace(partial, self.folder / "recipe.json")
+            write_json(self.folder / "recipe.json", self.recipe)
         mine = range(accelerator.process_index, self.num_shards, accelerator.num_processes)
         missing = [i for i in mine if not self._path(i).is_file()]
         for i in tqdm(missing, desc="teacher's pictures", disable=not accelerator.is_local_main_process):
@@ -130,9 +128,8 @@ class TeacherPairs:
                 )
                 parts.append(drawn.cpu())
             drawn = torch.cat(parts)
-            partial = self._path(i).with_suffix(".partial")
-            save_file({"noise": noise, "drawn": drawn.half().contiguous()}, partial)
-            os.replace(partial, self._path(i))
+            with whole_file(self._path(i)) as partial:
+                save_file({"noise": noise, "drawn": drawn.half().contiguous()}, partial)
         accelerator.wait_for_everyone()
         parts = [load_file(self._path(i)) for i in range(self.num_shards)]
         noise, drawn = (torch.cat([part[name] for part in parts]).float() for name in ("noise", "drawn"))

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..files import whole_file, write_json
 from .prompt_map import PromptMap
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ class SavedGaussian(PushToHubMixin):
         directory.mkdir(parents=True, exist_ok=True)
         weights = safetensors.torch.save({name: tensor.cpu() for name, tensor in self._tensors().items()})
         config = {**self._config(), "sha256": hashlib.sha256(weights).hexdigest()}
-        _write_whole(directory / WEIGHTS_NAME, weights)
-        _write_whole(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+        with whole_file(directory / WEIGHTS_NAME) as partial:
+            partial.write_bytes(weights)
+        write_json(directory / CONFIG_NAME, config)
 
     @classmethod
     def from_pretrained(
@@ -236,13 +238,3 @@ def _read(path: Path) -> bytes:
             f"No file {path}: expected {CONFIG_NAME} and {WEIGHTS_NAME} there, as written by "
             "GaussianStats.save_pretrained."
         ) from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write to a neighbour and rename it, so that nobody ever finds a half-written `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

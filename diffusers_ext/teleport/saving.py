@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import hf_hub_download
 
+from ..files import whole_file
 from . import levels
 from .gaussian import GaussianStats
 
@@ -57,10 +58,9 @@ class SavedWithStats(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Writes `teleport_stats.npz` and `scheduler_config.json`; what `set_mean` was given is not saved."""
         os.makedirs(save_directory, exist_ok=True)
-        path = os.path.join(save_directory, STATS_NAME)
-        with open(path + ".tmp", "wb") as file:
+        # Into an open file, as numpy gives a path of its own the ending .npz.
+        with whole_file(os.path.join(save_directory, STATS_NAME)) as partial, open(partial, "wb") as file:
             np.savez(file, allow_pickle=False, **self.stats.to_dict_of_arrays())
-        os.replace(path + ".tmp", path)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

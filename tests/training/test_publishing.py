@@ -1,10 +1,9 @@
 import json
 
-import pytest
 from huggingface_hub import ModelCard
 
 from diffusers_ext import publishing
-from diffusers_ext.publishing import publish, whole_folder
+from diffusers_ext.publishing import publish
 
 from .test_training_utils import arguments
 
@@ -20,21 +19,6 @@ RECORD = {
 
 def save(folder):
     (folder / "weights").write_text("whole")
-
-
-def test_a_folder_gets_its_name_only_when_it_is_whole(tmp_path):
-    def interrupted():
-        with whole_folder(tmp_path / "model") as folder:
-            save(folder)
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        interrupted()
-    assert not (tmp_path / "model").exists()
-    with whole_folder(tmp_path / "model") as folder:
-        assert not list(folder.iterdir())
-        save(folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_card_tells_how_the_model_came_about_and_no_private_path(tmp_path):

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.asdm.distill import DistillWeights
-from diffusers_ext.asdm.training import check_run, load_student, make_objective, make_student, stage_steps
+from diffusers_ext.asdm.prune import teacher_blocks
+from diffusers_ext.asdm.training import StageObjective, check_run, load_student, make_student, stage_steps
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
 from diffusers_ext.checkpoints import list_checkpoints
 from tests import tiny
@@ -192,7 +192,7 @@ def test_blocks_are_compared_with_those_they_come_from() -> None:
     plan = dx.preset_plan("bk-tiny", teacher)
     student = make_student(teacher, plan, 1)
     scheduler: Any = tiny.diffusers.DDPMScheduler()
-    objective = make_objective(student, teacher, plan, 1, scheduler, DistillWeights(), None)
+    objective = StageObjective(student, teacher, teacher_blocks(plan, 1), scheduler)
     torch.manual_seed(0)
     batch = {"latents": torch.randn(2, 4, 16, 8), "noise": torch.randn(2, 4, 16, 8)}
     batch |= {"timesteps": torch.tensor([5, 500]), "prompt_embeds": torch.randn(2, 7, 12)}
