@@ -2,17 +2,17 @@
 
     python benchmarks/asdm.py --control ours runs/asdm/ours/model --control "in one go" runs/asdm/one-shot/model ...
 
-The finished student of --asdm is compared with the teacher. The controls, trained as long as each other, are compared with the
-first of them: each is OUTPUT_DIR/model of a run of
+The finished student of --asdm is compared with the teacher. Of the controls, those with as many training steps as each other
+are compared with the first of them: each is OUTPUT_DIR/model of a run of
 
     accelerate launch training/train_asdm.py --pretrained_model_name_or_path model_cards/fashion-scenes \\
         --dataset_name fashion-scenes --train_data_dir DIR --cache_latents --snr_gamma 5 --use_ema --no_cond_convs \\
-        --plan runs/asdm/plans/ours.json --steps_per_stage N N N --output_dir runs/asdm/ours
+        --plan runs/asdm/plans/ours.json --steps_per_stage N N N --one_shot --output_dir runs/asdm/ours
 
-after `python benchmarks/asdm_plans.py` has written the plans. The others differ in: `--one_shot`; CLME-CondConv, by leaving out
-`--no_cond_convs`; `--semantic_weight 0`; `--feature_weight 0`; `--one_shot --from_scratch`; `--plan runs/asdm/plans/bk.json` or
-random-1, -2, -3, which have one stage: `--steps_per_stage 3N`; and ours78 and ours78-gri, whose stages are two and three, for
-GRI attention, which needs attention left at the finest resolution.
+after `python benchmarks/asdm_plans.py` has written the plans. The others differ in: the stages, by leaving out `--one_shot`;
+CLME-CondConv, by leaving out `--no_cond_convs`; `--semantic_weight 0`; `--feature_weight 0`; `--from_scratch`; `--plan
+runs/asdm/plans/bk.json` or random-1, -2, -3, which have one stage: `--steps_per_stage 3N`; and ours78 and ours78-gri, whose
+stages are two and three, for GRI attention, which needs attention left at the finest resolution.
 
 Every measurement is kept in --cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a
 picture. Latency is of the UNet alone, in turns with the teacher's. Intervals are by bootstrap over pictures, from the same
@@ -135,28 +135,39 @@ def table_of_student(found: Found, args: argparse.Namespace, rows: dict[str, Row
     return markdown_table(["", *SIZES, *LATENCY, *(name.format("the teacher's") for name in QUALITY)], cells)
 
 
-def table_of_controls(found: Found, args: argparse.Namespace) -> str:
+def by_steps(controls: dict[str, Path]) -> dict[int, dict[str, Path]]:
+    """The controls in groups of as many training steps."""
+    found: dict[int, dict[str, Path]] = {}
+    for label, folder in controls.items():
+        found.setdefault(training(folder)["steps"], {})[label] = folder
+    return found
+
+
+def table_of_controls(found: Found, args: argparse.Namespace, controls: dict[str, Path]) -> str:
     """Students trained as long as each other."""
-    rows, (first, control) = [], next(iter(args.controls.items()))
-    for label, folder in args.controls.items():
-        made, row = training(folder), (folder, AS_IS)
-        cells = [label, str(made["steps"]), str(made["seconds"]), *size_cells(found, folder)]
+    rows, (first, control) = [], next(iter(controls.items()))
+    for label, folder in controls.items():
+        row = (folder, AS_IS)
+        cells = [label, str(training(folder)["seconds"]), *size_cells(found, folder)]
         cells += latency_cells(found, args, row)
         rows.append([*cells, *quality_cells(found, args, row, (control, AS_IS))])
-    header = ["", "steps", "seconds", *SIZES, *LATENCY, *(name.format(f"“{first}”") for name in QUALITY)]
+    header = ["", "seconds", *SIZES, *LATENCY, *(name.format(f"“{first}”") for name in QUALITY)]
     return markdown_table(header, rows)
 
 
-def table_of_plans(found: Found, args: argparse.Namespace) -> str:
+def table_of_plans(found: Found, args: argparse.Namespace, controls: dict[str, Path]) -> str:
     """What the plans cut, and how much that was predicted to change and changes."""
-    rows = []
-    for label, folder in {"A-SDM": args.asdm, **args.controls}.items():
+    rows: dict[str, list[str]] = {}
+    for label, folder in controls.items():
         of = found["plan", (folder,)]
-        aligned = proportion(gathered(found, args, (folder, AS_IS), "aligned")).format(1, 100)
         cuts = ", ".join(f"`{cut}`" for cut in of["cuts"])
-        rows.append([label, cuts, f"{of['alone'].sum():.3f}", f"{float(of['together']):.3f}", aligned])
+        aligned = proportion(gathered(found, args, (folder, AS_IS), "aligned")).format(1, 100)
+        # Several students have the same cuts: the first is the plan's.
+        rows.setdefault(
+            cuts, [label, cuts, f"{of['alone'].sum():.3f}", f"{float(of['together']):.3f}", aligned]
+        )
     header = ["", "cuts", "each alone, summed", "all together", "every word right after training, %"]
-    return markdown_table(header, rows)
+    return markdown_table(header, list(rows.values()))
 
 
 def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
@@ -164,7 +175,10 @@ def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
     from matplotlib import pyplot as plt
 
     seed = args.seeds[0]
-    rows = {"teacher": TEACHER, "A-SDM": args.asdm, **args.controls}
+    groups = by_steps(args.controls)
+    rows = {"teacher": TEACHER, "A-SDM": args.asdm}
+    for steps, controls in groups.items():
+        rows |= {f"{label}, {steps} steps": folder for label, folder in controls.items()}
     figure, axes = plt.subplots(len(rows), 1, figsize=(12, 0.78 * len(rows) + 0.4))
     for axis, (label, folder) in zip(axes, rows.items()):
         of = found[pictures_of((folder, AS_IS), seed, args)]
@@ -206,12 +220,14 @@ def main() -> None:
         " turns with the teacher's, median and quartiles of the ratio.",
         table_of_student(found, args, rows),
     ]
-    if args.controls:
-        parts += ["Trained equally long:", table_of_controls(found, args)]
-    parts += [
-        "Relative change of the teacher's output by a plan's cuts, before any training:",
-        table_of_plans(found, args),
-    ]
+    groups = by_steps(args.controls)
+    for steps, controls in groups.items():
+        parts += [f"Trained for {steps} steps:", table_of_controls(found, args, controls)]
+    if groups:
+        parts += [
+            "Relative change of the teacher's output by a plan's cuts, before any training:",
+            table_of_plans(found, args, next(iter(groups.values()))),
+        ]
     page = "\n\n".join(parts)
     (args.output_dir / "asdm.md").write_text(page + "\n")
     draw(args.output_dir / "asdm.png", found, args)
