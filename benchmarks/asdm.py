@@ -83,7 +83,7 @@ def pictures_of(row: Row, seed: int, args: argparse.Namespace) -> Task:
 
 def tasks_of(rows: dict[str, Row], args: argparse.Namespace) -> tuple[list[Task], list[Task]]:
     """Everything to be measured: what may run side by side, and what is timed."""
-    own = [*rows.values(), *((folder, AS_IS) for folder in args.controls.values())]
+    own = [*rows.values(), *((Path(folder), AS_IS) for _, folder in args.control)]
     folders = dict.fromkeys(folder for folder, _ in own)
     found = [pictures_of(row, seed, args) for row in own for seed in args.seeds]
     found += [("size", (folder,)) for folder in folders]
@@ -135,11 +135,11 @@ def table_of_student(found: Found, args: argparse.Namespace, rows: dict[str, Row
     return markdown_table(["", *SIZES, *LATENCY, *(name.format("the teacher's") for name in QUALITY)], cells)
 
 
-def by_steps(controls: dict[str, Path]) -> dict[int, dict[str, Path]]:
+def by_steps(controls: list[list[str]]) -> dict[int, dict[str, Path]]:
     """The controls in groups of as many training steps."""
     found: dict[int, dict[str, Path]] = {}
-    for label, folder in controls.items():
-        found.setdefault(training(folder)["steps"], {})[label] = folder
+    for label, folder in controls:
+        found.setdefault(training(Path(folder))["steps"], {})[label] = Path(folder)
     return found
 
 
@@ -175,7 +175,7 @@ def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
     from matplotlib import pyplot as plt
 
     seed = args.seeds[0]
-    groups = by_steps(args.controls)
+    groups = by_steps(args.control)
     rows = {"teacher": TEACHER, "A-SDM": args.asdm}
     for steps, controls in groups.items():
         rows |= {f"{label}, {steps} steps": folder for label, folder in controls.items()}
@@ -210,7 +210,6 @@ def main() -> None:
     args = parse_args()
     for folder in (args.output_dir, args.cache_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    args.controls = {name: Path(folder) for name, folder in args.control}
     rows = labelled(args)
     found = measured(args, rows)
     count = args.num_images * len(args.seeds)
@@ -220,7 +219,7 @@ def main() -> None:
         " turns with the teacher's, median and quartiles of the ratio.",
         table_of_student(found, args, rows),
     ]
-    groups = by_steps(args.controls)
+    groups = by_steps(args.control)
     for steps, controls in groups.items():
         parts += [f"Trained for {steps} steps:", table_of_controls(found, args, controls)]
     if groups:
