@@ -6,8 +6,10 @@ The finished student of --asdm is compared with the teacher. Of the controls, th
 are compared with the first of them: each is OUTPUT_DIR/model of a run of
 
     accelerate launch training/train_asdm.py --pretrained_model_name_or_path model_cards/fashion-scenes \\
-        --dataset_name fashion-scenes --train_data_dir DIR --cache_latents --snr_gamma 5 --use_ema --no_cond_convs \\
-        --plan runs/asdm/plans/ours.json --steps_per_stage N N N --one_shot --output_dir runs/asdm/ours
+        --dataset_name fashion-scenes --train_data_dir DIR --cache_latents --max_train_samples 8000 --snr_gamma 5 \\
+        --train_batch_size 32 --learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16 \\
+        --use_ema --ema_decay 0.99 --no_cond_convs --plan runs/asdm/plans/ours.json --steps_per_stage N N N --one_shot \\
+        --output_dir runs/asdm/ours
 
 after `python benchmarks/asdm_plans.py` has written the plans. The others differ in: the stages, by leaving out `--one_shot`;
 CLME-CondConv, by leaving out `--no_cond_convs`; `--semantic_weight 0`; `--feature_weight 0`; `--from_scratch`; `--plan
@@ -171,13 +173,12 @@ def table_of_plans(found: Found, args: argparse.Namespace, controls: dict[str, P
 
 
 def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
-    """The same prompts and noise through every model."""
+    """The same prompts and noise through the models, of the controls the first group."""
     from matplotlib import pyplot as plt
 
     seed = args.seeds[0]
-    groups = by_steps(args.control)
     rows = {"teacher": TEACHER, "A-SDM": args.asdm}
-    for steps, controls in groups.items():
+    for steps, controls in list(by_steps(args.control).items())[:1]:
         rows |= {f"{label}, {steps} steps": folder for label, folder in controls.items()}
     figure, axes = plt.subplots(len(rows), 1, figsize=(12, 0.78 * len(rows) + 0.4))
     for axis, (label, folder) in zip(axes, rows.items()):
@@ -190,7 +191,7 @@ def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
     for number, prompt in enumerate(prompts):
         axes[-1].text(66 * number, 36, prompt.replace(" left of ", "\nleft of "), fontsize=5.5, va="top")
     figure.tight_layout(h_pad=0.3, rect=(0, 0.02, 1, 1))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

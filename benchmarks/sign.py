@@ -196,7 +196,7 @@ def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
         axis.set_title(title, fontsize=7, loc="left", pad=2)
         axis.axis("off")
     figure.tight_layout(h_pad=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
