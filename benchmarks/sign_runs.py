@@ -167,5 +167,7 @@ def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
     """Where a measurement is kept: under everything that it depends on but the code."""
     teacher = resource_dir("model_cards") / TEACHER / "unet/diffusion_pytorch_model.safetensors"
     folder = arguments[0]
-    files = [teacher] if folder is None else [teacher, folder / "unet/diffusion_pytorch_model.safetensors"]
+    own = [] if folder is None else [folder / part / teacher.name for part in ("unet", "source")]
+    # A projector that starts from white noise has no source.
+    files = [teacher, *(path for path in own if path.is_file())]
     return kept.place(cache_dir, kind, arguments[1:], files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,7 @@ def _plot_cuts(analysis: PruningAnalysis, axes: Any, plan: PruningPlan | None) -
     from .shape import UNetShape
 
     shape, chosen = UNetShape(analysis.config), list(plan.cuts) if plan else []
+    labels: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}
     for group, loss in analysis.sensitivity.cuts.items():
         cost = analysis.costs.of_shape(shape.cut(*group))
         saved = 100 * (1 - cost.macs / analysis.costs.total.macs)
@@ -126,14 +128,19 @@ def _plot_cuts(analysis: PruningAnalysis, axes: Any, plan: PruningPlan | None) -
         axes.scatter(saved, loss, s=30, facecolors=face, edgecolors="tab:red" if taken else "gray")
         name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
         if not name.startswith("attention:") or taken:
-            axes.annotate(
-                name,
-                (saved, loss),
-                fontsize=6,
-                xytext=(4, 2),
-                textcoords="offset points",
-                annotation_clip=True,
-            )
+            # Points too close for labels of their own share one.
+            place = round(saved / 4), round(2 * math.log10(max(loss, 1e-5)))
+            labels.setdefault(place, ((saved, loss), []))[1].append(name)
+    for point, names in labels.values():
+        axes.annotate(
+            "\n".join(names),
+            point,
+            fontsize=6,
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=True,
+        )
     axes.set_yscale("symlog", linthresh=1e-4)
     axes.set_xlabel("MACs saved, %")
     axes.set_ylabel("loss, the cut made alone")
