@@ -9,6 +9,10 @@ import torch
 
 # Read once, when the libraries are first imported, which is after this file.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+# A thread for each process unless somebody wants more: xdist's workers and the trainings that tests launch share the
+# cores, and threads that wait for each other take several times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
