@@ -340,7 +340,6 @@ def test_xformers_processors_hand_their_backend_on(unet: Any) -> None:
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 @pytest.mark.parametrize("lora_first", [True, False])
 def test_with_a_lora(name: str, lora_first: bool) -> None:
-    pytest.importorskip("peft")
     pipe = tiny.build(name)
     plain = tiny.images(pipe, name, steps=2)
     gri_alone = tiny.images(apply_gri_attention(pipe, window=4, pool=2), name, steps=2)

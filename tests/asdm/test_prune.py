@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -284,7 +285,6 @@ def test_errors() -> None:
 
 
 def test_a_unet_with_a_lora_is_refused() -> None:
-    peft = pytest.importorskip("peft")
     teacher = network()
     teacher.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="fuse or unload the LoRA first"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -250,7 +251,6 @@ BESIDE_A_LORA = [k for k, m in METHODS.items() if "sd" in m.pipelines and not m.
 
 @pytest.mark.parametrize("method", [pytest.param(METHODS[k], id=k) for k in BESIDE_A_LORA])
 def test_with_a_lora(method: Method) -> None:
-    peft = pytest.importorskip("peft")
     pipe = on(method, "sd")
     without = tiny.images(pipe, "sd")
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,7 +11,6 @@ from safetensors.torch import save_file
 import diffusers_ext as dx
 from tests import tiny
 
-peft = pytest.importorskip("peft")
 RANK = 3
 
 
