@@ -31,7 +31,7 @@ import numpy as np
 from asdm_runs import AS_IS, BATCHES, FOLDED, SHOWN, TEACHER, kept_at, run, training, variants
 from tqdm.auto import tqdm
 
-from diffusers_ext.evaluation.report import (
+from diffusers_ext.metrics.comparison import (
     Estimate,
     frechet_interval,
     markdown_table,
@@ -39,7 +39,7 @@ from diffusers_ext.evaluation.report import (
     paired_frechet_difference,
     proportion,
 )
-from diffusers_ext.evaluation.testbed import held_out_prompts, load_reference
+from diffusers_ext.testbed.runs import held_out_prompts, load_reference
 
 matplotlib.use("Agg")
 Task = tuple[str, tuple[Any, ...]]

@@ -6,7 +6,7 @@ What can go is the attentions, the mid block and a layer at the finest resolutio
 each of three resolutions, of 64, 96 and 128 channels. The cuts of `ours` were chosen by hand among nine sets of cuts, by what
 students drew for 96 held-out prompts after 50 or 100 steps of training with 16 pictures each, one run a set, CLME-CondConv on.
 After 50 steps these came to 72% with every word right (teacher 92%), and the plan of equal milliseconds with the least change of
-the untrained output, which `PruningAnalysis.plan` finds, to 9%: the output hardly shows whether the prompt still gets in.
+the untrained output, which `PruningProfile.plan` finds, to 9%: the output hardly shows whether the prompt still gets in.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import torch
 from asdm_runs import load
 from rich.console import Console
 
+from diffusers_ext.asdm.calibration import record_calibration_inputs
 from diffusers_ext.asdm.plan import PruningPlan, make_plan
 from diffusers_ext.asdm.report import cuts_table, plan_table
-from diffusers_ext.asdm.search import PruningAnalysis, analyse_pruning
-from diffusers_ext.asdm.sensitivity import record_probes
+from diffusers_ext.asdm.search import PruningProfile, profile_unet
 from diffusers_ext.asdm.shape import fingerprint
-from diffusers_ext.evaluation.testbed import held_out_prompts
+from diffusers_ext.testbed.runs import held_out_prompts
 
 Stages = tuple[tuple[str, ...], ...]
 MILD: Stages = (("attention.down.0",), ("attention:up_blocks.2.attentions.1",))
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def staged(analysis: PruningAnalysis, stages: Stages) -> PruningPlan:
+def staged(analysis: PruningProfile, stages: Stages) -> PruningPlan:
     """A plan of given cuts with what is expected of it."""
     losses = [
         sum(analysis.sensitivity.cuts[(cut,)] for stage in stages[: k + 1] for cut in stage)
@@ -59,7 +59,7 @@ def staged(analysis: PruningAnalysis, stages: Stages) -> PruningPlan:
     return make_plan(analysis.config, stages, analysis.costs, losses)
 
 
-def random_plans(analysis: PruningAnalysis, left: float, ours: PruningPlan) -> dict[str, PruningPlan]:
+def random_plans(analysis: PruningProfile, left: float, ours: PruningPlan) -> dict[str, PruningPlan]:
     """Plans of one stage at the same milliseconds, all different; a draw of the same cuts as `ours` does not count."""
     found: dict[str, PruningPlan] = {}
     seen = {fingerprint(ours.shape().config())}
@@ -80,8 +80,10 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = load()
     # With guidance eight rows.
-    probes = record_probes(pipe, held_out_prompts(4, seed=5), height=32, width=64, guidance_scale=2.0)
-    analysis = analyse_pruning(pipe.unet, probes, repeats=args.repeats)
+    probes = record_calibration_inputs(
+        pipe, held_out_prompts(4, seed=5), height=32, width=64, guidance_scale=2.0
+    )
+    analysis = profile_unet(pipe.unet, probes, repeats=args.repeats)
     plans = {name: staged(analysis, stages) for name, stages in STAGES.items()}
     left = plans["ours"].predictions[-1].cost.of("milliseconds") / analysis.costs.total.of("milliseconds")
     plans |= random_plans(analysis, left, plans["ours"])

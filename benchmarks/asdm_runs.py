@@ -13,17 +13,18 @@ from diffusers import DiffusionPipeline
 from turns import take_turns
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.apply import gri_attention_of
+from diffusers_ext.asdm.calibration import record_calibration_inputs
 from diffusers_ext.asdm.condconv import fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.asdm.gri_attention import gri_attention_of
 from diffusers_ext.asdm.prune import cut_unet
-from diffusers_ext.asdm.sensitivity import output_change, predict, record_probes
+from diffusers_ext.asdm.sensitivity import output_change, predict
 from diffusers_ext.asdm.training import cost_figures
 from diffusers_ext.asdm.unet import unet_config
-from diffusers_ext.evaluation.testbed import held_out_prompts, run_scenes
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
-TEACHER = resource_dir("model_cards") / "fashion-scenes"
+TEACHER = card_dir("fashion-scenes")
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 LATENT = (8, 16)
 BATCHES = (8, 1)
@@ -78,7 +79,7 @@ def pictures(
     return {
         "aligned": found.grades["aligned"],
         "features": found.features,
-        "pictures": found.pictures[:SHOWN].astype(np.float16),
+        "pictures": found.images[:SHOWN].astype(np.float16),
     }
 
 
@@ -107,7 +108,7 @@ def size(folder: Path) -> dict[str, Any]:
 def plan(folder: Path) -> dict[str, Any]:
     """How much the teacher's output changes by a plan's cuts without training, each alone and all together."""
     teacher, cuts = load(), dx.PruningPlan.load(folder / "plan.json").cuts
-    probes = record_probes(teacher, held_out_prompts(8, seed=5), **SIZE, guidance_scale=2.0)
+    probes = record_calibration_inputs(teacher, held_out_prompts(8, seed=5), **SIZE, guidance_scale=2.0)
     whole = predict(teacher.unet, probes)
     alone = [output_change(cut_unet(teacher.unet, cut), probes, whole) for cut in cuts]
     return {

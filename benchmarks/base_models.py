@@ -13,19 +13,14 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from tqdm.auto import tqdm
 
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.data.base_training import reconstruct, save_grid
-from diffusers_ext.evaluation.frechet import frechet_distance
-from diffusers_ext.evaluation.grader import grade, scene_features, to_tensor
-from diffusers_ext.evaluation.report import frechet_interval, markdown_table, proportion
-from diffusers_ext.evaluation.testbed import (
-    held_out_prompts,
-    load_grader,
-    load_reference,
-    run_garments,
-    run_scenes,
-)
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.core.images import as_tensor, save_grid
+from diffusers_ext.metrics.comparison import frechet_interval, markdown_table, proportion
+from diffusers_ext.metrics.frechet import frechet_distance
+from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.base_training import reconstruct
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.grader import grade, scene_features
+from diffusers_ext.testbed.runs import held_out_prompts, load_grader, load_reference, run_garments, run_scenes
 
 
 def main() -> None:
@@ -48,7 +43,7 @@ def main() -> None:
 
 
 def _load(name: str) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(resource_dir("model_cards") / name, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(card_dir(name), dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -58,7 +53,7 @@ def scenes(args: argparse.Namespace) -> str:
     """The table of the text-to-image model: two ceilings, then the model by guidance scale."""
     pipe, reference, n = _load("fashion-scenes"), load_reference("scenes-test"), args.num_images
     real, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "test", n, seed=args.seed)
-    decoded = reconstruct(pipe.vae, to_tensor(real))  # type: ignore[attr-defined]
+    decoded = reconstruct(pipe.vae, as_tensor(real))  # type: ignore[attr-defined]
     results = {
         "real test scenes": (scene_features(load_grader(), real), grade(load_grader(), real, prompts)),
         "the same through the autoencoder": (
@@ -76,7 +71,7 @@ def scenes(args: argparse.Namespace) -> str:
         )
         results[f"guidance {w:g}"] = (run.features, run.grades)
         if w == 2:
-            save_grid(to_tensor(run.pictures[:48]), 8, args.output_dir / "base_models.png")
+            save_grid(as_tensor(run.images[:48]), 8, args.output_dir / "base_models.png")
     rows = [
         [
             name,
@@ -102,7 +97,7 @@ def garments(args: argparse.Namespace) -> str:
         rows.append([f"DPM++ 2M, {steps} steps", frechet_interval(run.features, reference, 50).format(3)])
     floor = frechet_distance(load_reference("garments-train"), reference)
     rows.append(["floor: real train against test garments", f"{floor:.3f}"])
-    save_grid(to_tensor(run.pictures[:64]), 16, args.output_dir / "fashion_ddpm.png")
+    save_grid(as_tensor(run.images[:64]), 16, args.output_dir / "fashion_ddpm.png")
     return (
         markdown_table(["", "Fréchet distance"], rows)
         + f"\n\n{args.num_images} pictures a row; 95% intervals."

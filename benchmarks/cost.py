@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_ext as dx
-from diffusers_ext.evaluation.report import markdown_table
+from diffusers_ext.metrics.comparison import markdown_table
 
 SHAPE, RANK = (4, 64, 64), 256
 BIG, BIG_SAMPLES = 65_536, 2_000

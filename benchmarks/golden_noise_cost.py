@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_ext as dx
-from diffusers_ext.evaluation.report import markdown_table
+from diffusers_ext.metrics.comparison import markdown_table
 
 TOKENS, TEXT, POOLED = 77, 2048, 1280
 SDXL: dict[str, Any] = {

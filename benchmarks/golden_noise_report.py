@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from golden_noise_runs import BEST_OF, GUIDANCES, STEPS, Job, Outcome
 
-from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
-from diffusers_ext.evaluation.report import (
+from diffusers_ext.metrics.comparison import (
     Estimate,
     bootstrap,
     frechet_interval,
@@ -18,7 +17,8 @@ from diffusers_ext.evaluation.report import (
     paired_difference,
     paired_frechet_difference,
 )
-from diffusers_ext.evaluation.testbed import load_reference
+from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.testbed.runs import load_reference
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -13,12 +13,14 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
 import diffusers_ext as dx
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.data.base_training import reconstruct
-from diffusers_ext.evaluation.grader import confidence, grade, scene_features, to_tensor
-from diffusers_ext.evaluation.testbed import load_grader
-from diffusers_ext.golden_noise.training import equal_norm, prompt_embeddings, rescaled, sample
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.core.images import as_tensor
+from diffusers_ext.core.pipeline import prompt_embeddings
+from diffusers_ext.golden_noise.training import equal_norm, rescaled, sample
+from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.base_training import reconstruct
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.grader import confidence, grade, scene_features
+from diffusers_ext.testbed.runs import load_grader
 
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
@@ -92,10 +94,9 @@ def prompts(count: int) -> list[str]:
 @lru_cache(maxsize=1)
 def load() -> tuple[Any, dx.NPNetModel]:
     """The pipeline and its network."""
-    cards = resource_dir("model_cards")
-    pipe: Any = DiffusionPipeline.from_pretrained(cards / "fashion-scenes", dtype=torch.float32)
+    pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    npnet: Any = dx.NPNetModel.from_pretrained(cards / "npnet-fashion-scenes", torch_dtype=torch.float32)
+    npnet: Any = dx.NPNetModel.from_pretrained(card_dir("npnet-fashion-scenes"), torch_dtype=torch.float32)
     return pipe, npnet.eval()
 
 
@@ -158,9 +159,8 @@ def job_path(job: Job, num_prompts: int, folder: Path) -> Path:
     """Where a job's outcome is kept: under everything that it depends on but the code."""
     # Plain and re-denoised noise don't depend on the network.
     alone = job.variant in ("plain", "re-denoised")
-    folders = ["fashion-scenes/unet", *([] if alone else ["npnet-fashion-scenes"])]
-    cards = resource_dir("model_cards")
-    weights = kept.digest(file for name in folders for file in sorted((cards / name).glob("*.safetensors")))
+    folders = [card_dir("fashion-scenes") / "unet", *([] if alone else [card_dir("npnet-fashion-scenes")])]
+    weights = kept.digest(file for name in folders for file in sorted(name.glob("*.safetensors")))
     key = f"{job}|{num_prompts}|{PAIRS if job.variant == 're-denoised' else ''}|{weights}"
     return folder / f"{kept.name_of(key, 20)}.npz"
 
@@ -188,7 +188,7 @@ def real(data_dir: str, num_prompts: int, num_seeds: int) -> Outcome:
     garments, items = fashion_scenes.load_garments(data_dir, "test")
     scenes = [fashion_scenes.parse_caption(text) for text in texts]
     drawn = np.stack(list(fashion_scenes.render(scenes, garments, items, seed=0)))
-    pictures = reconstruct(load()[0].vae, to_tensor(drawn)).movedim(1, -1).numpy()
+    pictures = reconstruct(load()[0].vae, as_tensor(drawn)).movedim(1, -1).numpy()
     grader = load_grader()
     right, sure = grade(grader, pictures, texts)["aligned"], confidence(grader, pictures, texts)
     return Outcome(right, sure, scene_features(grader, pictures), pictures[:SHOWN])

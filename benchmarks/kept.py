@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ext.files import whole_file
+from diffusers_ext.core.storage import whole_file
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -6,7 +6,8 @@ import torch
 from diffusers import DDPMPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ext.sign.projector import Projector, falling_timesteps, levels_at
+from diffusers_ext.core.schedules import levels_at
+from diffusers_ext.sign.projector import Projector, falling_timesteps
 
 
 class PixelPipeline(DDPMPipeline):

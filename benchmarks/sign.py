@@ -18,16 +18,16 @@ import matplotlib
 import numpy as np
 from sign_runs import CORRUPTIONS, SDEDIT_STEPS, SHOWN, SOLVERS, STRENGTHS, kept_at, run
 
-from diffusers_ext.data.fashion_scenes import SAMPLE_DIR
-from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
-from diffusers_ext.evaluation.report import (
+from diffusers_ext.metrics.comparison import (
     bootstrap,
     frechet_interval,
     markdown_table,
     paired_difference,
     paired_frechet_difference,
 )
-from diffusers_ext.evaluation.testbed import load_reference
+from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR
+from diffusers_ext.testbed.runs import load_reference
 
 matplotlib.use("Agg")
 SIGN_STEPS = (1, 2, 4)

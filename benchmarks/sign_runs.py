@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import diffusers_ext as dx
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.evaluation.grader import garment_features
-from diffusers_ext.evaluation.testbed import load_grader, run_garments
-from diffusers_ext.resources import resource_dir
-from diffusers_ext.sign.projector import Projector, denoise, falling_timesteps, levels_at, nearest_timestep
+from diffusers_ext.core.schedules import levels_at
+from diffusers_ext.sign.projector import Projector, denoise, falling_timesteps, nearest_timestep
 from diffusers_ext.sign.training import projector_figures
+from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.grader import garment_features
+from diffusers_ext.testbed.runs import load_grader, run_garments
 
 TEACHER = "fashion-ddpm"
 # Larger ones leave the processor's cache.
@@ -38,7 +39,7 @@ SDEDIT_STEPS = (1, 10)
 @lru_cache(maxsize=1)
 def load_teacher() -> Any:
     """The embedded pixel model."""
-    pipe: Any = PixelPipeline.from_pretrained(resource_dir("model_cards") / TEACHER, dtype=torch.float32)
+    pipe: Any = PixelPipeline.from_pretrained(card_dir(TEACHER), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -64,7 +65,7 @@ def samples(folder: Path | None, solver: str, steps: int, seed: int, num_images:
         pipe.scheduler = SOLVERS[solver].from_config(pipe.scheduler.config, timestep_spacing="trailing")
         pipe.projector = None if folder is None else load_sign(folder).projector
     found = run_garments(pipe, num_images, seed=seed, batch_size=BATCH, num_inference_steps=steps)
-    return {"features": found.features, "pictures": found.pictures[:SHOWN], "calls": found.calls}
+    return {"features": found.features, "pictures": found.images[:SHOWN], "calls": found.calls}
 
 
 def test_garments(data_dir: str, count: int) -> Tensor:
@@ -165,7 +166,7 @@ def run(kind: str, path: Path, arguments: tuple[Any, ...]) -> Path:
 
 def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
     """Where a measurement is kept: under everything that it depends on but the code."""
-    teacher = resource_dir("model_cards") / TEACHER / "unet/diffusion_pytorch_model.safetensors"
+    teacher = card_dir(TEACHER) / "unet/diffusion_pytorch_model.safetensors"
     folder = arguments[0]
     own = [] if folder is None else [folder / part / teacher.name for part in ("unet", "source")]
     # A projector that starts from white noise has no source.

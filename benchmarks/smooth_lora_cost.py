@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from diffusers_ext.evaluation.report import markdown_table
+from diffusers_ext.metrics.comparison import markdown_table
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 

@@ -3,8 +3,7 @@
 import numpy as np
 from smooth_lora_runs import GUIDANCE, INVERSION_STEPS, RECONSTRUCTION_GUIDANCES, STEPS
 
-from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
-from diffusers_ext.evaluation.report import (
+from diffusers_ext.metrics.comparison import (
     bootstrap,
     frechet_interval,
     markdown_table,
@@ -12,8 +11,9 @@ from diffusers_ext.evaluation.report import (
     paired_frechet_difference,
     proportion,
 )
-from diffusers_ext.evaluation.ssim import ssim
-from diffusers_ext.evaluation.testbed import load_reference
+from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.metrics.ssim import ssim
+from diffusers_ext.testbed.runs import load_reference
 
 Found = dict[str, np.ndarray]
 SEED = ", seed "

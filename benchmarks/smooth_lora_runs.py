@@ -12,12 +12,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import diffusers_ext as dx
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.data.base_training import reconstruct
-from diffusers_ext.evaluation.grader import to_tensor
-from diffusers_ext.evaluation.testbed import held_out_prompts, run_scenes
-from diffusers_ext.resources import resource_dir
-from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME
+from diffusers_ext.core.images import as_tensor
+from diffusers_ext.smooth_lora.apply import WEIGHT_NAME
+from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.base_training import reconstruct
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 GUIDANCE, STEPS = 2.0, 10
@@ -42,12 +42,10 @@ class Counts:
 @lru_cache(maxsize=1)
 def load(lora: Path | None) -> Any:
     """The base model, with a LoRA or without, sampling with DDIM."""
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
-    )
+    pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    return pipe if lora is None else dx.load_smooth_lora(pipe, lora)
+    return pipe if lora is None else dx.apply_smooth_lora(pipe, lora)
 
 
 def measure_path(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
@@ -88,7 +86,7 @@ def measure_inversion(lora: Path | None, counts: Counts, data_dir: str) -> dict[
     """Real test scenes inverted and redrawn at several guidance scales, and some edited."""
     pipe = load(lora)
     real, prompts = fashion_scenes.scene_arrays(data_dir, "test", counts.inversions, seed=23)
-    latents = dx.encode_pictures(pipe, real.astype(np.float32) / 255)
+    latents = dx.encode_images(pipe, real.astype(np.float32) / 255)
     noise = dx.ddim_invert(pipe, latents, prompts, num_inference_steps=INVERSION_STEPS)
     found = {}
     for guidance in RECONSTRUCTION_GUIDANCES:
@@ -96,7 +94,7 @@ def measure_inversion(lora: Path | None, counts: Counts, data_dir: str) -> dict[
         drawn = pipe(prompts, latents=noise, output_type="np", **options).images
         found[f"redrawn {guidance:g}"] = drawn.astype(np.float16)
     found["real"] = real
-    found["autoencoder"] = reconstruct(pipe.vae, to_tensor(real)).movedim(1, -1).numpy().astype(np.float16)
+    found["autoencoder"] = reconstruct(pipe.vae, as_tensor(real)).movedim(1, -1).numpy().astype(np.float16)
     return found | edited(pipe, data_dir)
 
 
@@ -105,8 +103,8 @@ def edited(pipe: Any, data_dir: str) -> dict[str, np.ndarray]:
     source, target = (list(texts) for texts in zip(*EDITS))
     scenes = [fashion_scenes.parse_caption(text) for text in source]
     garments, items = fashion_scenes.load_garments(data_dir, "test")
-    shown = to_tensor(np.stack(list(fashion_scenes.render(scenes, garments, items, seed=3))))
-    latents = dx.encode_pictures(pipe, shown)
+    shown = as_tensor(np.stack(list(fashion_scenes.render(scenes, garments, items, seed=3))))
+    latents = dx.encode_images(pipe, shown)
     noise = dx.ddim_invert(pipe, latents, source, num_inference_steps=INVERSION_STEPS)
     options = {"num_inference_steps": INVERSION_STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
     pictures = dx.edit(pipe, source, target, latents=noise, strength=0.7, **options).images
@@ -126,7 +124,7 @@ def run(kind: str, lora: Path | None, counts: Counts, data_dir: str, path: Path)
 
 def kept_at(kind: str, lora: Path | None, counts: Counts, folder: Path) -> Path:
     """Where a measurement is kept: under everything that it depends on but the code."""
-    base = resource_dir("model_cards") / "fashion-scenes/unet/diffusion_pytorch_model.safetensors"
+    base = card_dir("fashion-scenes") / "unet/diffusion_pytorch_model.safetensors"
     weights = kept.digest([base] if lora is None else [base, lora / WEIGHT_NAME])
     counted = {"path": counts.paths, "quality": counts.pictures, "inversion": counts.inversions}
     count = counted.get(kind, repr((STRIPS, FRAMES)))

@@ -25,16 +25,16 @@ from pixel_pipeline import PixelPipeline
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
-from diffusers_ext.evaluation.report import (
+from diffusers_ext.metrics.comparison import (
     frechet_interval,
     markdown_table,
     paired_difference,
     paired_frechet_difference,
     proportion,
 )
-from diffusers_ext.evaluation.testbed import Run, held_out_prompts, load_reference, run_garments, run_scenes
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.runs import Run, held_out_prompts, load_reference, run_garments, run_scenes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -140,7 +140,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.folder = resource_dir("model_cards") / f"fashion-{args.model}"
+        self.folder = card_dir(f"fashion-{args.model}")
         self.pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32)
         if args.model == "ddpm":
             self.pipe = PixelPipeline(self.pipe.unet, self.pipe.scheduler)
@@ -167,7 +167,7 @@ class Bench:
         if not path.is_file():
             run = self._sample(point, seed)
             arrays: dict[str, Any] = {f"grade_{k}": v for k, v in run.grades.items()}
-            arrays |= {"pictures": np.rint(run.pictures[:64] * 255).astype(np.uint8)}
+            arrays |= {"pictures": np.rint(run.images[:64] * 255).astype(np.uint8)}
             arrays |= {"features": run.features, "calls": run.calls, "seconds": run.seconds}
             kept.write(path, arrays)
         saved = np.load(path)

@@ -40,8 +40,8 @@ from unet_speed_runs import (
 )
 
 from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.evaluation.report import Estimate, markdown_table
-from diffusers_ext.extras import MissingExtraError
+from diffusers_ext.core.extras import MissingExtraError
+from diffusers_ext.metrics.comparison import Estimate, markdown_table
 
 matplotlib.use("Agg")
 EAGER, COMPILED = "eager", "compiled"

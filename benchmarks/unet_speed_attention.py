@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from turns import take_turns
 
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, gri_attention
-from diffusers_ext.evaluation.report import Estimate, bootstrap, markdown_table
+from diffusers_ext.metrics.comparison import Estimate, bootstrap, markdown_table
 
 WINDOW, POOL = 8, 4
 BACKENDS = {

@@ -18,7 +18,7 @@ from diffusers_ext.asdm.cost import example_inputs
 from diffusers_ext.asdm.plan import PruningPlan, preset_stages
 from diffusers_ext.asdm.prune import cut_unet, removed_convs
 from diffusers_ext.asdm.unet import unet_config
-from diffusers_ext.extras import require
+from diffusers_ext.core.extras import require
 
 SHAPES = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
 # A cycle of DeepCache; all others are called once, with the first.

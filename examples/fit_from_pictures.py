@@ -4,11 +4,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_ext as dx
-from diffusers_ext.data.fashion_scenes import SAMPLE_DIR, scene_arrays
-from diffusers_ext.resources import resource_dir
 from diffusers_ext.teleport.sources import encoded_images
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR, scene_arrays
 
-pipe = DiffusionPipeline.from_pretrained(resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
 pictures, captions = scene_arrays(SAMPLE_DIR, "train", 256)
 
 # A folder of pictures or a datasets.Dataset will do as well.

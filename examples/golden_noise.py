@@ -7,12 +7,11 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils.pil_utils import make_image_grid
 
 import diffusers_ext as dx
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.testbed.embedded import card_dir
 
-cards = resource_dir("model_cards")
-pipe: Any = DiffusionPipeline.from_pretrained(cards / "fashion-scenes")
+pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"))
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-npnet: Any = dx.NPNetModel.from_pretrained(cards / "npnet-fashion-scenes", torch_dtype=torch.float32)
+npnet: Any = dx.NPNetModel.from_pretrained(card_dir("npnet-fashion-scenes"), torch_dtype=torch.float32)
 prompts = ["a red bag left of a blue boot", "a white coat", "a cyan sneaker left of a orange dress"]
 
 

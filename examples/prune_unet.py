@@ -7,16 +7,14 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 
 import diffusers_ext as dx
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.testbed.embedded import card_dir
 
-pipe: Any = DiffusionPipeline.from_pretrained(
-    resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
-)
+pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 prompts = ["a red bag", "a blue boot left of a green dress"]
 sampling = {"num_inference_steps": 6, "guidance_scale": 2.0, "height": 32, "width": 64}
-probes = dx.record_probes(pipe, prompts, num_timesteps=2, **sampling)
+probes = dx.record_calibration_inputs(pipe, prompts, num_timesteps=2, **sampling)
 
 plan = dx.plan_pruning(pipe.unet, probes, target=0.9, stock_only=True)
 for number, stage in enumerate(plan.stages, 1):

@@ -7,11 +7,9 @@ import torch
 from PIL import Image
 
 import diffusers_ext as dx
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.testbed.embedded import card_dir
 
-sign: Any = dx.SIGNPipeline.from_pretrained(
-    resource_dir("model_cards") / "sign-fashion-ddpm", dtype=torch.float32
-)
+sign: Any = dx.SIGNPipeline.from_pretrained(card_dir("sign-fashion-ddpm"), dtype=torch.float32)
 print(dx.summary(sign))
 generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
 drawn = sign(batch_size=8, num_inference_steps=1, generator=generators, output_type="pt").images

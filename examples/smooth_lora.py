@@ -8,25 +8,24 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 import diffusers_ext as dx
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.testbed.embedded import card_dir
 
-cards = resource_dir("model_cards")
-pipe: Any = DiffusionPipeline.from_pretrained(cards / "fashion-scenes", dtype=torch.float32)
+pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 options: dict[str, Any] = {"height": 32, "width": 64, "num_inference_steps": 10, "guidance_scale": 2.0}
 
-dx.load_smooth_lora(pipe, cards / "smooth-lora-fashion-scenes")
+dx.apply_smooth_lora(pipe, card_dir("smooth-lora-fashion-scenes"))
 print(dx.summary(pipe))
 ends = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
 frames = dx.interpolate(pipe, "a green bag", generator=ends, num_frames=8, progress=False, **options)
 
 # The last frame back to its noise, and from there as a blue bag.
-noise = dx.ddim_invert(pipe, dx.encode_pictures(pipe, frames[-1:]), "a green bag", num_inference_steps=10)
+noise = dx.ddim_invert(pipe, dx.encode_images(pipe, frames[-1:]), "a green bag", num_inference_steps=10)
 edited = dx.edit(
     pipe, "a green bag", "a blue bag", latents=noise, strength=0.7, output_type="np", **options
 ).images
-dx.unload_smooth_lora(pipe)
+dx.remove_smooth_lora(pipe)
 
 strip = np.concatenate([*frames, *edited], 1)
 Image.fromarray((strip * 255).round().astype(np.uint8)).save("smooth_lora.png")

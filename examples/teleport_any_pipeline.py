@@ -8,13 +8,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 import diffusers_ext as dx
-from diffusers_ext.resources import resource_dir
 from diffusers_ext.teleport.sources import pipeline_samples
+from diffusers_ext.testbed.embedded import card_dir
 
 prompts = ["a red bag", "a blue boot", "a green dress", "a white coat left of a yellow sandal"]
-pipe: Any = DiffusionPipeline.from_pretrained(
-    resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
-)
+pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 
 

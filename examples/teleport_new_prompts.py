@@ -3,13 +3,11 @@
 import torch
 from diffusers.utils import make_image_grid
 
-from diffusers_ext.resources import resource_dir
 from diffusers_ext.teleport.pipelines import TeleportStableDiffusionPipeline
+from diffusers_ext.testbed.embedded import card_dir
 
 # The same class that custom_pipeline="pipelines/teleport_sd" gives.
-pipe = TeleportStableDiffusionPipeline.from_pretrained(
-    resource_dir("model_cards") / "fashion-scenes", dtype=torch.float32
-)
+pipe = TeleportStableDiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 pipe.fit_teleport(64, rank=16, prompts=["a red bag", "a blue boot", "a green dress"], skip=0.3)
 

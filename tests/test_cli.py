@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import diffusers_ext as dx
 from diffusers_ext import cli
-from diffusers_ext.extras import MissingExtraError, require
+from diffusers_ext.core.extras import MissingExtraError, require
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")

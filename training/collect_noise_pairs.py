@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import diffusers_ext.registration  # noqa: F401
-from diffusers_ext.data import fashion_scenes
+import diffusers_ext  # noqa: F401
+from diffusers_ext.core.commands import read_prompts
+from diffusers_ext.core.extras import SHORT_NAMES, load_function
 from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs
 from diffusers_ext.golden_noise.scorers import load_scorer
-from diffusers_ext.training_utils import add_model_arguments, load_pipeline
+from diffusers_ext.training.arguments import add_model_arguments, load_pipeline
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,7 +32,11 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--prompts", default=None, help="text file, one prompt a line; without it, Fashion Scenes' own")
+    add(
+        "--prompts",
+        required=True,
+        help="text file, one prompt a line; or package.module:function of (count, seed)",
+    )
     add("--num_pairs", type=int, default=20_000, help="attempts in all")
     add("--output_dir", required=True)
     add("--seed", type=int, default=0)
@@ -42,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--scorer",
         default=None,
-        help="fashion-grader, clip[:MODEL], pickscore, hpsv2, imagereward, FILE.py:FUNCTION",
+        help="clip[:MODEL], pickscore, package.module:function or FILE.py:FUNCTION",
     )
     for field in fields(PairSettings):
         kind: Any = type(field.default)
@@ -63,7 +68,7 @@ def main() -> None:
     size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
     mine = collect_pairs(
         pipe,
-        read_prompts(args.prompts, args.num_pairs, args.seed),
+        find_prompts(args.prompts, args.num_pairs, args.seed),
         args.num_pairs,
         args.output_dir,
         PairSettings(**{field.name: getattr(args, field.name) for field in fields(PairSettings)}),
@@ -81,14 +86,12 @@ def main() -> None:
     accelerator.end_training()
 
 
-def read_prompts(path: str | None, count: int, seed: int) -> list[str]:
-    """The lines of a file, or training prompts of Fashion Scenes."""
-    if path is None:
-        return [fashion_scenes.caption(scene) for scene in fashion_scenes.draw_scenes("train", count, seed)]
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if not any(lines):
-        raise ValueError(f"{path} holds no prompts: write one a line.")
-    return [line for line in lines if line]
+def find_prompts(source: str, count: int, seed: int) -> list[str]:
+    """The lines of a file, or what a function returns."""
+    source = SHORT_NAMES.get(source, source)
+    if ":" in source:
+        return list(load_function(source, "prompts")(count, seed))
+    return read_prompts(Path(source))
 
 
 if __name__ == "__main__":

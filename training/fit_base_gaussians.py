@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.data.base_models import encode
-from diffusers_ext.evaluation.grader import to_tensor
+from diffusers_ext.core.images import as_tensor, encode_pixels
+from diffusers_ext.testbed import fashion_scenes
 
 
 def main() -> None:
@@ -85,18 +84,18 @@ def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> d
         options |= {"guidance_scale": args.guidance_scale}
     else:
         images, _ = fashion_scenes.load_garments(args.train_data_dir, "train")
-        options["samples"] = to_tensor(images[:n]) * 2 - 1
+        options["samples"] = as_tensor(images[:n]) * 2 - 1
     return dx.calibrate_skip(pipe, stats, **options)
 
 
 def _pixels(images: np.ndarray) -> Iterator[Tensor]:
     for chunk in np.array_split(images, max(1, len(images) // 1000)):
-        yield to_tensor(chunk) * 2 - 1
+        yield as_tensor(chunk) * 2 - 1
 
 
 def _latents(vae: Any, pictures: np.ndarray) -> Tensor:
     chunks = np.array_split(pictures, max(1, len(pictures) // 250))
-    return torch.cat([encode(vae, to_tensor(c) * 2 - 1) for c in tqdm(chunks, desc="encoding")])
+    return torch.cat([encode_pixels(vae, as_tensor(c) * 2 - 1) for c in tqdm(chunks, desc="encoding")])
 
 
 if __name__ == "__main__":

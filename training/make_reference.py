@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.evaluation.frechet import FeatureStats, frechet_distance
-from diffusers_ext.evaluation.grader import GarmentClassifier, garment_features, grade, scene_features
+from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.grader import GarmentClassifier, garment_features, grade, scene_features
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ import argparse
 import json
 import sys
 
-from diffusers_ext.data import base_training
-from diffusers_ext.publishing import create_hub_repo, publish
-from diffusers_ext.training_utils import add_training_arguments, make_accelerator
+from diffusers_ext.testbed import base_training
+from diffusers_ext.training.arguments import add_training_arguments
+from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.loop import make_accelerator
 
 TRAINERS = {
     "grader": base_training.train_grader,
@@ -33,7 +34,7 @@ CARDS = {
 A small classifier of Fashion-MNIST garments: it tells whether a scene shows the items of its prompt.
 
 ```python
-from diffusers_ext.evaluation.grader import GarmentClassifier
+from diffusers_ext.testbed.grader import GarmentClassifier
 
 grader = GarmentClassifier.from_pretrained("FOLDER").eval()
 ```""",

@@ -19,29 +19,17 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-import diffusers_ext.registration  # noqa: F401
-from diffusers_ext.data.base_training import save_grid
-from diffusers_ext.evaluation.grader import to_tensor
+import diffusers_ext  # noqa: F401
+from diffusers_ext.core.images import as_tensor, save_grid
+from diffusers_ext.core.pipeline import prompt_embeddings
+from diffusers_ext.core.storage import ShardStore
 from diffusers_ext.golden_noise.npnet import NPNetModel
-from diffusers_ext.golden_noise.pair_store import NoisePairs, read_manifest
-from diffusers_ext.golden_noise.pairs import describe_model
+from diffusers_ext.golden_noise.pairs import NoisePairs, describe_model
 from diffusers_ext.golden_noise.scorers import load_scorer
-from diffusers_ext.golden_noise.training import (
-    NPNetObjective,
-    compare,
-    prompt_embeddings,
-    relative_error,
-    split_by_prompt,
-)
-from diffusers_ext.publishing import create_hub_repo, publish
-from diffusers_ext.training_utils import (
-    Rows,
-    add_model_arguments,
-    add_training_arguments,
-    load_pipeline,
-    make_accelerator,
-    train,
-)
+from diffusers_ext.golden_noise.training import NPNetObjective, compare, relative_error, split_by_prompt
+from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments, load_pipeline
+from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.loop import Rows, make_accelerator, train
 
 ABOUT = """\
 # Golden noise for {model}
@@ -93,7 +81,7 @@ def main() -> None:
     pairs = NoisePairs.load(folder)
     training, held_out = split_by_prompt(pairs, args.held_out_share)
     pipe: Any = load_pipeline(args).to(accelerator.device)
-    made_by = read_manifest(folder)
+    made_by = ShardStore.recipe_of(folder)
     if made_by["model"] != describe_model(pipe):
         raise ValueError(
             f"{folder} holds pairs of another model: {made_by['model']} there, {describe_model(pipe)} here."
@@ -112,7 +100,7 @@ def main() -> None:
         size = {"height": height, "width": width}
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
         scores, pictures = compare(npnet, pipe, few, scorer, **size, **call)
-        rows = [to_tensor(pictures[name])[:8] for name in ("plain", "npnet", "re-denoised")]
+        rows = [as_tensor(pictures[name])[:8] for name in ("plain", "npnet", "re-denoised")]
         save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
         return {"relative error": relative_error(npnet, pipe, held_out), **scores}
 

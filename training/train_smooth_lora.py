@@ -20,22 +20,22 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusers_ext.checkpoints import checkpoint_only_what_is_trained
-from diffusers_ext.data.latents import TrainingLatents, encode_captions
-from diffusers_ext.data.pictures import add_data_arguments, load_dataset, pictures_of, require_data
-from diffusers_ext.evaluation.istd import compute_istd
-from diffusers_ext.publishing import create_hub_repo, publish
-from diffusers_ext.smooth_lora.adapter import WEIGHT_NAME, lora_state
+from diffusers_ext.metrics.istd import compute_istd
+from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
-from diffusers_ext.training_utils import (
-    Rows,
-    add_model_arguments,
-    add_training_arguments,
-    load_pipeline,
-    make_accelerator,
-    train,
+from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments, load_pipeline
+from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import checkpoint_only_what_is_trained
+from diffusers_ext.training.data import (
+    TrainingLatents,
+    add_data_arguments,
+    encode_captions,
+    image_arrays,
+    load_dataset,
+    require_data,
 )
+from diffusers_ext.training.loop import Rows, make_accelerator, train
 
 ABOUT = """\
 # Smooth-LoRA for {model}
@@ -46,7 +46,7 @@ A LoRA (rank {rank}) trained with the step-wise variation loss of Smooth Diffusi
 ```python
 import diffusers_ext as dx
 
-dx.load_smooth_lora(pipe, "FOLDER")
+dx.apply_smooth_lora(pipe, "FOLDER")
 ```
 
 `ISTD` in the table is on a few validation prompts, pictures in [−1, 1]; lower is more even."""
@@ -110,7 +110,7 @@ def main() -> None:
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         if not args.validation_prompts:
             return {}
-        height, width = pictures_of(args, [data[0]]).shape[1:3]
+        height, width = image_arrays(args, [data[0]]).shape[1:3]
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
         found = compute_istd(
             pipe, args.validation_prompts, height=height, width=width, progress=False, **call

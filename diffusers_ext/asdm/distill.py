@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..core.predictions import min_snr_weights, training_target, weighted_mse
 
 Features = dict[str, Tensor]
 
@@ -40,13 +41,6 @@ class DistillWeights:
             raise ValueError(f"Weights must be finite and 0 or more, got {wrong}.")
         if not any(given.values()):
             raise ValueError("All weights are 0, so there is nothing to train: set one above 0.")
-
-
-def output_loss(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared difference of two predictions (b, C, H, W); rows weighted by `weights` (b,) if given."""
-    student, teacher = _precise(student), _precise(teacher)
-    rows = F.mse_loss(student, teacher, reduction="none").flatten(1).mean(1)
-    return (rows if weights is None else weights * rows).mean()
 
 
 def feature_loss(student: Features, teacher: Features) -> Tensor:
@@ -263,10 +257,13 @@ class DistillObjective(nn.Module):
         weights = self.weights
         blocks = [self.semantic_block] if weights.semantic and not weights.feature else list(self.blocks)
         predicted, own = _run(self.student, blocks, noisy, timesteps, conditions)
-        rows = self._row_weights(timesteps)
+        gamma = self.snr_gamma
+        rows = None if gamma is None else min_snr_weights(self.scheduler, timesteps, gamma)
         found = {}
         if weights.task:
-            found["task"] = output_loss(predicted, self._target(latents, noise, timesteps), rows)
+            found["task"] = weighted_mse(
+                predicted, training_target(self.scheduler, latents, noise, timesteps), rows
+            )
         if not (weights.output or weights.feature or weights.semantic):
             return found
         with torch.no_grad():
@@ -274,28 +271,12 @@ class DistillObjective(nn.Module):
             wanted, features = _run(self.teacher, sources, noisy, timesteps, conditions)
         theirs = {name: features[source] for name, source in zip(blocks, sources)}
         if weights.output:
-            found["output"] = output_loss(predicted, wanted, rows)
+            found["output"] = weighted_mse(predicted, wanted, rows)
         if weights.feature:
             found["feature"] = feature_loss(own, theirs)
         if weights.semantic:
             found["semantic"] = semantic_loss(own[self.semantic_block], theirs[self.semantic_block])
         return found
-
-    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        kind = self.scheduler.config["prediction_type"]
-        if kind == "epsilon":
-            return noise
-        if kind == "sample":
-            return latents
-        return self.scheduler.get_velocity(latents, noise, timesteps)  # type: ignore[arg-type]
-
-    def _row_weights(self, timesteps: Tensor) -> Tensor | None:
-        """(b,) min(SNR, γ) over what the squared error of the clean sample is worth in the target's units."""
-        if self.snr_gamma is None:
-            return None
-        snr = compute_snr(self.scheduler, timesteps)
-        kind = self.scheduler.config["prediction_type"]
-        return snr.clamp(max=self.snr_gamma) / {"epsilon": snr, "v_prediction": snr + 1}.get(kind, 1)
 
 
 def _check_scheduler(scheduler: Any) -> None:

@@ -7,35 +7,14 @@ model can have it put on and taken off; how much it loses without training is fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
-from diffusers import Transformer2DModel, UNet2DConditionModel
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    FusedAttnProcessor2_0,
-    XFormersAttnProcessor,
-)
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
-
-from .gri_windows import full_macs, gri_attention, gri_macs
-
-__all__ = [
-    "GRIAttnProcessor",
-    "GRIGrid",
-    "apply_gri_attention",
-    "full_macs",
-    "gri_attention",
-    "gri_attention_of",
-    "gri_macs",
-    "remove_gri_attention",
-]
-
-_REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
+from torch.nn import functional as F
 
 
 class GRIGrid(NamedTuple):
@@ -151,219 +130,111 @@ class GRIAttnProcessor:
         return height, width, window, pool
 
 
-class _GridHook:
-    """Tells the GRI processors of one `Transformer2DModel` the picture's size, and remembers what they replaced.
-
-    The size travels as a keyword argument and is kept nowhere: so gradient checkpointing, which repeats the inner
-    calls later, repeats them with their own size. Window and pool go with it, since loading an IP-Adapter replaces
-    the processors by new ones of the same class with default settings.
-
-    Args:
-        originals: the replaced processors by the name of their attention inside the transformer.
-    """
-
-    def __init__(self, window: int, pool: int, originals: dict[str, Any]) -> None:
-        self.window, self.pool, self.originals = window, pool, originals
-        self.handles: list[Any] = []
-
-    def __call__(
-        self, module: Transformer2DModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for name in self.originals:
-            found: Any = module.get_submodule(name).processor
-            if not isinstance(found, GRIAttnProcessor):
-                raise ValueError(
-                    f"GRI attention was put on {name}, but {type(found).__name__} stands there now (set by"
-                    " enable_xformers..., fuse_qkv_projections, set_attn_processor or the like). Call"
-                    " remove_gri_attention before, and for xformers unet.set_attention_backend('xformers')."
-                )
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        grid = GRIGrid(hidden_states.shape[2], hidden_states.shape[3], self.window, self.pool)
-        # The sixth argument of Transformer2DModel.forward; UNet blocks pass it by name.
-        given = args[5] if len(args) > 5 else kwargs.get("cross_attention_kwargs")
-        own = {**(given or {}), "gri_grid": grid}
-        if len(args) > 5:
-            return (*args[:5], own, *args[6:]), kwargs
-        return args, {**kwargs, "cross_attention_kwargs": own}
+# --- on tensors ---
 
 
-def _drop_grid(
-    module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The other attentions of a transformer get the same keyword arguments, and would warn of this one."""
-    if not isinstance(module.processor, GRIAttnProcessor):
-        kwargs = {name: value for name, value in kwargs.items() if name != "gri_grid"}
-    return args, kwargs
+def gri_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    height: int,
+    width: int,
+    window: int,
+    pool: int,
+    **dispatched: Any,
+) -> Tensor:
+    """Joint attention to the own window and to the pooled picture.
 
+    Windows tile the picture from the top left. Where they don't divide it, the last of a row or column moves back
+    inside and overlaps its neighbour, and answers only for the tokens that no other window has: so each query has a
+    full window and no mask is needed, which flash kernels would refuse. A pooled key counts as one key; the cells of
+    the own window are among them, and cells at the edge average what they have.
 
-def apply_gri_attention(unet: Any, paths: Sequence[str] | None = None, window: int = 8, pool: int = 4) -> Any:
-    """Puts GRI attention in the place of a UNet's self-attention, at any picture size.
-
-    The config of an `ASDMUNet2DConditionModel` says so from then on, a stock UNet's cannot, so that saving loses it.
-    It follows `unet.set_attention_backend`. It goes with LoRA, and with an IP-Adapter, which is on the
-    cross-attention: in either order. A deep copy of the UNet has it too.
+    A window that covers the picture makes this full attention; then the pooled keys are left out, since every token
+    is there itself.
 
     Args:
-        unet: a `UNet2DConditionModel`, or a pipeline that has one.
-        paths: modules whose `attn1` all get it, as "down_blocks.0" or one "….transformer_blocks.0.attn1"; None for
-            those at the highest resolution that has attention, where the compute is.
-        window: side of a window in tokens.
-        pool: side of a pooled cell in tokens.
+        query, key, value: (b, height·width, heads, d), rows of the picture one after the other.
+        window: side of a window in tokens, 1 or more; along a shorter side of the picture it is that side.
+        pool: side of a pooled cell in tokens, 1 or more.
+        dispatched: keyword arguments of `dispatch_attention_fn`.
 
     Returns:
-        `unet` as given.
-
-    Raises:
-        ValueError: no such UNet, GRI attention is on it already, a path without self-attention on pictures, a
-            processor there that is not diffusers' plain one, or a wrong window or pool.
+        (b, height·width, heads, d).
     """
-    model = _unet_of(unet)
-    GRIAttnProcessor(window, pool)
-    if gri_attention_of(model) is not None:
-        raise ValueError("GRI attention is on this UNet already: call remove_gri_attention(unet) first.")
-    found = _self_attentions(model)
-    chosen = _highest(model, found) if paths is None else _under(found, paths)
-    for name in chosen:
-        _check(name, model.get_submodule(name))
-    for parent, names in _by_transformer(model, chosen).items():
-        _install(model.get_submodule(parent), names, window, pool)
-    _note_in_config(model)
-    return unet
+    if window >= max(height, width):
+        return dispatch_attention_fn(query, key, value, **dispatched)
+    rows, columns = _tiling(height, window), _tiling(width, window)
+    keys, values = (
+        torch.cat([_to_windows(x, rows, columns), _pooled(x, rows, columns, pool)], 1) for x in (key, value)
+    )
+    out = dispatch_attention_fn(_to_windows(query, rows, columns), keys, values, **dispatched)
+    return _from_windows(out, len(query), rows, columns)
 
 
-def remove_gri_attention(unet: Any) -> Any:
-    """Takes GRI attention off again, without a trace; no-op where none is on. Returns `unet` as given.
+class _Tiling(NamedTuple):
+    """One side of a picture of `size` tokens in `count` windows of `window` tokens."""
 
-    A processor that something else has put in GRI attention's place since is left there.
+    size: int
+    count: int
+    window: int
 
-    Raises:
-        ValueError: no UNet, or its projections were fused since.
-    """
-    hooks = [(module, hook) for _, module, hook in _hooks(_unet_of(unet))]
-    attentions: list[tuple[Any, Any]] = [
-        (module.get_submodule(name), original)
-        for module, hook in hooks
-        for name, original in hook.originals.items()
-    ]
-    # Unfusing would put GRI processors back that nothing tells the picture's size any more.
-    if any(isinstance(attn.processor, FusedAttnProcessor2_0) for attn, _ in attentions):
-        raise ValueError("Call unet.unfuse_qkv_projections() first: it puts GRI attention back in its place.")
-    for attn, original in attentions:
-        if isinstance(attn.processor, GRIAttnProcessor):
-            attn.set_processor(original)
-    for _, hook in hooks:
-        for handle in hook.handles:
-            handle.remove()
-    _note_in_config(_unet_of(unet))
-    return unet
+    def order(self) -> list[int]:
+        """The tokens of all windows, end to end; those where two windows overlap come twice."""
+        starts = [min(i * self.window, self.size - self.window) for i in range(self.count)]
+        return [start + i for start in starts for i in range(self.window)]
+
+    def back(self) -> list[int]:
+        """Where in `order` each token is taken from."""
+        overlap = self.count * self.window - self.size
+        last = self.size - self.window + overlap
+        return [i if i < last else i + overlap for i in range(self.size)]
 
 
-def _note_in_config(unet: UNet2DConditionModel) -> None:
-    """The config of an `ASDMUNet2DConditionModel` has a place for it, and is what `from_pretrained` builds from."""
-    if "gri_attention" in unet.config:
-        found = gri_attention_of(unet)
-        noted = None if found is None else dict(zip(("paths", "window", "pool"), found))
-        unet.register_to_config(gri_attention=noted)
+def _tiling(size: int, window: int) -> _Tiling:
+    window = min(window, size)
+    return _Tiling(size, -(-size // window), window)
 
 
-def gri_attention_of(unet: Any) -> tuple[list[str], int, int] | None:
-    """(paths, window, pool) of the GRI attention on a UNet or on a pipeline's, None where there is none."""
-    model = unet if isinstance(unet, UNet2DConditionModel) else getattr(unet, "unet", None)
-    found = list(_hooks(model)) if isinstance(model, UNet2DConditionModel) else []
-    if not found:
-        return None
-    paths = [f"{name}.{inner}" for name, _, hook in found for inner in hook.originals]
-    return paths, found[0][2].window, found[0][2].pool
+def _select(x: Tensor, dim: int, indices: list[int]) -> Tensor:
+    if indices == list(range(x.shape[dim])):
+        return x
+    return x.index_select(dim, torch.tensor(indices, device=x.device))
 
 
-def _unet_of(given: Any) -> UNet2DConditionModel:
-    unet = given if isinstance(given, UNet2DConditionModel) else getattr(given, "unet", None)
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(
-            f"GRI attention needs a UNet2DConditionModel, or a pipeline whose .unet is one, got {type(given).__name__}."
-        )
-    return unet
+def _to_windows(x: Tensor, rows: _Tiling, columns: _Tiling) -> Tensor:
+    """(b, n, heads, d) to (b·windows, tokens of a window, heads, d)."""
+    x = x.unflatten(1, (rows.size, columns.size))
+    x = _select(_select(x, 1, rows.order()), 2, columns.order())
+    x = x.unflatten(2, (columns.count, columns.window)).unflatten(1, (rows.count, rows.window))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-def _self_attentions(unet: UNet2DConditionModel) -> list[str]:
-    return [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, Attention) and name.rpartition(".")[2] == "attn1"
-    ]
+def _from_windows(x: Tensor, batch: int, rows: _Tiling, columns: _Tiling) -> Tensor:
+    """The reverse of `_to_windows`."""
+    x = x.unflatten(1, (rows.window, columns.window)).unflatten(0, (batch, rows.count, columns.count))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return _select(_select(x, 1, rows.back()), 2, columns.back()).flatten(1, 2)
 
 
-def _highest(unet: UNet2DConditionModel, found: list[str]) -> list[str]:
-    levels = {}
-    for name in found:
-        side, index, *_ = name.split(".")
-        if side == "down_blocks":
-            levels[name] = int(index)
-        elif side == "up_blocks":
-            levels[name] = len(unet.up_blocks) - 1 - int(index)
-    if not levels:
-        raise ValueError(
-            f"This {type(unet).__name__} has no attn1 in its down and up blocks, so nothing to put GRI attention on."
-        )
-    return [name for name, level in levels.items() if level == min(levels.values())]
+def _pooled(x: Tensor, rows: _Tiling, columns: _Tiling, pool: int) -> Tensor:
+    """(b, n, heads, d) to (b·windows, cells, heads, d): every window is shown the same cells."""
+    picture = x.flatten(2).transpose(1, 2).unflatten(2, (rows.size, columns.size))
+    cells = F.avg_pool2d(picture, pool, ceil_mode=True, count_include_pad=False)
+    cells = cells.flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+    return cells.repeat_interleave(rows.count * columns.count, 0)
 
 
-def _under(found: list[str], paths: Sequence[str]) -> list[str]:
-    if isinstance(paths, str) or not paths:
-        raise ValueError(f"paths must be a sequence of one or more module names, got {paths!r}.")
-    for path in paths:
-        if not any(f"{name}.".startswith(f"{path}.") for name in found):
-            raise ValueError(
-                f"There is no attn1 at or under {path!r}. The UNet has: {', '.join(found) or 'none'}."
-            )
-    return [name for name in found if any(f"{name}.".startswith(f"{path}.") for path in paths)]
+def full_macs(height: int, width: int, channels: int) -> int:
+    """Multiply-accumulates of full attention on one picture: QKᵀ and the weighted sum, no projections."""
+    return 2 * (height * width) ** 2 * channels
 
 
-def _check(name: str, attn: Any) -> None:
-    kind = type(attn.processor)
-    if kind not in _REPLACEABLE:
-        hint = " Call unet.unfuse_qkv_projections() first." if kind is FusedAttnProcessor2_0 else ""
-        raise ValueError(
-            f"{name} has a {kind.__name__}, which GRI attention would drop: it replaces"
-            f" {', '.join(k.__name__ for k in _REPLACEABLE)} only.{hint}"
-        )
-    if attn.is_cross_attention:
-        raise ValueError(
-            f"{name} is cross-attention (only_cross_attention): GRI attention needs self-attention."
-        )
-
-
-def _by_transformer(unet: UNet2DConditionModel, names: list[str]) -> dict[str, list[str]]:
-    """The names inside each `Transformer2DModel`, by its name."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parent = name.rpartition(".transformer_blocks.")[0]
-        module = unet.get_submodule(parent)
-        if not parent or not isinstance(module, Transformer2DModel) or not module.is_input_continuous:
-            raise ValueError(
-                f"{name} is not in a Transformer2DModel on pictures, so the tokens form no grid."
-            )
-        groups.setdefault(parent, []).append(name[len(parent) + 1 :])
-    return groups
-
-
-def _install(transformer: Any, names: list[str], window: int, pool: int) -> None:
-    attentions: dict[str, Any] = {name: transformer.get_submodule(name) for name in names}
-    hook = _GridHook(window, pool, {name: attn.processor for name, attn in attentions.items()})
-    for attn in attentions.values():
-        processor: Any = GRIAttnProcessor(window, pool)
-        if isinstance(attn.processor, XFormersAttnProcessor):
-            processor._attention_backend = AttentionBackendName.XFORMERS
-        attn.set_processor(processor)
-    hook.handles.append(transformer.register_forward_pre_hook(hook, with_kwargs=True))
-    for module in transformer.modules():
-        if isinstance(module, Attention):
-            hook.handles.append(module.register_forward_pre_hook(_drop_grid, with_kwargs=True))
-
-
-def _hooks(unet: UNet2DConditionModel) -> Iterator[tuple[str, Any, _GridHook]]:
-    """(name, transformer, hook) wherever GRI attention is on."""
-    for name, module in unet.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _GridHook):
-                yield name, module, hook
+def gri_macs(height: int, width: int, channels: int, window: int = 8, pool: int = 4) -> int:
+    """The same count for GRI attention, overlapping windows at the edge included."""
+    if window >= max(height, width):
+        return full_macs(height, width, channels)
+    rows, columns = _tiling(height, window), _tiling(width, window)
+    queries = rows.count * rows.window * columns.count * columns.window
+    cells = -(-height // pool) * -(-width // pool)
+    return 2 * queries * (rows.window * columns.window + cells) * channels

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from diffusers import StableDiffusionPipeline
 
-from .gri_attention import apply_gri_attention, remove_gri_attention
+from .apply import apply_gri_attention, remove_gri_attention
 from .unet import ASDMUNet2DConditionModel
 
 __all__ = ["ASDMStableDiffusionPipeline", "ASDMUNet2DConditionModel"]

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
-from .architecture import Config, architecture_config
+from ..core.storage import write_json
 from .cost import Cost, CostTable, cost_table
-from .shape import UNetShape, fingerprint
+from .shape import Config, UNetShape, architecture_config, fingerprint
 from .unet import unet_config
 
 PRESETS = ("bk-base", "bk-small", "bk-tiny", "incubation")

@@ -1,4 +1,4 @@
-"""The analysis of a UNet and a pruning plan as tables for the terminal and as a picture."""
+"""The profile of a UNet and a pruning plan as tables for the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..core.extras import require
+
 if TYPE_CHECKING:
     from .cost import Cost
     from .plan import PruningPlan
-    from .search import PruningAnalysis
+    from .search import PruningProfile
 
 _SIDES = {"down_blocks": "tab:blue", "mid_block": "tab:green", "up_blocks": "tab:orange"}
 
 
-def analysis_table(analysis: PruningAnalysis) -> Table:
+def profile_table(profile: PruningProfile) -> Table:
     """Every block, layer and attention: parameters, MACs, milliseconds, and the loss without it."""
     table = _table("part", "loss without it", title="Parts of the UNet, each skipped alone")
-    for path, loss in analysis.sensitivity.parts.items():
+    for path, loss in profile.sensitivity.parts.items():
         name = (
             path
             if path.count(".") < 2 and "resnets" not in path and "attentions" not in path
             else f"  {path}"
         )
-        table.add_row(name, *_figures(analysis.costs.parts[path]), _loss(loss))
-    table.add_row("whole UNet", *_figures(analysis.costs.total), "")
+        table.add_row(name, *_figures(profile.costs.parts[path]), _loss(loss))
+    table.add_row("whole UNet", *_figures(profile.costs.total), "")
     return table
 
 
-def cuts_table(analysis: PruningAnalysis) -> Table:
+def cuts_table(profile: PruningProfile) -> Table:
     """Every cut: what it saves and what it alone loses."""
     from .shape import UNetShape
 
     table = _table("cut", "loss", title="Cuts, each made alone: what they save")
-    shape = UNetShape(analysis.config)
-    for group, loss in analysis.sensitivity.cuts.items():
-        saved = analysis.costs.total - analysis.costs.of_shape(shape.cut(*group))
+    shape = UNetShape(profile.config)
+    for group, loss in profile.sensitivity.cuts.items():
+        saved = profile.costs.total - profile.costs.of_shape(shape.cut(*group))
         name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
         table.add_row(name, *_figures(saved), _loss(loss))
     return table
@@ -88,12 +90,18 @@ def short(number: float) -> str:
     return f"{number:.4g}"
 
 
-def save_plot(analysis: PruningAnalysis, path: str | Path, plan: PruningPlan | None = None) -> None:
+def require_matplotlib() -> None:
+    """MissingExtraError where matplotlib is not installed."""
+    require("matplotlib.figure", "plots")
+
+
+def save_plot(profile: PruningProfile, path: str | Path, plan: PruningPlan | None = None) -> None:
     """A PNG: left the parts' MACs and losses, right what every cut saves and loses, a plan's own ones filled."""
+    require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    units = {p: loss for p, loss in analysis.sensitivity.parts.items() if "resnets" in p or "attentions" in p}
+    units = {p: loss for p, loss in profile.sensitivity.parts.items() if "resnets" in p or "attentions" in p}
     # Not pyplot, which would choose and keep a backend for the whole process.
     figure = Figure(figsize=(13, max(4, 0.17 * len(units) + 1)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -101,7 +109,7 @@ def save_plot(analysis: PruningAnalysis, path: str | Path, plan: PruningPlan | N
     names, rows = list(units), range(len(units))
     colors = [_SIDES[name.split(".")[0]] for name in names]
     left.barh(
-        rows, [100 * analysis.costs.parts[n].macs / analysis.costs.total.macs for n in names], color=colors
+        rows, [100 * profile.costs.parts[n].macs / profile.costs.total.macs for n in names], color=colors
     )
     left.set_yticks(rows, names, fontsize=6)
     left.set_xlabel("share of MACs, %")
@@ -111,18 +119,18 @@ def save_plot(analysis: PruningAnalysis, path: str | Path, plan: PruningPlan | N
     middle.set_xlabel("loss if skipped")
     for axes in (left, middle):
         axes.invert_yaxis()
-    _plot_cuts(analysis, right, plan)
+    _plot_cuts(profile, right, plan)
     figure.savefig(path, dpi=120, format="png")
 
 
-def _plot_cuts(analysis: PruningAnalysis, axes: Any, plan: PruningPlan | None) -> None:
+def _plot_cuts(profile: PruningProfile, axes: Any, plan: PruningPlan | None) -> None:
     from .shape import UNetShape
 
-    shape, chosen = UNetShape(analysis.config), list(plan.cuts) if plan else []
+    shape, chosen = UNetShape(profile.config), list(plan.cuts) if plan else []
     labels: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}
-    for group, loss in analysis.sensitivity.cuts.items():
-        cost = analysis.costs.of_shape(shape.cut(*group))
-        saved = 100 * (1 - cost.macs / analysis.costs.total.macs)
+    for group, loss in profile.sensitivity.cuts.items():
+        cost = profile.costs.of_shape(shape.cut(*group))
+        saved = 100 * (1 - cost.macs / profile.costs.total.macs)
         taken = chosen.count(group[0]) == len(group)
         face = "tab:red" if taken else "none"
         axes.scatter(saved, loss, s=30, facecolors=face, edgecolors="tab:red" if taken else "gray")

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .architecture import Config, architecture_config
+from .calibration import CalibrationInput
 from .cost import CostTable, cost_table
 from .plan import PruningPlan, make_plan
-from .sensitivity import Probe, Score, Sensitivity, measure_sensitivity
-from .shape import UNetShape, possible_cuts
+from .sensitivity import Score, Sensitivity, measure_sensitivity
+from .shape import Config, UNetShape, architecture_config, possible_cuts
 from .unet import unet_config
 
 Cuts = tuple[str, ...]
@@ -30,7 +30,7 @@ class _Option:
 
 
 @dataclass(frozen=True)
-class PruningAnalysis:
+class PruningProfile:
     """What a UNet's parts and the cuts that it allows cost and are worth.
 
     Attributes:
@@ -226,44 +226,44 @@ def _cross(one: list[_Option], other: list[_Option]) -> list[_Option]:
     ]
 
 
-def analyse_pruning(
+def profile_unet(
     unet: Any,
-    probes: Sequence[Probe],
+    inputs: Sequence[CalibrationInput],
     *,
     height: int | None = None,
     width: int | None = None,
     repeats: int = 10,
     score: Score | None = None,
     progress: bool = False,
-) -> PruningAnalysis:
+) -> PruningProfile:
     """Cost and sensitivity of every block, layer, attention and cut of a UNet.
 
     Args:
         unet: a stock UNet or an `ASDMUNet2DConditionModel`, with weights, where it is to run.
-        probes: what its sensitivity is measured on: see `record_probes` and `noised_probes`.
-        height, width: of the latents that costs are for; default: the probes', or the config's `sample_size`.
-        repeats: how often to measure milliseconds, with the probes' batch size; 0: not at all.
+        inputs: what its sensitivity is measured on: see `record_calibration_inputs` and `noised_calibration_inputs`.
+        height, width: of the latents that costs are for; default: the inputs', or the config's `sample_size`.
+        repeats: how often to measure milliseconds, with the inputs' batch size; 0: not at all.
         score: see `measure_sensitivity`.
         progress: show a bar.
 
     Raises:
-        ValueError: neither probes nor score, or a UNet that cannot be pruned.
+        ValueError: neither inputs nor score, or a UNet that cannot be pruned.
     """
     config = unet_config(unet)
     batch, tokens = 1, 77
-    if probes:
-        first = probes[0]
+    if inputs:
+        first = inputs[0]
         batch, tokens = len(first["sample"]), first["encoder_hidden_states"].shape[1]
         if height is None and width is None:
             height, width = first["sample"].shape[2:]
-    sensitivity = measure_sensitivity(unet, probes, score, progress)
+    sensitivity = measure_sensitivity(unet, inputs, score, progress)
     costs = cost_table(unet, height, width, tokens, repeats, batch)
-    return PruningAnalysis(architecture_config(config), costs, sensitivity)
+    return PruningProfile(architecture_config(config), costs, sensitivity)
 
 
 def plan_pruning(
     unet: Any,
-    probes: Sequence[Probe],
+    inputs: Sequence[CalibrationInput],
     target: float,
     *,
     by: str = "macs",
@@ -276,17 +276,17 @@ def plan_pruning(
     A-SDM (arXiv:2312.15516) as rebuilt here: how the paper chooses its blocks is not public.
 
     ```python
-    plan = plan_pruning(pipe.unet, record_probes(pipe, prompts), 0.78)
+    plan = plan_pruning(pipe.unet, record_calibration_inputs(pipe, prompts), 0.78)
     student = prune_unet(pipe.unet, plan, num_stages=1)
     ```
 
     Args:
-        unet, probes, score: see `analyse_pruning`, which has the figures behind the plan.
-        target, by, num_stages, stock_only: see `PruningAnalysis.plan`.
+        unet, inputs, score: see `profile_unet`, which has the figures behind the plan.
+        target, by, num_stages, stock_only: see `PruningProfile.plan`.
 
     Raises:
         ValueError: see these two.
     """
     repeats = 10 if by == "milliseconds" else 0
-    analysis = analyse_pruning(unet, probes, repeats=repeats, score=score)
-    return analysis.plan(target, by, num_stages, stock_only)
+    profile = profile_unet(unet, inputs, repeats=repeats, score=score)
+    return profile.plan(target, by, num_stages, stock_only)

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..pipeline_hooks import quiet
+from .calibration import CalibrationInput
 from .prune import cut_unet
 from .shape import UNetShape, possible_cuts
 from .unet import unet_config
 
-Probe = dict[str, Any]
 Score = Callable[[Any], float]
 
 
@@ -36,125 +34,49 @@ class Sensitivity:
 
 
 @torch.no_grad()
-def record_probes(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    num_timesteps: int = 4,
-    num_inference_steps: int = 20,
-    seed: int = 0,
-    **call_kwargs: Any,
-) -> list[Probe]:
-    """What a pipeline's UNet is given while it samples, at some timesteps spread evenly over the run.
-
-    Args:
-        pipe: a Stable Diffusion or SDXL pipeline, or its kin.
-        prompts: one picture each, all in one batch; with guidance that is twice the rows.
-        num_timesteps: at most `num_inference_steps`.
-        num_inference_steps: of the run.
-        seed: of its noise.
-        call_kwargs: of the pipeline's call, such as height, width and guidance_scale.
-
-    Returns:
-        Keyword arguments of the UNet's call, one dict for every timestep.
-
-    Raises:
-        ValueError: no prompts, or a number of timesteps that the run does not have.
-    """
-    if not prompts or not 1 <= num_timesteps <= num_inference_steps:
-        raise ValueError(
-            f"Give one or more prompts, and num_timesteps from 1 to num_inference_steps={num_inference_steps}; got"
-            f" {len(prompts)} prompts and {num_timesteps}."
-        )
-    found: list[Probe] = []
-
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args))
-        kept = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
-        found.append({**named, **kept})
-
-    handle = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with quiet(pipe):
-            pipe(
-                list(prompts),
-                num_inference_steps=num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-                output_type="latent",
-                **call_kwargs,
-            )
-    finally:
-        handle.remove()
-    # The middle of each of num_timesteps equal parts of the run.
-    return [found[int((k + 0.5) * len(found) / num_timesteps)] for k in range(num_timesteps)]
-
-
-def noised_probes(
-    latents: Tensor, timesteps: Sequence[int], scheduler: Any, seed: int = 0, **conditioning: Any
-) -> list[Probe]:
-    """Probes of real pictures: their latents with noise added.
-
-    Args:
-        latents: (b, C, H, W), in the scale that the UNet works in.
-        timesteps: from 0 to the scheduler's number of training steps less 1.
-        scheduler: of Stable Diffusion's kind; only its noise schedule counts.
-        seed: of the noise.
-        conditioning: of the UNet's call, as encoder_hidden_states (b, tokens, width).
-    """
-    schedule: Any = DDPMScheduler.from_config(scheduler.config)
-    draw = torch.Generator().manual_seed(seed)
-    found = []
-    for timestep in timesteps:
-        noise = torch.randn(latents.shape, generator=draw).to(latents)
-        when = torch.full((len(latents),), timestep, device=latents.device)
-        found.append({"sample": schedule.add_noise(latents, noise, when), "timestep": when, **conditioning})
-    return found
-
-
-@torch.no_grad()
-def predict(unet: Any, probes: Sequence[Probe]) -> list[Tensor]:
-    """The UNet's output (b, C, H, W) for every probe, float32, with dropout off."""
+def predict(unet: Any, inputs: Sequence[CalibrationInput]) -> list[Tensor]:
+    """The UNet's output (b, C, H, W) for every item, float32, with dropout off."""
     training = unet.training
     try:
         unet.eval()
-        return [unet(**probe, return_dict=False)[0].float() for probe in probes]
+        return [unet(**item, return_dict=False)[0].float() for item in inputs]
     finally:
         unet.train(training)
 
 
-def output_change(unet: Any, probes: Sequence[Probe], reference: Sequence[Tensor]) -> float:
-    """Mean over probes and rows of ‖ε − ε₀‖²/‖ε₀‖², where ε₀ is the whole UNet's output; see `predict`."""
+def output_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Sequence[Tensor]) -> float:
+    """Mean over inputs and rows of ‖ε − ε₀‖²/‖ε₀‖², where ε₀ is the whole UNet's output; see `predict`."""
     errors = []
-    for found, wanted in zip(predict(unet, probes), reference):
+    for found, wanted in zip(predict(unet, inputs), reference):
         errors.append((found - wanted).flatten(1).square().sum(1) / wanted.flatten(1).square().sum(1))
     return float(torch.cat(errors).double().mean())
 
 
 def measure_sensitivity(
-    unet: Any, probes: Sequence[Probe], score: Score | None = None, progress: bool = False
+    unet: Any, inputs: Sequence[CalibrationInput], score: Score | None = None, progress: bool = False
 ) -> Sensitivity:
     """The loss of every part and every cut alone.
 
     Args:
         unet: with weights.
-        probes: see `record_probes` and `noised_probes`.
+        inputs: see `record_calibration_inputs` and `noised_calibration_inputs`.
         score: what to measure instead of the change of the output: a function of a UNet, such as a Fréchet distance
             after a short run of the sampler, less being better. It is called for the whole UNet and about 80 times
             for Stable Diffusion's parts; the loss is the difference. The UNet's modules may be hooked in the call.
         progress: show a bar.
 
     Raises:
-        ValueError: no probes and no score, or a UNet that cannot be pruned.
+        ValueError: no inputs and no score, or a UNet that cannot be pruned.
     """
-    if not probes and score is None:
-        raise ValueError("Give probes, which record_probes takes from a pipeline, or a score.")
+    if not inputs and score is None:
+        raise ValueError("Give inputs, which record_calibration_inputs takes from a pipeline, or a score.")
     shape = UNetShape(unet_config(unet))
-    reference = predict(unet, probes) if score is None else []
+    reference = predict(unet, inputs) if score is None else []
     whole = 0.0 if score is None else score(unet)
 
     def loss(candidate: Any) -> float:
         if score is None:
-            return output_change(candidate, probes, reference)
+            return output_change(candidate, inputs, reference)
         return score(candidate) - whole
 
     parts: dict[str, float | None] = {}

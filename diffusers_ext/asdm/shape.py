@@ -14,15 +14,23 @@ Pure bookkeeping on configs, no tensors. A cut is a string, and every path in on
 from __future__ import annotations
 
 import copy
-import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .architecture import CROSS, MID_CROSS, MID_PLAIN, PLAIN, Config, architecture_config
+from diffusers import UNet2DConditionModel
 
+from ..core.storage import digest
+
+Config = dict[str, Any]
+
+# Of a down and of an up block.
+CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+MID_CROSS, MID_PLAIN = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
+_EXTRAS = ("removed_attentions", "gri_attention")
 GRI_WINDOW, GRI_POOL = 8, 4
 
 _CUT = re.compile(
@@ -40,6 +48,32 @@ _PER_STAGE = (
 )
 # The same, from the coarsest on.
 _REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")
+
+
+def architecture_config(config: Mapping[str, Any]) -> Config:
+    """What fixes a UNet's modules, in one spelling: every argument of diffusers' class but `sample_size`, and ours.
+
+    The number of layers is a list, tuples are lists, and a missing key has its default. CLME-CondConv layers are left
+    out: they replace convolutions, and no cut depends on them.
+
+    Raises:
+        ValueError: block types that the cuts don't know.
+    """
+    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
+    known = {name: p.default for name, p in parameters.items() if name not in ("self", "sample_size")}
+    found = {name: config.get(name, default) for name, default in known.items()}
+    found |= {name: config.get(name) or None for name in _EXTRAS}
+    found = json.loads(json.dumps(found))
+    if isinstance(found["layers_per_block"], int):
+        found["layers_per_block"] = [found["layers_per_block"]] * len(found["block_out_channels"])
+    unknown = {*found["down_block_types"], *found["up_block_types"]} - {*CROSS, *PLAIN}
+    unknown |= {found["mid_block_type"]} - {MID_CROSS, MID_PLAIN, None}
+    if unknown:
+        raise ValueError(
+            f"Pruning knows the blocks {', '.join((*CROSS, *PLAIN, MID_CROSS, MID_PLAIN))}; this UNet has"
+            f" {', '.join(sorted(unknown))}."
+        )
+    return found
 
 
 @dataclass
@@ -312,8 +346,7 @@ def _keep_depths(config: Config, key: str, index: int, kept: Iterable[int]) -> N
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits that two UNets share only if they have the same modules."""
-    text = json.dumps(UNetShape(config).config(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(UNetShape(config).config())
 
 
 def possible_cuts(config: Mapping[str, Any], stock_only: bool = False) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..checkpoints import list_checkpoints
-from ..files import write_json
+from ..core.storage import check_recipe, write_json
+from ..training.checkpoints import list_checkpoints
 from .cost import count_macs
 from .distill import DistillObjective, DistillWeights
 from .plan import PruningPlan
@@ -154,16 +154,9 @@ def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
             f"{output} holds {begun[-1].name} of an earlier run: continue it with --resume_from_checkpoint latest,"
             " delete its stages, or choose another --output_dir."
         )
-    path = output / RECIPE_NAME
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    wanted = json.loads(json.dumps(recipe))
-    different = [name for name in wanted if found.get(name) != wanted[name]]
-    if different:
-        raise ValueError(
-            f"The run in {output} was started with another {' and another '.join(different)}: "
-            + "; ".join(f"{name} was {found.get(name)!r}, now {wanted[name]!r}" for name in different)
-            + ". Resume it with its own arguments, or choose another --output_dir."
-        )
+    check_recipe(
+        output / RECIPE_NAME, recipe, "resume it with its own arguments, or choose another --output_dir"
+    )
 
 
 def write_recipe(output: Path, recipe: Mapping[str, Any]) -> None:

@@ -9,8 +9,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .. import registration  # noqa: F401
-
 
 class SkippedAttention(nn.Module):
     """Stands where an attention was removed: returns its input as a `Transformer2DModel` returns its output."""
@@ -48,8 +46,8 @@ class ASDMUNet2DConditionModel(UNet2DConditionModel):
         **config: Any,
     ) -> None:
         # Lazily, so that each half of the method imports without the other.
+        from .apply import apply_gri_attention
         from .condconv import CLMECondConv2d
-        from .gri_attention import apply_gri_attention
 
         super().__init__(**config)
         for path in removed_attentions or []:
@@ -123,7 +121,7 @@ def unet_config(unet: Any) -> dict[str, Any]:
     Raises:
         ValueError: no `UNet2DConditionModel`, or GRI attention that was put on but is not in the config.
     """
-    from .gri_attention import gri_attention_of
+    from .apply import gri_attention_of
 
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(

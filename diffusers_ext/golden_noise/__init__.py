@@ -1,0 +1,15 @@
+"""Golden noise: a small network (NPNet) turns random noise into noise that suits the prompt.
+
+Zhou et al., *Golden Noise for Diffusion Models: A Learning Framework*, arXiv:2411.09502. On and off:
+`apply_golden_noise`, `remove_golden_noise`.
+"""
+
+from ..core.methods import register
+
+__getattr__, __dir__ = register(
+    __name__,
+    __file__,
+    title="golden noise",
+    describe="apply:describe",
+    commands="commands:add_commands",
+)

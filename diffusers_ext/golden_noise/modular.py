@@ -25,7 +25,7 @@ from diffusers.modular_pipelines import (
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLPrepareLatentsStep
 from torch import Tensor
 
-from .inject import check_npnet, mix
+from .apply import check_npnet, mix
 from .npnet import NPNetModel
 
 _MODEL_NAME = "stable-diffusion-xl"

@@ -1,12 +1,15 @@
-"""Collects pairs of random and golden noise from a pipeline: what NPNet is trained on.
+"""Pairs of random and golden noise, what NPNet is trained on: collected from a pipeline, kept in shards, loaded.
 
 Attempt i has prompt i (round the list) and its own seed, so the pairs don't depend on the batch size's remainder,
 on how many processes share the work, or on how often they were killed.
+
+A shard holds one batch of attempts: `noise` and `golden` (n, C, H, W) float16, `index` (n,) int64, which attempt
+each row is, `scores` (n, 2) float32 where there was a scorer, and the prompts in its metadata. Its being there means
+that the whole batch was tried, kept or not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +21,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import packing
-from ..pipeline_calls import initial_noise, unpacked_shape
-from ..pipeline_hooks import quiet
-from .pair_store import ShardSummary, read_summary, shard_path, write_manifest, write_shard
-from .redenoise import pair_scheduler, redenoise
+from ..core.families import unpack, unpacked_shape
+from ..core.pipeline import denoiser_of, initial_noise, quiet
+from ..core.schedules import first_order_scheduler
+from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, weights_digest
+from .redenoise import redenoise
 from .scorers import Scorer, checked_scores
 
 
@@ -92,29 +95,27 @@ def collect_pairs(
             f"Give prompts, and num_pairs and batch_size of 1 or more; got {len(prompts)} prompts, {num_pairs} and"
             f" {batch_size}."
         )
-    write_manifest(
-        output_dir,
-        {
-            "model": describe_model(pipe),
-            "prompts": {"count": len(prompts), "digest": _digest("\n".join(prompts))},
-            "num_pairs": num_pairs,
-            "seed": seed,
-            "batch_size": batch_size,
-            "scorer": scorer_name,
-            "settings": asdict(settings),
-            "call": {key: repr(value) for key, value in sorted(call_kwargs.items())},
-        },
-    )
+    recipe = {
+        "model": describe_model(pipe),
+        "prompts": {"count": len(prompts), "digest": digest(prompts)},
+        "num_pairs": num_pairs,
+        "seed": seed,
+        "batch_size": batch_size,
+        "scorer": scorer_name,
+        "settings": asdict(settings),
+        "call": {key: repr(value) for key, value in sorted(call_kwargs.items())},
+    }
+    store = ShardStore(output_dir, recipe)
     kept = tried = 0
     batches = range(rank, -(-num_pairs // batch_size), world)
     bar = tqdm(total=len(batches) * batch_size, disable=not progress, unit="pair", desc="noise pairs")
     for batch in batches:
-        path = shard_path(output_dir, batch)
+        path = store.path(batch)
         if not path.is_file():
             rows = range(batch * batch_size, min((batch + 1) * batch_size, num_pairs))
             chosen = [prompts[i % len(prompts)] for i in rows]
             tensors, names = _pairs(pipe, rows, chosen, seed, settings, scorer, call_kwargs)
-            write_shard(path, tensors, names, len(rows))
+            store.write(batch, tensors, {"prompts": json.dumps(names), "tried": str(len(rows))})
         done = read_summary(path)
         kept, tried = kept + done.kept, tried + done.tried
         bar.update(done.tried)
@@ -152,7 +153,7 @@ def _pairs(
     )
     shape = unpacked_shape(pipe, noise, given) if noise.ndim == 3 else None
     stored = {
-        name: (packing.unpack(x, shape) if shape else x).half().cpu()
+        name: (unpack(x, shape) if shape else x).half().cpu()
         for name, x in (("noise", noise), ("golden", golden))
     }
     stored["index"] = torch.tensor(list(rows), dtype=torch.int64)
@@ -190,21 +191,98 @@ def _score(
 
 def describe_model(pipe: Any) -> dict[str, str]:
     """Class, noise schedule and a digest of the denoiser's weights: what the pairs belong to."""
-    denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
-    hasher = hashlib.sha256()
-    for name, value in sorted(denoiser.state_dict().items()):
-        # A few values of every tensor: enough to tell two models apart, and quick for large ones.
-        hasher.update(f"{name}{tuple(value.shape)}".encode())
-        hasher.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
     config = {
-        key: value for key, value in pair_scheduler(pipe.scheduler).config.items() if not key.startswith("_")
+        key: value
+        for key, value in first_order_scheduler(pipe.scheduler).config.items()
+        if not key.startswith("_")
     }
     return {
         "pipeline": type(pipe).__name__,
-        "weights": hasher.hexdigest()[:16],
-        "schedule": _digest(json.dumps(config, sort_keys=True, default=repr)),
+        "weights": weights_digest(denoiser_of(pipe)),
+        "schedule": digest(config),
     }
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+# --- the pairs on disk ---
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """Pairs kept and tried in one shard."""
+
+    kept: int
+    tried: int
+
+
+def read_summary(path: Path) -> ShardSummary:
+    """Of a shard, from its header alone."""
+    with open_tensors(path) as file:
+        return ShardSummary(file.get_slice("index").get_shape()[0], int(file.metadata()["tried"]))
+
+
+@dataclass(frozen=True)
+class NoisePairs:
+    """Pairs in memory.
+
+    Attributes:
+        noise: (n, C, H, W) float16, random.
+        golden: like `noise`, the target.
+        prompts: n texts.
+        index: (n,) int64, the attempt's number.
+    """
+
+    noise: Tensor
+    golden: Tensor
+    prompts: list[str]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> NoisePairs:
+        """All shards of a folder.
+
+        Raises:
+            ValueError: no recipe, no pairs, or a shard that is not whole, does not belong, or holds a value
+                that is not finite; it is named.
+        """
+        ShardStore.recipe_of(folder)
+        parts = [_read(path) for path in ShardStore.paths(folder)]
+        parts = [part for part in parts if len(part)]
+        if not parts:
+            raise ValueError(
+                f"{folder} holds no pairs: the collector has not kept any yet; lower its --margin."
+            )
+        shapes = {tuple(part.noise.shape[1:]) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"{folder} holds pairs of different shapes: {sorted(shapes)}.")
+        return cls(
+            torch.cat([p.noise for p in parts]),
+            torch.cat([p.golden for p in parts]),
+            [prompt for p in parts for prompt in p.prompts],
+            torch.cat([p.index for p in parts]),
+        )
+
+    def subset(self, rows: Tensor) -> NoisePairs:
+        """The given rows (m,) int64."""
+        chosen = [self.prompts[i] for i in rows.tolist()]
+        return NoisePairs(self.noise[rows], self.golden[rows], chosen, self.index[rows])
+
+
+def _read(path: Path) -> NoisePairs:
+    tensors, metadata = read_tensors(path)
+    if not {"noise", "golden", "index"} <= tensors.keys() or "prompts" not in metadata:
+        raise ValueError(
+            f"{path} is not a shard of noise pairs: it holds {', '.join(sorted(tensors)) or 'nothing'}, expected"
+            " noise, golden and index with the prompts in its metadata."
+        )
+    noise, golden, index = (tensors[name] for name in ("noise", "golden", "index"))
+    prompts = json.loads(metadata["prompts"])
+    if noise.shape != golden.shape or not len(noise) == len(index) == len(prompts):
+        raise ValueError(
+            f"{path} does not hold pairs: noise {tuple(noise.shape)}, golden {tuple(golden.shape)},"
+            f" {len(index)} indices and {len(prompts)} prompts."
+        )
+    require_finite(tensors, path)
+    return NoisePairs(noise, golden, prompts, index)

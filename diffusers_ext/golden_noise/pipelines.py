@@ -30,8 +30,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..call_signature import adds_argument, named_arguments
-from .inject import GoldenNoise
+from ..core.pipeline import adds_argument, named_arguments
+from .apply import GoldenNoise
 from .npnet import NPNetModel
 
 _DOC = """golden_strength (`float`, defaults to 1.0): 0 starts from the random noise, 1 from the

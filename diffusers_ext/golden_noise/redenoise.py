@@ -11,45 +11,14 @@ with ε_l the guided prediction and ε_inv the one for the way back; for a flow 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..pipeline_calls import model_output
-from ..pipeline_hooks import scheduler_of
-
-_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
-
-
-@dataclass(frozen=True)
-class Level:
-    """A noise level: x = alpha · clean + sigma · noise."""
-
-    alpha: float
-    sigma: float
-
-
-def split_prediction(
-    output: Tensor, sample: Tensor, level: Level, prediction_type: str
-) -> tuple[Tensor, Tensor]:
-    """(clean, noise) that a model output means for a sample of that level.
-
-    Raises:
-        ValueError: an unknown `prediction_type`.
-    """
-    alpha, sigma = level.alpha, level.sigma
-    if prediction_type == "epsilon":
-        return (sample - sigma * output) / alpha, output
-    if prediction_type == "v_prediction":
-        return alpha * sample - sigma * output, alpha * output + sigma * sample
-    if prediction_type == "sample":
-        return output, (sample - alpha * output) / sigma
-    if prediction_type == "flow_prediction":  # alpha + sigma = 1, the output is noise − clean
-        return sample - sigma * output, sample + alpha * output
-    raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}, got {prediction_type!r}.")
+from ..core.pipeline import model_output, scheduler_of
+from ..core.predictions import Level, clean_prediction, noise_prediction
+from ..core.schedules import first_order_scheduler, grid_levels, prediction_type
 
 
 def move(output: Tensor, sample: Tensor, here: Level, there: Level, prediction_type: str) -> Tensor:
@@ -58,54 +27,14 @@ def move(output: Tensor, sample: Tensor, here: Level, there: Level, prediction_t
     A sample at `here`, and the model's output for it. On the way up `output` is the model's at the level `there`,
     but is read as a prediction for a sample `here`, as `DDIMInverseScheduler` does.
     """
-    clean, noise = split_prediction(output, sample, here, prediction_type)
-    return there.alpha * clean + there.sigma * noise
+    clean = clean_prediction(output, sample, *here, prediction_type)
+    noise = noise_prediction(output, sample, *here, prediction_type)
+    return there[0] * clean + there[1] * noise
 
 
 def displacement_factor(top: Level, below: Level) -> float:
     """k of the module's formula: how far a difference of noise predictions moves the noise."""
-    return top.sigma - top.alpha / below.alpha * below.sigma
-
-
-def pair_scheduler(scheduler: Any) -> Any:
-    """The scheduler whose steps re-denoising takes: DDIM, or Euler for a flow, with the noise schedule given.
-
-    Raises:
-        ValueError: the scheduler has neither kind of noise schedule.
-    """
-    if (
-        getattr(scheduler.config, "prediction_type", None) == "flow_prediction"
-        or "FlowMatch" in type(scheduler).__name__
-    ):
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"{type(scheduler).__name__} has no alphas_cumprod and is no flow: re-denoising does not know its noise"
-            " levels. Use a pipeline with DDIM's, DPM-Solver's or FlowMatch Euler's noise schedule."
-        )
-    # A noise schedule with zero terminal SNR has alpha = 0 at the top, where noise predictions say nothing.
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
-
-
-def schedule_levels(scheduler: Any, count: int) -> list[Level]:
-    """The first `count` levels of a scheduler made by `pair_scheduler`, after its `set_timesteps`.
-
-    Raises:
-        ValueError: fewer steps than that.
-    """
-    timesteps: Any = scheduler.timesteps
-    if (have := len(timesteps)) < count:
-        raise ValueError(f"Re-denoising needs num_inference_steps of at least {count}, got {have}.")
-    if prediction_of(scheduler) == "flow_prediction":
-        return [Level(1 - sigma, sigma) for sigma in scheduler.sigmas.tolist()[:count]]
-    cumulative = [float(scheduler.alphas_cumprod[int(t)]) for t in timesteps.tolist()[:count]]
-    return [Level(a**0.5, (1 - a) ** 0.5) for a in cumulative]
-
-
-def prediction_of(scheduler: Any) -> str:
-    """The prediction type of a scheduler made by `pair_scheduler`."""
-    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    return "flow_prediction" if flow else scheduler.config.prediction_type
+    return top[1] - top[0] / below[0] * below[1]
 
 
 @torch.no_grad()
@@ -144,14 +73,17 @@ def redenoise(
     """
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be 1 or more, got {num_rounds}.")
-    scheduler = pair_scheduler(pipe.scheduler)
+    scheduler = first_order_scheduler(pipe.scheduler)
     call = {**call_kwargs, "num_inference_steps": num_inference_steps}
     down, up = ({**call, _scale_name(pipe): w} for w in (guidance_scale, inversion_guidance_scale))
     x = noise.float()
     with scheduler_of(pipe, scheduler):
         for _ in range(num_rounds):
             guided = model_output(pipe, x.to(noise.dtype), down)
-            levels, kind = schedule_levels(scheduler, 3 if legacy_inversion else 2), prediction_of(scheduler)
+            levels, kind = (
+                _first_levels(scheduler, 3 if legacy_inversion else 2),
+                str(prediction_type(scheduler)),
+            )
             lower = move(guided, x, levels[0], levels[1], kind)
             back = model_output(pipe, lower.to(noise.dtype), up)
             above, below = (levels[1], levels[2]) if legacy_inversion else (levels[0], levels[1])
@@ -169,4 +101,11 @@ def _scale_name(pipe: Any) -> str:
     for name in ("guidance_scale", "true_cfg_scale"):
         if name in parameters:
             return name
-    raise ValueError(f"{type(pipe).__name__} has no guidance_scale, which re-denoising lives from.")
+    raise ValueError(f"{type(pipe).__name__} has no guidance_scale, which re-denoising needs.")
+
+
+def _first_levels(scheduler: Any, count: int) -> list[Level]:
+    levels = grid_levels(scheduler)
+    if len(levels) < count:
+        raise ValueError(f"Re-denoising needs num_inference_steps of at least {count}, got {len(levels)}.")
+    return levels[:count]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..pipeline_calls import encode_prompts
-from ..pipeline_hooks import quiet
+from ..core.families import pack, packs_latents
+from ..core.pipeline import prompt_embeddings, quiet
 from .npnet import NPNetModel
-from .pair_store import NoisePairs
+from .pairs import NoisePairs
 from .scorers import Scorer, checked_scores
 
 
@@ -47,11 +47,6 @@ def split_by_prompt(pairs: NoisePairs, share: float) -> tuple[NoisePairs, NoiseP
 
 def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def prompt_embeddings(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """What the pipeline's denoiser is shown of the prompts, (n, tokens, text_dim)."""
-    return encode_prompts(pipe, prompts, guidance=False)["prompt_embeds"]
 
 
 @torch.no_grad()
@@ -106,15 +101,13 @@ def sample(
     pipe: Any, prompts: Sequence[str], latents: Tensor, batch_size: int = 32, **call_kwargs: Any
 ) -> np.ndarray:
     """Pictures float32 (n, h, w, 3) in [0, 1] from given unit noise (n, C, H, W), packed here if need be."""
-    from .. import packing
-
-    packs = hasattr(pipe, "_pack_latents")
+    packs = packs_latents(pipe)
     pictures = []
     for rows in torch.arange(len(prompts)).split(batch_size):
         x = latents[rows].to(pipe._execution_device, pipe.dtype)
         chosen = [prompts[i] for i in rows.tolist()]
         with quiet(pipe):
-            result = pipe(chosen, latents=packing.pack(x) if packs else x, output_type="np", **call_kwargs)
+            result = pipe(chosen, latents=pack(x) if packs else x, output_type="np", **call_kwargs)
         pictures.append(np.asarray(result.images, dtype=np.float32))
     return np.concatenate(pictures)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files import whole_file, write_json
+from ..core.storage import ShardStore, read_tensors
 from .projector import Projector, falling_timesteps
 
 SHARD = 256
@@ -70,18 +67,8 @@ class TeacherPairs:
     """
 
     def __init__(self, folder: str | Path, num_pairs: int, recipe: dict[str, Any]) -> None:
-        self.folder, self.recipe = Path(folder), json.loads(json.dumps(recipe))
         self.num_shards = -(-num_pairs // SHARD)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        manifest = self.folder / "recipe.json"
-        if manifest.is_file():
-            found = json.loads(manifest.read_text())
-            different = [key for key in {**found, **self.recipe} if found.get(key) != self.recipe.get(key)]
-            if different:
-                raise ValueError(
-                    f"{self.folder} holds pairs made with another {', '.join(sorted(different))}: delete it, or"
-                    " give another folder."
-                )
+        self.store = ShardStore(folder, recipe)
 
     def collect(
         self,
@@ -102,10 +89,8 @@ class TeacherPairs:
             shape: of one row.
             conditions_of: for row indices (b,), the arguments of the network with and without the prompt.
         """
-        if accelerator.is_main_process:
-            write_json(self.folder / "recipe.json", self.recipe)
         mine = range(accelerator.process_index, self.num_shards, accelerator.num_processes)
-        missing = [i for i in mine if not self._path(i).is_file()]
+        missing = [i for i in mine if not self.store.path(i).is_file()]
         for i in tqdm(missing, desc="teacher's pictures", disable=not accelerator.is_local_main_process):
             generator = torch.Generator().manual_seed(i)
             noise = torch.randn(SHARD, *shape, generator=generator).half()
@@ -128,20 +113,8 @@ class TeacherPairs:
                 )
                 parts.append(drawn.cpu())
             drawn = torch.cat(parts)
-            with whole_file(self._path(i)) as partial:
-                save_file({"noise": noise, "drawn": drawn.half().contiguous()}, partial)
+            self.store.write(i, {"noise": noise, "drawn": drawn.half()})
         accelerator.wait_for_everyone()
-        parts = [load_file(self._path(i)) for i in range(self.num_shards)]
+        parts = [read_tensors(self.store.path(i))[0] for i in range(self.num_shards)]
         noise, drawn = (torch.cat([part[name] for part in parts]).float() for name in ("noise", "drawn"))
         return noise, drawn
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"pairs-{index:05d}.safetensors"
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 of all weights, to know a teacher again."""
-    found = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
-    return found.hexdigest()[:16]

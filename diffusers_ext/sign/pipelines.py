@@ -19,11 +19,10 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
-import diffusers_ext.registration  # noqa: F401
-
+from ..core.images import as_tensor, decode_latents, encode_images
+from ..core.pipeline import encode_prompts
 from .projector import Projector, check_teacher
 from .source import MixtureSource
 
@@ -211,6 +210,39 @@ class SIGNPipeline(DiffusionPipeline):
             x = mask * x + (1 - mask) * known
         return self._output(x, output_type, return_dict)
 
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Stable Diffusion's: the text encoder's last hidden state.
+
+        Args:
+            prompt: one or more texts.
+            device: where to encode; by default where the pipeline runs.
+            num_images_per_prompt: rows for each prompt.
+            do_classifier_free_guidance: encode the empty prompt too.
+
+        Returns:
+            (n, tokens, width) of the prompts, and of as many empty ones or None.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+
+        def encode(given: list[str]) -> Tensor:
+            tokens = self.tokenizer(
+                given,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            embeds = self.text_encoder(tokens.input_ids.to(device or self._execution_device))[0]
+            return embeds.repeat_interleave(num_images_per_prompt, 0)
+
+        return encode(texts), encode([""] * len(texts)) if do_classifier_free_guidance else None
+
     # --- what the three share ---
 
     def _levels(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> list[float]:
@@ -244,71 +276,44 @@ class SIGNPipeline(DiffusionPipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts or count % len(texts):
             raise ValueError(f"{count} pictures need one prompt or as many; got {len(texts)}.")
-        embeds = encode_texts(self.tokenizer, self.text_encoder, texts, self._execution_device)
+        embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
         embeds = embeds.repeat_interleave(count // len(texts), 0)
         return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
 
     def _encode(self, image: Any) -> Tensor:
-        """(n, C, H, W) in the network's space of pictures in any of the accepted forms."""
-        channels = self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
-        pictures = _as_tensor(image, "L" if channels == 1 else "RGB")
-        expected = (channels, *(n * self.vae_scale_factor for n in self._sample_size()))
-        if pictures.ndim != 4 or tuple(pictures.shape[1:]) != expected:
+        """(n, C, H, W) in the network's space, of images in any of the accepted forms and of the network's size."""
+        x = encode_images(self, image)
+        if tuple(x.shape[2:]) != self._sample_size():
+            height, width = (n * self.vae_scale_factor for n in self._sample_size())
+            given = tuple(n * self.vae_scale_factor for n in x.shape[2:])
             raise ValueError(
-                f"Expected pictures of {expected[0]} channels, {expected[2]} wide and {expected[1]} high, got an"
-                f" array (n, C, h, w) of {tuple(pictures.shape)}: resize or crop."
+                f"Expected images {width} wide and {height} high, got {given[1]} × {given[0]}: resize or crop."
             )
-        if not torch.isfinite(pictures).all() or pictures.min() < 0 or pictures.max() > 1:
-            raise ValueError(
-                f"Expected pictures in [0, 1], got values from {float(pictures.min()):.3g} to"
-                f" {float(pictures.max()):.3g}."
-            )
-        x = (2 * pictures - 1).to(self._execution_device, self.unet.dtype)
-        if self.vae is None:
-            return x
-        latents = self.vae.encode(x).latent_dist.mode() - (
-            getattr(self.vae.config, "shift_factor", None) or 0
-        )
-        return latents * self.vae.config.scaling_factor
+        return x.to(self._execution_device, self.unet.dtype)
 
     def _mask(self, mask_image: Any, like: Tensor) -> Tensor:
         if mask_image is None:
             return torch.ones_like(like[:, :1])
         if isinstance(mask_image, np.ndarray) and mask_image.ndim == 2:
             mask_image = mask_image[None, ..., None]
-        mask = _as_tensor(mask_image, "L")
+        mask = as_tensor(mask_image, "L")
         size = tuple(n * self.vae_scale_factor for n in like.shape[2:])
-        if mask.ndim != 4 or tuple(mask.shape[1:]) != (1, *size) or len(mask) not in (1, len(like)):
+        if tuple(mask.shape[1:]) != (1, *size) or len(mask) not in (1, len(like)):
             raise ValueError(
-                f"Expected a mask {size[1]} wide and {size[0]} high, one or as many as pictures, got"
+                f"Expected a mask {size[1]} wide and {size[0]} high, one or as many as images, got"
                 f" {tuple(mask.shape)}."
             )
-        if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
-            raise ValueError("Expected a mask in [0, 1].")
         mask = torch.nn.functional.max_pool2d(mask, self.vae_scale_factor)
         return mask.to(like.device, like.dtype)
 
     def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
         if output_type != "latent" and self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0
-            x = self.vae.decode(x / self.vae.config.scaling_factor + shift).sample
+            x = decode_latents(self.vae, x)
         images: Any = x
         if output_type != "latent":
             images = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def encode_texts(tokenizer: Any, text_encoder: Any, texts: Sequence[str], device: Any) -> Tensor:
-    """(n, tokens, width): the last hidden state, as Stable Diffusion's network is shown it."""
-    ids = tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    return text_encoder(ids.to(device))[0]
 
 
 def _check_steps(num_inference_steps: int) -> None:
@@ -321,19 +326,8 @@ def _check_strength(strength: float) -> None:
         raise ValueError(f"strength must be in [0, 1], got {strength}.")
 
 
-def _as_tensor(image: Any, mode: str) -> Tensor:
-    """(n, C, h, w) float32 of PIL pictures, an array (n, h, w, C) or a tensor (n, C, h, w)."""
-    if isinstance(image, Tensor):
-        return image.float().contiguous()
-    if isinstance(image, np.ndarray):
-        array = image
-    else:
-        pictures = [image] if isinstance(image, Image.Image) else list(image)
-        sizes = {picture.size for picture in pictures}
-        if len(sizes) != 1:
-            raise ValueError(f"Give one or more pictures of one size, got {sorted(sizes) or 'none'}.")
-        array = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-        array = array[..., None] if array.ndim == 3 else array
-    if array.dtype == np.uint8:
-        array = array.astype(np.float32) / 255
-    return torch.from_numpy(array.astype(np.float32)).movedim(-1, 1).contiguous()
+def describe(pipe: Any) -> str | None:
+    """The line of `dx.summary` about a projector; None for another pipeline."""
+    if not isinstance(pipe, SIGNPipeline):
+        return None
+    return f"projector at timestep {pipe.config.timestep}, σ={pipe.sigma:.3g}"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..core.predictions import clean_prediction
+from ..core.schedules import levels_at
 from .source import MixtureSource
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -72,13 +74,6 @@ def falling_timesteps(timestep: int, num_inference_steps: int) -> list[int]:
     return list(dict.fromkeys(round(timestep * (1 - k / num_inference_steps)) for k in steps))
 
 
-def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(α, σ) of timesteps (b,), with α² + σ² = 1, shaped to multiply `like` (b, ...)."""
-    cumulative = scheduler.alphas_cumprod.to(like.device, torch.float32)[timesteps]
-    cumulative = cumulative.reshape(-1, *[1] * (like.ndim - 1))
-    return cumulative.sqrt(), (1 - cumulative).sqrt()
-
-
 def denoise(unet: Any, scheduler: Any, sample: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:
     """The clean prediction D(x_t, t).
 
@@ -90,13 +85,8 @@ def denoise(unet: Any, scheduler: Any, sample: Tensor, timesteps: Tensor, **cond
     """
     a, s = levels_at(scheduler, timesteps, sample)
     output = unet(sample, timesteps, **conditions).sample.to(sample.dtype)
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        output = (sample - s * output) / a
-    elif kind == "v_prediction":
-        output = a * sample - s * output
     # The levels are float32, the samples may be half.
-    return output.to(sample.dtype)
+    return clean_prediction(output, sample, a, s, scheduler.config.prediction_type).to(sample.dtype)
 
 
 class Projector(nn.Module):

@@ -9,8 +9,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .. import registration  # noqa: F401
-
 # More rows than these hardly change the directions.
 MOST_ROWS = 16_384
 

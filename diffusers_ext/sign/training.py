@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.schedules import levels_at
 from . import objective as losses
-from .projector import Projector, denoise, levels_at, noise_levels
+from .projector import Projector, denoise, noise_levels
 
 # Of the schedule: from here on the two scores are compared (arXiv:2311.18828, section 3.2, which goes on to 0.98).
 SCORE_START = 0.02

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline_calls import encode_prompts
-from ..pipeline_hooks import quiet, scheduler_of
-from .inversion import one_prompt_each, picture_size
-from .schedules import redrawing_scheduler
+from ..core.pipeline import encode_prompts, prompt_per_row, quiet, scheduler_of
+from ..core.schedules import first_order_scheduler
+from .inversion import image_size
 
 # The part of a prompt's encoding that each tensor of a pipeline's callback holds.
 _IN_CALLBACK = {
@@ -61,7 +60,7 @@ def edit(
         raise ValueError(f"strength must lie in [0, 1], got {strength}.")
     guided = guidance_scale > 1
     before, after = (
-        encode_prompts(pipe, one_prompt_each(text, latents), guided) for text in (prompt, target_prompt)
+        encode_prompts(pipe, prompt_per_row(text, latents), guided) for text in (prompt, target_prompt)
     )
     switch = round((1 - strength) * num_inference_steps)
     if switch == 0:
@@ -109,7 +108,7 @@ def redraw(
         )
     if null_embeds is not None:
         encoded = {**encoded, "negative_prompt_embeds": null_embeds[0]}
-    size = picture_size(pipe, latents) if latents.ndim == 4 else {}
+    size = image_size(pipe, latents) if latents.ndim == 4 else {}
     batch = len(latents)
     wanted = [name for name in _IN_CALLBACK if name in pipe._callback_tensor_inputs]
 
@@ -124,7 +123,7 @@ def redraw(
                 tensors[name] = torch.cat([tensors[name][:-batch], target])
         return tensors
 
-    with scheduler_of(pipe, redrawing_scheduler(pipe)), quiet(pipe):
+    with scheduler_of(pipe, first_order_scheduler(pipe.scheduler)), quiet(pipe):
         return pipe(
             **{**encoded, **size, **call_kwargs},
             latents=latents,

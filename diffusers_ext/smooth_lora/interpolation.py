@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..pipeline_calls import encode_prompts, initial_noise
-from ..pipeline_hooks import quiet
-from ..slerp import slerp
+from ..core.noise import noise_path
+from ..core.pipeline import encode_prompts, initial_noise, quiet
 
 
 @torch.no_grad()
@@ -62,9 +61,7 @@ def interpolate(
         if latents is None:
             drawn = {**call_kwargs, "prompt": prompts, "generator": list(generator) if generator else None}
             latents, _ = initial_noise(pipe, drawn)
-        shares = torch.linspace(0, 1, num_frames, dtype=torch.float64, device=latents.device)
-        ends = [end[None].expand(num_frames, *end.shape) for end in latents]
-        noises = slerp(ends[0], ends[1], shares)
+        noises, shares = noise_path(latents, num_frames)
         encoded = {name: _line(value, shares) for name, value in encode_prompts(pipe, prompts).items()}
         pictures = []
         for rows in tqdm(

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import packing
-from ..pipeline_hooks import quiet, scheduler_of
-from .schedules import inverse_scheduler
+from ..core.families import pack, packs_latents
+from ..core.pipeline import prompt_per_row, quiet, scheduler_of
+from ..core.schedules import inverse_scheduler
 
 
 def ddim_invert(
@@ -31,7 +31,7 @@ def ddim_invert(
 
     Args:
         pipe: Stable Diffusion, SDXL, SD3, Flux or a pipeline with their schedules. Its scheduler is put back.
-        latents: (B, C, H, W) clean latents, see `diffusers_ext.encode_pictures`.
+        latents: (B, C, H, W) clean latents, see `diffusers_ext.encode_images`.
         prompt: one text for all, or B texts; describes the picture. None with `prompt_embeds=`.
         num_inference_steps: the same number redraws it.
         guidance_scale: 1 for the conditional prediction alone; with more the way back does not meet the way out.
@@ -44,18 +44,18 @@ def ddim_invert(
         ValueError: a scheduler of another kind, as many prompts as there are not latents, or latents of another
             shape.
     """
-    inverse = inverse_scheduler(pipe)
+    inverse = inverse_scheduler(pipe.scheduler)
     if prompt is not None:
-        call_kwargs["prompt"] = one_prompt_each(prompt, latents)
+        call_kwargs["prompt"] = prompt_per_row(prompt, latents)
     channels = pipe.vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(f"Expected latents (B, {channels}, H, W), got {tuple(latents.shape)}.")
-    for name, value in picture_size(pipe, latents).items():
+    for name, value in image_size(pipe, latents).items():
         if call_kwargs.setdefault(name, value) != value:
             raise ValueError(
                 f"The latents are those of a picture of {name} {value}, got {call_kwargs[name]}."
             )
-    start = packing.pack(latents) if hasattr(pipe, "_pack_latents") else latents
+    start = pack(latents) if packs_latents(pipe) else latents
     with scheduler_of(pipe, inverse), quiet(pipe):
         return pipe(
             latents=start.to(pipe.device),
@@ -66,18 +66,6 @@ def ddim_invert(
         ).images
 
 
-def picture_size(pipe: Any, latents: Tensor) -> dict[str, int]:
+def image_size(pipe: Any, latents: Tensor) -> dict[str, int]:
     """`height` and `width` of the pictures of latents (B, C, H, W)."""
     return {name: n * pipe.vae_scale_factor for name, n in zip(("height", "width"), latents.shape[2:])}
-
-
-def one_prompt_each(prompt: str | Sequence[str], latents: Tensor) -> list[str]:
-    """A text for every row of `latents`.
-
-    Raises:
-        ValueError: neither one text nor as many as rows.
-    """
-    prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(latents):
-        raise ValueError(f"{len(latents)} latents need one prompt or as many; got {len(prompts)}.")
-    return prompts

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..pipeline_calls import encode_prompts
+from ..core.pipeline import encode_prompts, prompt_per_row
+from ..core.schedules import first_order_scheduler
 from .editing import redraw
-from .inversion import ddim_invert, one_prompt_each
-from .schedules import redrawing_scheduler
+from .inversion import ddim_invert
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def null_text_invert(
         )
     if num_inner_steps < 0 or learning_rate <= 0:
         raise ValueError("num_inner_steps must be 0 or more and learning_rate above 0.")
-    scheduler = redrawing_scheduler(pipe)
+    scheduler = first_order_scheduler(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps, device=pipe.device)
-    prompts = one_prompt_each(prompt, latents)
+    prompts = prompt_per_row(prompt, latents)
     path = _inversion_path(pipe, latents, prompts, num_inference_steps)
     text = encode_prompts(pipe, prompts)
     null, chosen, losses = text["negative_prompt_embeds"], [], []

@@ -25,8 +25,8 @@ import PIL.Image
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..data.latents import encode_pictures
-from .adapter import load_smooth_lora, unload_smooth_lora
+from ..core.images import encode_images
+from .apply import apply_smooth_lora, remove_smooth_lora
 from .editing import edit
 from .interpolation import interpolate
 from .inversion import ddim_invert
@@ -39,12 +39,12 @@ class SmoothDiffusionMixin:
     def load_smooth_lora(
         self, path_or_repo: str | os.PathLike[str], adapter_name: str = "smooth", **kwargs: Any
     ):
-        """See `diffusers_ext.load_smooth_lora`."""
-        return load_smooth_lora(self, path_or_repo, adapter_name, **kwargs)
+        """See `diffusers_ext.apply_smooth_lora`."""
+        return apply_smooth_lora(self, path_or_repo, adapter_name, **kwargs)
 
     def unload_smooth_lora(self, adapter_name: str = "smooth"):
-        """See `diffusers_ext.unload_smooth_lora`."""
-        return unload_smooth_lora(self, adapter_name)
+        """See `diffusers_ext.remove_smooth_lora`."""
+        return remove_smooth_lora(self, adapter_name)
 
     def interpolate(self, prompt: str | Sequence[str], **kwargs: Any) -> np.ndarray:
         """Frames between two noises and two prompts; see `diffusers_ext.interpolate`."""
@@ -63,7 +63,7 @@ class SmoothDiffusionMixin:
             prompt: what they show.
             kwargs: of `ddim_invert`.
         """
-        return ddim_invert(self, self._latents_of(image), prompt, **kwargs)
+        return ddim_invert(self, encode_images(self, image), prompt, **kwargs)
 
     def edit(
         self,
@@ -76,16 +76,6 @@ class SmoothDiffusionMixin:
         """Pictures with another prompt from some step on; see `diffusers_ext.edit`."""
         return edit(self, prompt, target_prompt, latents=latents, **kwargs)
 
-    def _latents_of(self, image: Any) -> Tensor:
-        pictures = [image] if isinstance(image, PIL.Image.Image) else image
-        if not isinstance(pictures, np.ndarray | Tensor):
-            arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
-            if len({array.shape for array in arrays}) != 1:
-                shapes = ", ".join(f"{a.shape[1]} × {a.shape[0]}" for a in arrays) or "none"
-                raise ValueError(f"Give one or more pictures of one size, got {shapes}.")
-            pictures = np.stack(arrays)
-        return encode_pictures(self, pictures)
-
 
 class SmoothDiffusionStableDiffusionPipeline(SmoothDiffusionMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that interpolates, inverts and edits."""
@@ -97,7 +87,7 @@ class SmoothDiffusionStableDiffusionPipeline(SmoothDiffusionMixin, StableDiffusi
         **kwargs: Any,
     ) -> NullTextInversion:
         """Noise and unconditional embeddings of pictures; see `diffusers_ext.null_text_invert`."""
-        return null_text_invert(self, self._latents_of(image), prompt, **kwargs)
+        return null_text_invert(self, encode_images(self, image), prompt, **kwargs)
 
     def reconstruct(self, inversion: NullTextInversion, **kwargs: Any) -> Any:
         """Redraws what `invert_null_text` has inverted."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
+from ..core.predictions import denoising_loss
+from ..core.schedules import levels_at
 from .variation import StepwiseVariationLoss, double_differentiable
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -88,31 +89,21 @@ class SmoothLoraObjective(nn.Module):
 
         if self.variation is None:
             return self._denoising_loss(
-                denoise(self._noisy(latents, noise, timesteps)), latents, noise, timesteps
+                denoise(self.scheduler.add_noise(latents, noise, timesteps)), latents, noise, timesteps
             )
-        cumulative = self.scheduler.alphas_cumprod.to(latents)[timesteps]
+        alpha, sigma = levels_at(self.scheduler, timesteps, latents)
         twice = self.variation.estimator == "vjp"
         with double_differentiable(self.denoiser) if twice else contextlib.nullcontext():
             found = self.variation(
                 denoise,
                 latents,
                 noise,
-                cumulative.sqrt(),
-                (1 - cumulative).sqrt(),
+                alpha,
+                sigma,
                 timesteps / self.scheduler.config.num_train_timesteps,
                 direction,
             )
         return self._denoising_loss(found.output, latents, noise, timesteps) + self.weight * found.loss
 
-    def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self.scheduler.add_noise(latents, noise, timesteps)
-
     def _denoising_loss(self, output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        kind = self.scheduler.config.prediction_type
-        velocity = kind == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        error = (output.float() - target.float()).square().mean((1, 2, 3))
-        if self.snr_gamma is not None:
-            snr = compute_snr(self.scheduler, timesteps)
-            error = error * snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
-        return error.mean()
+        return denoising_loss(self.scheduler, output, latents, noise, timesteps, self.snr_gamma)

@@ -19,11 +19,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.predictions import PREDICTION_TYPES, clean_prediction
+
 _TINY = 1e-12
 _ESTIMATORS = ("vjp", "finite_difference")
 _MEANS = ("global", "per_timestep")
 _SPREADS = ("absolute", "relative")
-_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 class Variation(NamedTuple):
@@ -76,7 +77,7 @@ class StepwiseVariationLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, known in (
-            ("prediction_type", prediction_type, _PREDICTIONS),
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
             ("estimator", estimator, _ESTIMATORS),
             ("mean", mean, _MEANS),
             ("spread", spread, _SPREADS),
@@ -126,11 +127,7 @@ class StepwiseVariationLoss(nn.Module):
         return Variation(loss, values.detach(), output)
 
     def _clean(self, output: Tensor, sample: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        if self.prediction_type == "epsilon":
-            return (sample - s * output) / a
-        if self.prediction_type == "v_prediction":
-            return a * sample - s * output
-        return output if self.prediction_type == "sample" else sample - s * output
+        return clean_prediction(output, sample, a, s, self.prediction_type)
 
     def _vjp(self, denoise: Any, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor, delta: Tensor) -> Any:
         if clean.dtype != torch.float32 and clean.dtype != torch.float64:

@@ -1,7 +1,6 @@
 """The closed form: the exact probability flow of Gaussian data, without and with guidance.
 
-A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε: (1, σ) for EDM and other variance-exploding states,
-(√ᾱ, √(1−ᾱ)) for variance-preserving ones, (1−t, t) for flow matching.
+A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε; see `diffusers_ext.core.predictions`.
 
 If the data are N(μ, Σ), the state is N(aμ, a²Σ + s²I), and the probability-flow ODE scales every eigendirection
 of Σ by the ratio of its standard deviations at the two levels (Wang & Vastola, *The Unreasonable Effectiveness
@@ -10,13 +9,13 @@ of Gaussian Score Approximation for Diffusion Models*, TMLR 2024, arXiv:2412.097
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-Level = tuple[float, float]
+from ..core.predictions import Level, check_level, ve_level
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,42 +36,6 @@ class GuidedBasis(NamedTuple):
     columns: Tensor
     conditional: Tensor
     unconditional: Tensor
-
-
-# --- noise levels ---
-
-
-def ve_level(sigma: float | Tensor) -> Level:
-    """(1, σ): variance-exploding states x = x₀ + σε, as Euler and Heun keep them. σ ≥ 0."""
-    return check_level((1.0, float(sigma)), "ve_level")
-
-
-def vp_level(alpha_bar: float | Tensor) -> Level:
-    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ lies in [0, 1]."""
-    alpha_bar = float(alpha_bar)
-    if not 0.0 <= alpha_bar <= 1.0:
-        raise ValueError(f"vp_level: alpha_bar must lie in [0, 1], got {alpha_bar}.")
-    return math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar)
-
-
-def flow_level(t: float | Tensor) -> Level:
-    """(1−t, t): flow-matching states, t = 1 pure noise and t = 0 data. t in [0, 1]."""
-    t = float(t)
-    if not 0.0 <= t <= 1.0:
-        raise ValueError(f"flow_level: t must lie in [0, 1], got {t}.")
-    return 1.0 - t, t
-
-
-def check_level(level: Sequence[float], name: str = "level") -> Level:
-    """`level` as two floats; ValueError unless both are finite, neither is negative and one is positive."""
-    if len(level) != 2:
-        raise ValueError(f"{name} must be a pair (a, s), got {level!r}.")
-    a, s = float(level[0]), float(level[1])
-    if not (math.isfinite(a) and math.isfinite(s)) or a < 0 or s < 0 or a == s == 0:
-        raise ValueError(
-            f"{name} must be (a, s) with finite a >= 0 and s >= 0 that are not both zero, got ({a}, {s})."
-        )
-    return a, s
 
 
 # --- the closed form ---

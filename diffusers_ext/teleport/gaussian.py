@@ -7,18 +7,23 @@ total variance.)
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.utils import PushToHubMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..core.predictions import Level
+from . import saving
 from .closed_form import (
     Gaussian,
     GuidedBasis,
-    Level,
     gaussian_denoiser,
     guided_basis,
     guided_transport,
@@ -26,12 +31,15 @@ from .closed_form import (
     transport,
 )
 from .fit import fit_moments
-from .gaussian_io import SavedGaussian
 from .prompt_map import PromptMap
+
+_PREFIX = "unconditional."
+_MAP_PREFIX = "prompt_map."
+_MAP_TENSORS = ("center", "components", "weights", "offset")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianStats(SavedGaussian):
+class GaussianStats(PushToHubMixin):
     """Mean and covariance of a data set in the space that a pipeline denoises, with the maps they give.
 
     Attributes:
@@ -281,6 +289,112 @@ class GaussianStats(SavedGaussian):
             self._cache.update(key=(device, dtype), tensors=moved)
         return self._cache["tensors"]
 
+    # --- files ---
+
+    def to_dict_of_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
+        return saving.to_arrays(self._tensors(), self._config())
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], source: str = "The arrays") -> "GaussianStats":
+        """The inverse of `to_dict_of_arrays`; `source` is what error messages call their origin."""
+        return cls._assemble(*saving.from_arrays(arrays, source), source)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> None:
+        """Writes `config.json` and `gaussian_stats.safetensors` into a directory, which is created if need be.
+
+        The other arguments are those that `PushToHubMixin.push_to_hub` passes; ValueError for
+        `safe_serialization=False` (nothing here is pickled).
+        """
+        if not safe_serialization or variant is not None:
+            raise ValueError("GaussianStats are saved as safetensors in float32: no pickle, no variants.")
+        saving.write_folder(save_directory, self._tensors(), self._config())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "GaussianStats":
+        """Loads from a directory, which never touches the network, or from a repository on the Hub.
+
+        Raises:
+            OSError: a file is missing, or the repository cannot be reached.
+            ValueError: a file is damaged, is from another save or class, or holds non-finite values.
+        """
+        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        config_path, weights_path = saving.find_folder(pretrained_model_name_or_path, subfolder, hub)
+        return cls._assemble(*saving.read_folder(config_path, weights_path), str(weights_path))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
+        if self.class_means is not None:
+            tensors["class_means"] = self.class_means
+        if self.prompt_map is not None:
+            tensors |= {_MAP_PREFIX + name: getattr(self.prompt_map, name) for name in _MAP_TENSORS}
+        if self.unconditional is not None:
+            tensors |= {_PREFIX + name: tensor for name, tensor in self.unconditional._tensors().items()}
+        return tensors
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "_class_name": type(self).__name__,
+            "shape": list(self.mean.shape),
+            "rank": self.eigenvalues.numel(),
+            "residual": self.residual,
+            "num_samples": self.num_samples,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "class_counts": None if self.class_counts is None else list(self.class_counts),
+            "prompt_map": None if self.prompt_map is None else {"score": self.prompt_map.score},
+            "unconditional": None if self.unconditional is None else self.unconditional._config(),
+            "calibration": self.calibration,
+        }
+
+    @classmethod
+    def _assemble(cls, tensors: Mapping[str, Tensor], config: dict[str, Any], source: str) -> "GaussianStats":
+        unconditional = prompt_map = None
+        tensors = dict(tensors)
+        if config["unconditional"] is not None:
+            unconditional = cls._assemble(_take(tensors, _PREFIX), config["unconditional"], source)
+        if config.get("prompt_map") is not None:
+            prompt_map = _take(tensors, _MAP_PREFIX)
+        expected = {"mean", "eigenvectors", "eigenvalues"} | (
+            {"class_means"} if config["class_names"] else set()
+        )
+        if set(tensors) != expected:
+            raise ValueError(
+                f"{source} holds {sorted(tensors)}, expected {sorted(expected)}. Write it with "
+                "GaussianStats.save_pretrained."
+            )
+        # Statistics of earlier versions have no counts and no prompt map.
+        names = ("residual", "num_samples", "class_names", "class_counts", "calibration")
+        fields = {name: config.get(name) for name in names}
+        try:
+            if prompt_map is not None:
+                fields["prompt_map"] = PromptMap(**prompt_map, score=config["prompt_map"]["score"])
+            build: Any = cls
+            stats: GaussianStats = build(**tensors, **fields, unconditional=unconditional)
+            if list(stats.shape) != config["shape"] or stats.rank != config["rank"]:
+                raise ValueError(f"the configuration says shape {config['shape']}, rank {config['rank']}")
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{source} holds no valid GaussianStats: {error}. Fit and save them again."
+            ) from error
+        return stats
+
 
 def _check_fields(stats: GaussianStats) -> None:
     """Raise a ValueError unless the fields make a Gaussian."""
@@ -327,3 +441,8 @@ def _check_classes(stats: GaussianStats) -> None:
             f"class_means must have shape (K, *{stats.shape}) with K different class_names, "
             f"got {tuple(means.shape)} and {len(set(names))} different names."
         )
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Removes the tensors with that prefix from `tensors` and returns them without it."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

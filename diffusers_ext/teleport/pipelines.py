@@ -28,11 +28,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..call_signature import adds_argument, named_arguments
+from ..core.pipeline import adds_argument, named_arguments
+from .apply import apply_teleport, remove_teleport, teleport_is_on
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats
-from .inject import apply_teleport, remove_teleport, teleport_is_on
-from .prompt_mean import prompt_means
+from .prompts import prompt_means
 from .scheduler import TeleportScheduler
 from .sources import check_rank, pipeline_samples
 

@@ -7,18 +7,10 @@ all it takes, and speaks for prompts that the fit has never seen. Our own; arXiv
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .gaussian import GaussianStats
 
 # Longer embeddings than Stable Diffusion's 77 × 768 (T5's have two million entries) are averaged over tokens.
 LARGEST_FLAT = 2**16
@@ -108,47 +100,6 @@ class PromptMap:
         )
         with torch.autocast(features.device.type, enabled=False):
             return offset + ((features.float() - center) @ components) @ weights
-
-
-def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size: int = 64) -> GaussianStats:
-    """Lets `stats` know the mean of every prompt that `pipe` can encode; costs no denoiser call, now or later.
-
-    Args:
-        pipe: a text-to-image pipeline with `encode_prompt`.
-        stats: statistics fitted to pairs (samples, prompts): their `class_means` are what is learned from. Many
-            different prompts matter more than many samples of each.
-        rank: principal directions of the prompts' embeddings to use, ≥ 1.
-        batch_size: prompts encoded together.
-
-    Returns:
-        A copy of `stats` with `prompt_map`. Its `score` tells how well a prompt's mean is predicted from the
-        other prompts: 1 is perfect.
-
-    Raises:
-        ValueError: statistics without class means, a pipeline without `encode_prompt`, or prompts whose
-            embeddings tell nothing about their means.
-    """
-    if stats.class_means is None or stats.class_names is None:
-        raise ValueError(
-            "A prompt map is learned from class means: fit the statistics to pairs (tensor, prompts)."
-        )
-    names = stats.class_names
-    counts = torch.tensor(stats.class_counts or [1] * len(names))
-    parts = [prompt_features(pipe, names[i : i + batch_size]).cpu() for i in range(0, len(names), batch_size)]
-    found = PromptMap.fit(torch.cat(parts), stats.class_means.flatten(1), counts, rank)
-    return dataclasses.replace(stats, prompt_map=found)
-
-
-@torch.no_grad()
-def prompt_features(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """What `pipe` makes of `prompts`, as (B, E); see `features_of`."""
-    encode = getattr(pipe, "encode_prompt", None)
-    if encode is None:
-        raise ValueError(f"{type(pipe).__name__} has no encode_prompt, so its prompts have no embeddings.")
-    wanted = {"prompt_2": None, "prompt_3": None, "device": pipe._execution_device}
-    wanted |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    known = inspect.signature(encode).parameters
-    return features_of(encode(prompt=list(prompts), **{k: v for k, v in wanted.items() if k in known})[0])
 
 
 def features_of(prompt_embeds: Tensor) -> Tensor:

@@ -1,113 +1,168 @@
-"""How a `TeleportScheduler` is written and read: the wrapped config, our keys, the statistics."""
+"""The files of `GaussianStats`: a folder of safetensors and JSON, or one numpy archive beside a scheduler's config."""
 
+from __future__ import annotations
+
+import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+import safetensors.torch
+import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import Tensor
 
-from ..files import whole_file
-from . import levels
-from .gaussian import GaussianStats
+from ..core.storage import whole_file, write_json
 
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "gaussian_stats.safetensors"
 # Not .safetensors: diffusers would then take the whole repository for one without safetensors weights.
-STATS_NAME = "teleport_stats.npz"
-_CONFIG_KEY = "_teleport"
-_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+ARCHIVE_NAME = "teleport_stats.npz"
+
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-class SavedWithStats(SchedulerMixin, ConfigMixin):
-    """A scheduler around another one that is saved with its statistics.
+# --- a folder ---
 
-    `scheduler_config.json` holds the wrapped scheduler's config and, under one private key, its class name
-    and how far to skip, so that the same file still configures the plain scheduler.
+
+def write_folder(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: dict[str, Any]
+) -> None:
+    """Writes `config.json` and `gaussian_stats.safetensors`.
+
+    Each file appears whole or not at all, and the configuration, written last, holds the other's digest, so that a
+    save that was cut short is noticed when loading.
     """
+    directory = Path(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()})
+    with whole_file(directory / WEIGHTS_NAME) as partial:
+        partial.write_bytes(weights)
+    write_json(directory / CONFIG_NAME, {**config, "sha256": hashlib.sha256(weights).hexdigest()})
 
-    inner: Any
-    stats: GaussianStats
-    skip: float | str
-    sigma: float | None
-    mean_from: str
 
-    def to_json_string(self) -> str:
-        """The wrapped config plus our keys, as `save_pretrained` writes it."""
-        config = json.loads(self.inner.to_json_string())
-        config["_class_name"] = type(self).__name__
-        config[_CONFIG_KEY] = {
-            "scheduler": type(self.inner).__name__,
-            "skip": self.skip,
-            "sigma": self.sigma,
-            "mean_from": self.mean_from,
-        }
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+def find_folder(
+    source: str | os.PathLike[str], subfolder: str | None, hub_kwargs: dict[str, Any]
+) -> tuple[Path, Path]:
+    """Paths of the two files, in a local directory or downloaded from the Hub.
 
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Not possible: a config holds no statistics. Use `from_scheduler` or `from_pretrained`."""
+    Raises:
+        OSError: the repository cannot be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        folder = folder / (subfolder or "")
+        return folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    try:
+        config, weights = (
+            Path(hf_hub_download(str(source), name, subfolder=subfolder, **hub_kwargs))
+            for name in (CONFIG_NAME, WEIGHTS_NAME)
+        )
+    except (OSError, HFValidationError) as error:
+        raise OSError(
+            f"{str(source)!r} is no local directory, and its {CONFIG_NAME} and {WEIGHTS_NAME} could not be"
+            f" downloaded from the Hub: {error}"
+        ) from error
+    return config, weights
+
+
+def read_folder(config_path: Path, weights_path: Path) -> Saved:
+    """Tensors and configuration of the two files.
+
+    Raises:
+        OSError: one is missing.
+        ValueError: one is damaged, or they are not from one save.
+    """
+    config, weights = _read(config_path), _read(weights_path)
+    values = parse_config(config.decode(errors="replace"), str(config_path))
+    try:
+        tensors = safetensors.torch.load(weights)
+    except SafetensorError as error:
         raise ValueError(
-            "A TeleportScheduler needs statistics, which a config does not hold: use "
-            "TeleportScheduler.from_scheduler(Scheduler.from_config(config), stats) or from_pretrained(...)."
+            f"{weights_path} ({len(weights)} bytes) is damaged or no safetensors file: {error}. "
+            "Save or download it again."
+        ) from error
+    if values.pop("sha256", None) != hashlib.sha256(weights).hexdigest():
+        raise ValueError(
+            f"{weights_path} is not the file that {config_path} describes (sha256 differs): one is "
+            "damaged or from another save. Save or download both again."
         )
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Writes `teleport_stats.npz` and `scheduler_config.json`; what `set_mean` was given is not saved."""
-        os.makedirs(save_directory, exist_ok=True)
-        # Into an open file, as numpy gives a path of its own the ending .npz.
-        with whole_file(os.path.join(save_directory, STATS_NAME)) as partial, open(partial, "wb") as file:
-            np.savez(file, allow_pickle=False, **self.stats.to_dict_of_arrays())
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any = None,
-        subfolder: str | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Loads what `save_pretrained` wrote, from a folder or a Hub repository.
-
-        Raises:
-            ValueError: the config is that of a plain scheduler, or the statistics are missing or damaged.
-        """
-        hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
-        config, unused = cls.load_config(
-            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
-        )
-        ours = config.pop(_CONFIG_KEY, None)
-        if ours is None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a plain scheduler ({config.get('_class_name')}): "
-                "load it with that class and wrap it with TeleportScheduler.from_scheduler."
-            )
-        config["_class_name"] = ours["scheduler"]
-        inner = levels.scheduler_class(ours["scheduler"]).from_config(config)
-        stats = _load_stats(_find_stats(str(pretrained_model_name_or_path), subfolder, hub))
-        build: Any = cls
-        scheduler = build(inner, stats, ours["skip"], ours["sigma"], ours["mean_from"])
-        return (scheduler, unused) if return_unused_kwargs else scheduler
+    return tensors, values
 
 
-def _find_stats(source: str, subfolder: str | None, hub: dict[str, Any]) -> str:
-    """Path of the statistics beside the scheduler's config; downloads them from a Hub repository."""
+# --- arrays, and an archive of them ---
+
+
+def to_arrays(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Everything as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
+    return {**{name: t.cpu().numpy() for name, t in tensors.items()}, "config": np.array(json.dumps(config))}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], source: str) -> Saved:
+    """The inverse of `to_arrays`; ValueError where they are not what that gives."""
+    if "config" not in arrays:
+        raise ValueError(f"{source}: no entry 'config'. Expected what GaussianStats.to_dict_of_arrays gives.")
+    config = parse_config(str(arrays["config"]), source)
+    return {n: torch.from_numpy(np.array(arrays[n])) for n in arrays if n != "config"}, config
+
+
+def write_archive(folder: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes `teleport_stats.npz`, whole or not at all."""
+    # Into an open file, as numpy gives a path of its own the ending .npz.
+    with whole_file(os.path.join(folder, ARCHIVE_NAME)) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def find_archive(source: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
+    """Path of the archive beside the scheduler's config, in a local directory or downloaded from the Hub."""
     if not os.path.isdir(source):
-        return hf_hub_download(source, STATS_NAME, subfolder=subfolder, **hub)
+        return hf_hub_download(source, ARCHIVE_NAME, subfolder=subfolder, **hub_kwargs)
     for folder in (os.path.join(source, subfolder or ""), source):
-        path = os.path.join(folder, STATS_NAME)
+        path = os.path.join(folder, ARCHIVE_NAME)
         if os.path.isfile(path):
             return path
-    raise ValueError(f"{source}: no {STATS_NAME} beside the scheduler's config; save the pipeline again.")
+    raise ValueError(f"{source}: no {ARCHIVE_NAME} beside the scheduler's config; save the pipeline again.")
 
 
-def _load_stats(path: str) -> GaussianStats:
+def read_archive(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an archive; ValueError where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return GaussianStats.from_arrays({name: file[name] for name in file.files}, path)
+            # Archives of version 0.1 hold numpy's own option as an array.
+            return {name: file[name] for name in file.files if name != "allow_pickle"}
     except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}); save the scheduler again.") from error
+
+
+def parse_config(text: str, source: str) -> dict[str, Any]:
+    """The configuration of `GaussianStats` in a JSON text; ValueError where it is another one's."""
+    keys = {"_class_name", "shape", "rank", "residual", "num_samples", "class_names", "unconditional"}
+    keys.add("calibration")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source}: the configuration is no valid JSON ({error}). Save it again.") from error
+    if not isinstance(config, dict) or config.get("_class_name") != "GaussianStats":
+        found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{source} describes {found!r}, expected 'GaussianStats': is this the right folder?")
+    if not keys <= set(config):
+        raise ValueError(
+            f"{source} lacks {sorted(keys - set(config))}. Save it with GaussianStats.save_pretrained."
+        )
+    return config
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise OSError(
+            f"No file {path}: expected {CONFIG_NAME} and {WEIGHTS_NAME} there, as written by "
+            "GaussianStats.save_pretrained."
+        ) from error

@@ -9,51 +9,27 @@ Own additions, in neither the paper nor its code: a per-prompt mean (`set_mean`)
 guided model call (`mean_from="first_call"`).
 """
 
-import functools
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-import diffusers_ext.registration  # noqa: F401  saves then record ["diffusers_ext", "TeleportScheduler"]
-
-from .. import packing
-from . import levels
+from ..core import families
+from ..core.predictions import Level, noise_to_signal
+from ..core.schedules import grid_levels, is_pndm, scaling, scheduler_prediction
 from .gaussian import GaussianStats
-from .saving import SavedWithStats
+from .proxy import Delegated, SchedulerProxy
+from .skipping import check_reach, max_skip, restart_pndm, steps_to_sigma
 
 
-class _Wrapped:
-    """A method of the wrapped scheduler that goes through ours, and exists only where the wrapped one has it.
-
-    Pipelines ask `hasattr(scheduler, "scale_model_input")` and read `inspect.signature(scheduler.step)` to
-    decide what to pass, so both must answer as the wrapped scheduler does.
-    """
-
-    def __init__(self, through: Callable[..., Any]):
-        self.through = through
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
-        if scheduler is None:
-            return self
-        return functools.wraps(getattr(scheduler.inner, self.name))(
-            functools.partial(self.through, scheduler)
-        )
-
-
-class TeleportScheduler(SavedWithStats):
+class TeleportScheduler(SchedulerProxy):
     """Wraps `scheduler`, replacing its first steps by the closed form of a Gaussian.
 
     Args:
-        scheduler: a supported diffusers scheduler (`levels.SUPPORTED`); it is kept, not copied, and is given
+        scheduler: a supported diffusers scheduler (`diffusers_ext.core.schedules.SUPPORTED`); it is kept, not copied, and is given
             back by `inner`.
         stats: statistics of the latents the denoiser was trained on, fitted on (C, H, W) or, for Flux, also
             on packed (tokens, 4C) latents.
@@ -85,12 +61,12 @@ class TeleportScheduler(SavedWithStats):
                 "This scheduler is a TeleportScheduler already. Wrap what it wraps: "
                 "TeleportScheduler.from_scheduler(scheduler.inner, stats, ...)."
             )
-        levels.family(scheduler)
+        scaling(scheduler)
         if not isinstance(stats, GaussianStats):
             raise ValueError(f"stats must be a GaussianStats, not {type(stats).__name__}.")
         if mean_from not in ("stats", "first_call"):
             raise ValueError(f'mean_from must be "stats" or "first_call", not {mean_from!r}.')
-        _check_reach(skip, sigma, stats)
+        check_reach(skip, sigma, stats)
         self.inner = scheduler
         self.stats = stats
         self.skip = skip
@@ -116,7 +92,7 @@ class TeleportScheduler(SavedWithStats):
     # -- the schedule
 
     def _forget_schedule(self) -> None:
-        self._levels: list[levels.Level] = []
+        self._levels: list[Level] = []
         self._skipped = 0  # outer steps that the map spans
         self._offset = 0  # entries of the wrapped grid that the exposed one lacks
         self._timesteps: torch.Tensor | None = None
@@ -133,14 +109,14 @@ class TeleportScheduler(SavedWithStats):
         inner = self.inner
         inner.set_timesteps(*args, **kwargs)
         self._forget_schedule()
-        self._levels = levels.grid_levels(inner)
+        self._levels = grid_levels(inner)
         skipped = self._steps_to_skip()
         if skipped <= (1 if self.mean_from == "first_call" else 0):
             return
         self._skipped, self._waiting = skipped, True
         first = inner.timesteps[:1]
-        if levels.is_pndm(inner):
-            levels.restart_pndm(inner, skipped)
+        if is_pndm(inner):
+            restart_pndm(inner, skipped)
         else:
             self._offset = skipped * inner.order
         self._timesteps = inner.timesteps[self._offset :]
@@ -160,8 +136,8 @@ class TeleportScheduler(SavedWithStats):
         if sigma is None:
             wanted = math.floor(float(self.skip) * count + 1e-9)
         else:
-            wanted = levels.steps_to_sigma(self._levels, sigma)
-        return max(min(wanted, levels.max_skip(self.inner, count)), 0)
+            wanted = steps_to_sigma(self._levels, sigma)
+        return max(min(wanted, max_skip(self.inner, count)), 0)
 
     def _calibrated_sigma(self, count: int) -> float | None:
         """What `calibrate_skip` found for the smallest calibrated step count that is not below `count`."""
@@ -188,8 +164,8 @@ class TeleportScheduler(SavedWithStats):
                 "or restore the wrapped scheduler (dx.remove_teleport(pipe) or pipe.scheduler.inner)."
             )
 
-    set_timesteps = _Wrapped(_set_timesteps)
-    set_begin_index = _Wrapped(_set_begin_index)
+    set_timesteps = Delegated(_set_timesteps)
+    set_begin_index = Delegated(_set_begin_index)
 
     @property
     def timesteps(self) -> torch.Tensor:
@@ -222,7 +198,7 @@ class TeleportScheduler(SavedWithStats):
     @property
     def skipped_to(self) -> float | None:
         """σ = s/a where the wrapped scheduler takes over; None when nothing is skipped."""
-        return levels.noise_to_signal(self._levels[self._skipped]) if self._skipped else None
+        return noise_to_signal(self._levels[self._skipped]) if self._skipped else None
 
     # -- the map
 
@@ -248,8 +224,10 @@ class TeleportScheduler(SavedWithStats):
             self._mean = None
             return
         shape = tuple(self.stats.shape)
-        if packing.is_packed(mean.shape[-2:], shape) and mean.ndim in (2, 3):
-            mean = packing.unpack(mean.reshape(-1, *mean.shape[-2:]), shape).reshape(*mean.shape[:-2], *shape)
+        if families.is_packed(mean.shape[-2:], shape) and mean.ndim in (2, 3):
+            mean = families.unpack(mean.reshape(-1, *mean.shape[-2:]), shape).reshape(
+                *mean.shape[:-2], *shape
+            )
         if tuple(mean.shape) != shape and tuple(mean.shape[1:]) != shape:
             raise ValueError(
                 f"The mean has shape {tuple(mean.shape)}; expected {shape} or (batch, *{shape})."
@@ -265,7 +243,7 @@ class TeleportScheduler(SavedWithStats):
             self._rows(sample), start, end, mean=mean, guidance_scale=self._guidance_scale
         )
         if sample.shape[1:] != moved.shape[1:]:
-            moved = packing.pack(moved)
+            moved = families.pack(moved)
         return moved.to(sample.dtype)
 
     def _rows(self, sample: torch.Tensor) -> torch.Tensor:
@@ -273,8 +251,8 @@ class TeleportScheduler(SavedWithStats):
         shape = tuple(self.stats.shape)
         if tuple(sample.shape[1:]) == shape:
             return sample
-        if packing.is_packed(sample.shape[1:], shape):
-            return packing.unpack(sample, shape)
+        if families.is_packed(sample.shape[1:], shape):
+            return families.unpack(sample, shape)
         raise ValueError(
             f"The latents have shape {tuple(sample.shape[1:])}, the statistics were fitted on {shape}. "
             "Generate at the size of the statistics, or fit them at this one (GaussianStats.fit)."
@@ -372,7 +350,7 @@ class TeleportScheduler(SavedWithStats):
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
-        clean = levels.predicted_clean(self.inner, model_output, sample, self._levels[0])
+        clean = scheduler_prediction(self.inner, model_output, sample, self._levels[0])
         mean = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
         moved = self._transport(sample, mean)
         clean = clean.to(sample.dtype)
@@ -398,54 +376,10 @@ class TeleportScheduler(SavedWithStats):
     def _scale_noise(self, *args: Any, **kwargs: Any) -> Any:
         return self._refuse_noised_start("scale_noise", *args, **kwargs)
 
-    scale_model_input = _Wrapped(_scale_model_input)
-    step = _Wrapped(_step)
-    add_noise = _Wrapped(_add_noise)
-    scale_noise = _Wrapped(_scale_noise)
-
-    # -- everything else is the wrapped scheduler's
-
-    def __getattr__(self, name: str) -> Any:
-        # Private names stay out: copy and pickle probe them on an instance that has no `inner` yet.
-        if name.startswith("_") or "inner" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner, name)
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    @property
-    def compatibles(self) -> list[Any]:
-        """Classes that `OtherScheduler.from_config(scheduler.config)` works for: the wrapped one's."""
-        return self.inner.compatibles
-
-    @property
-    def _internal_dict(self) -> FrozenDict:
-        # What `config` returns. The class name is the wrapped one, so that OtherScheduler.from_config(config)
-        # drops the wrapped scheduler's own options without a warning; ours are written when saving.
-        return FrozenDict({**self.inner.config, "_class_name": type(self.inner).__name__})
-
-    @_internal_dict.setter
-    def _internal_dict(self, config: dict[str, Any]) -> None:
-        # Stable Diffusion pipelines patch outdated scheduler configs in place; the wrapped one must see it.
-        self.inner._internal_dict = FrozenDict(config)
-
-
-def _check_reach(skip: Any, sigma: Any, stats: GaussianStats) -> None:
-    """Validates how far to skip; see `TeleportScheduler`."""
-    if sigma is not None:
-        if skip != "auto":
-            raise ValueError(f"Give either skip or sigma, not both (skip={skip!r}, sigma={sigma!r}).")
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
-            raise ValueError(f"sigma must be a finite number above 0, not {sigma!r}.")
-    elif skip == "auto":
-        if "sigma" not in stats.calibration:
-            raise ValueError(
-                'skip="auto" needs calibrated statistics: run dx.calibrate_skip, or give skip= (a fraction '
-                "of the steps) or sigma= yourself."
-            )
-    elif isinstance(skip, bool) or not isinstance(skip, int | float) or not 0 <= skip < 1:
-        raise ValueError(f'skip must be "auto" or a fraction of the steps in [0, 1), not {skip!r}.')
+    scale_model_input = Delegated(_scale_model_input)
+    step = Delegated(_step)
+    add_noise = Delegated(_add_noise)
+    scale_noise = Delegated(_scale_noise)
 
 
 def _same_time(timestep: Any, expected: float) -> bool:

@@ -1,16 +1,15 @@
-"""Where Gaussian statistics come from: a pipeline's own samples, or pictures through its autoencoder.
+"""Where Gaussian statistics come from: a pipeline's own samples, or images through its autoencoder.
 
 Both are generators of batches in the scale that the denoiser works in, as `GaussianStats.fit` takes them:
 
     stats = GaussianStats.fit(pipeline_samples(pipe, 1024, prompts=prompts), rank=64)
-    stats = GaussianStats.fit(encoded_images(pipe, "folder/of/pictures", resolution=512), rank=256)
+    stats = GaussianStats.fit(encoded_images(pipe, "folder/of/images", resolution=512), rank=256)
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..pipeline_hooks import quiet
-from .pictures import Pictures, open_pictures, picture_batches
+from ..core.images import ImageSource, encode_pixels, image_batches, open_images, vae_of
+from ..core.pipeline import quiet
 from .scheduler import TeleportScheduler
 
 Batch = Tensor | tuple[Tensor, list[str]]
@@ -67,7 +66,7 @@ def pipeline_samples(
 
     Args:
         pipe: a `DiffusionPipeline` that starts from pure noise: latents are taken as its denoiser keeps them
-            (Flux: packed), pixel models' pictures (no `vae`) are brought back to [−1, 1]; those pipelines
+            (Flux: packed), pixel models' images (no `vae`) are brought back to [−1, 1]; those pipelines
             clip them to that range.
         num_samples: N > 0 in all; sample i has the seed `seed + i`, whatever the batch size.
         batch_size: samples a call, > 0.
@@ -163,12 +162,12 @@ def _pixels(images: Any) -> Tensor:
     return torch.from_numpy(np.asarray(images, np.float32)).permute(0, 3, 1, 2) * 2.0 - 1.0
 
 
-# --- pictures ---
+# --- images ---
 
 
 def encoded_images(
     pipe_or_vae: Any,
-    pictures: Any,
+    images: Any,
     *,
     batch_size: int = 8,
     resolution: int | tuple[int, int] | None = None,
@@ -177,51 +176,47 @@ def encoded_images(
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[Batch]:
-    """Pictures in the scale of the denoiser: through the VAE, shifted and scaled as its config says.
+    """Images in the scale of the denoiser: through the VAE, shifted and scaled as its config says.
 
     Args:
         pipe_or_vae: a `DiffusionPipeline`, or its VAE alone. A pipeline without a `vae` works on pixels.
-        pictures: a folder (searched with its subfolders, in sorted order), a `datasets.Dataset`, a list of
+        images: a folder (searched with its subfolders, in sorted order), a `datasets.Dataset`, a list of
             PIL images, a uint8 array (N, H, W, C) or (N, H, W), or floats (N, C, H, W) in [−1, 1].
-        batch_size: pictures a call, > 0.
-        resolution: side, or (height, width), to resize and centre-crop to; None leaves pictures as they are,
+        batch_size: images a call, > 0.
+        resolution: side, or (height, width), to resize and centre-crop to; None leaves images as they are,
             which then must have one size. Statistics hold for this one size.
-        labels: one name for each picture, or the name of a data set's column (captions or class labels), for
+        labels: one name for each image, or the name of a data set's column (captions or class labels), for
             conditional means; each name should come several times.
-        image_column: the data set's column of pictures.
-        seed: picture i's draw from the VAE's posterior has the seed `seed + i`, as in training, where the
+        image_column: the data set's column of images.
+        seed: image i's draw from the VAE's posterior has the seed `seed + i`, as in training, where the
             latents are drawn from it too.
-        progress: show a progress bar over the pictures.
+        progress: show a progress bar over the images.
 
     Yields:
         (b, C, h, w) float32 (Flux: not packed), or pairs of that and b names.
 
     Raises:
-        ValueError: no pictures, one that cannot be read (named), sizes that differ, values out of range,
+        ValueError: no images, one that cannot be read (named), sizes that differ, values out of range,
             an unknown column, labels that do not match, or a VAE whose scale is not known here.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
-    is_pipe = isinstance(pipe_or_vae, DiffusionPipeline)
-    vae = getattr(pipe_or_vae, "vae", None) if is_pipe else pipe_or_vae
-    if not is_pipe and not (isinstance(vae, torch.nn.Module) and hasattr(vae, "encode")):
-        raise ValueError(
-            f"Expected a DiffusionPipeline or an autoencoder with encode, got {type(vae).__name__}."
-        )
+    vae = vae_of(pipe_or_vae)
     if hasattr(vae, "bn"):
         raise ValueError(
             f"{type(vae).__name__} normalises packed latents by batch statistics, which is not supported "
             "here: use pipeline_samples."
         )
-    opened = open_pictures(pictures, labels=labels, image_column=image_column)
-    return _encoded(pipe_or_vae if is_pipe else None, vae, opened, batch_size, resolution, seed, progress)
+    pipe = pipe_or_vae if isinstance(pipe_or_vae, DiffusionPipeline) else None
+    opened = open_images(images, labels=labels, image_column=image_column)
+    return _encoded(pipe, vae, opened, batch_size, resolution, seed, progress)
 
 
 @torch.no_grad()
 def _encoded(
     pipe: Any,
     vae: Any,
-    pictures: Pictures,
+    images: ImageSource,
     batch_size: int,
     resolution: int | tuple[int, int] | None,
     seed: int,
@@ -230,44 +225,14 @@ def _encoded(
     model = vae if vae is not None else pipe.unet
     device = model.device if pipe is None else pipe._execution_device
     start = 0
-    with tqdm(total=pictures.count, desc="encoding", disable=not progress) as bar:
-        for values, names in picture_batches(pictures, batch_size, model.config.in_channels, resolution):
+    with tqdm(total=images.count, desc="encoding", disable=not progress) as bar:
+        for values, names in image_batches(images, batch_size, model.config.in_channels, resolution):
             values = values.to(device)
             if vae is not None:
                 draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(values))]
-                with _upcast(vae):
-                    values = _encode(vae, values, draws)
+                values = encode_pixels(vae, values, draws)
             start += len(values)
             bar.update(len(values))
             yield values if names is None else (values, names)
     if pipe is not None:
         pipe.maybe_free_model_hooks()
-
-
-def _encode(vae: Any, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
-    encoded = vae.encode(pixels.to(vae.dtype))
-    posterior = getattr(encoded, "latent_dist", None)
-    latents = (encoded.latents if posterior is None else posterior.sample(generators)).float()
-    scale, shift, mean, std = (
-        getattr(vae.config, name, None)
-        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    )
-    scale = 1.0 if scale is None else scale
-    if mean is None or std is None:
-        return (latents - (shift or 0.0)) * scale
-    # Per-channel statistics, in place of the shift, as diffusers' training scripts use them.
-    mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
-    return (latents - mean) * scale / std
-
-
-@contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
-    """Half-precision VAEs that overflow say so in their config; fp16 → fp32 → fp16 loses nothing."""
-    needed = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if needed:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if needed:
-            vae.to(torch.float16)

@@ -19,10 +19,10 @@ from diffusers_ext.asdm.distill import (
     DistillWeights,
     block_names,
     feature_loss,
-    output_loss,
     semantic_loss,
     shared_blocks,
 )
+from diffusers_ext.core.predictions import weighted_mse
 from tests import tiny
 
 # Float64 sums in another order.
@@ -63,12 +63,12 @@ def batch(rows: slice = slice(None)) -> dict[str, Tensor]:
 
 def test_output_loss() -> None:
     student, teacher = draw(3, 2, 4, 4), draw(3, 2, 4, 4, seed=1)
-    assert float(output_loss(student, student)) == 0
-    assert float(output_loss(student, student + 2)) == pytest.approx(4)
+    assert float(weighted_mse(student, student)) == 0
+    assert float(weighted_mse(student, student + 2)) == pytest.approx(4)
     weights = torch.tensor([1.0, 0.0, 3.0])
     rows = [float((s - t).square().mean()) for s, t in zip(student, teacher)]
-    assert float(output_loss(student, teacher)) == pytest.approx(sum(rows) / 3)
-    assert float(output_loss(student, teacher, weights)) == pytest.approx((rows[0] + 3 * rows[2]) / 3)
+    assert float(weighted_mse(student, teacher)) == pytest.approx(sum(rows) / 3)
+    assert float(weighted_mse(student, teacher, weights)) == pytest.approx((rows[0] + 3 * rows[2]) / 3)
 
 
 def test_feature_loss_by_hand() -> None:
@@ -103,7 +103,7 @@ def test_feature_loss_at_zero_and_in_half_precision() -> None:
     # The squares of 1000 are beyond float16.
     big = {"a": torch.full((2, 3), 1000.0, dtype=torch.float16)}
     assert float(feature_loss({"a": 2 * big["a"]}, big)) == 1
-    assert float(output_loss(2 * big["a"], big["a"])) == 1e6
+    assert float(weighted_mse(2 * big["a"], big["a"])) == 1e6
 
 
 @settings(max_examples=25, deadline=None)

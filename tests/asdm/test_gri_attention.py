@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_ext.asdm import gri_windows
-from diffusers_ext.asdm.gri_attention import (
-    GRIAttnProcessor,
-    full_macs,
-    gri_attention,
-    gri_macs,
-)
+from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, full_macs, gri_attention, gri_macs
 
 # Sums of at most a few hundred terms of order 1 in another order: float64 and float32 rounding.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

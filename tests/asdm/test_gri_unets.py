@@ -13,12 +13,8 @@ from torch import Tensor
 
 import diffusers_ext as dx
 from diffusers_ext.asdm import gri_windows
-from diffusers_ext.asdm.gri_attention import (
-    GRIAttnProcessor,
-    apply_gri_attention,
-    gri_attention_of,
-    remove_gri_attention,
-)
+from diffusers_ext.asdm.apply import apply_gri_attention, gri_attention_of, remove_gri_attention
+from diffusers_ext.asdm.gri_attention import GRIAttnProcessor
 from tests import tiny
 
 # Sums of at most a few hundred float32 terms of order 1 in another order.

@@ -10,16 +10,16 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 import diffusers_ext as dx
-from diffusers_ext.asdm.gri_attention import gri_attention_of
+from diffusers_ext.asdm.apply import gri_attention_of
 from diffusers_ext.asdm.pipelines import ASDMStableDiffusionPipeline
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.testbed.embedded import pipeline_dir
 from tests import tiny
 from tests.training.launching import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FOLDER = str(resource_dir("pipelines") / "asdm_sd")
+FOLDER = str(pipeline_dir("asdm_sd"))
 LOADS = """
 import sys, torch
 from diffusers import DiffusionPipeline

@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.calibration import noised_calibration_inputs
 from diffusers_ext.asdm.cost import CostTable, cost_table, count_macs, example_inputs, measure_milliseconds
 from diffusers_ext.asdm.plan import PRESETS, make_plan, preset_plan, preset_stages
 from diffusers_ext.asdm.prune import cut_unet, prune_unet
-from diffusers_ext.asdm.report import analysis_table, cuts_table, plan_table, save_plot
-from diffusers_ext.asdm.search import PruningAnalysis
-from diffusers_ext.asdm.sensitivity import noised_probes, output_change, predict
+from diffusers_ext.asdm.report import cuts_table, plan_table, profile_table, save_plot
+from diffusers_ext.asdm.search import PruningProfile
+from diffusers_ext.asdm.sensitivity import output_change, predict
 from diffusers_ext.asdm.shape import UNetShape, fingerprint, possible_cuts
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel, empty_unet, unet_config
 from tests import tiny
@@ -30,13 +31,13 @@ def probes(unet: Any, count: int = 2) -> list[dict[str, Any]]:
     draw = torch.manual_seed(0)
     latents = torch.randn(2, 4, 16, 8, generator=draw)
     given: dict[str, Any] = {"encoder_hidden_states": torch.randn(2, 5, 12, generator=draw)}
-    return noised_probes(latents, (100, 700)[:count], tiny.build("sd").scheduler, **given)
+    return noised_calibration_inputs(latents, (100, 700)[:count], tiny.build("sd").scheduler, **given)
 
 
 @pytest.fixture(scope="module")
-def analysis() -> PruningAnalysis:
+def analysis() -> PruningProfile:
     unet = network()
-    return dx.analyse_pruning(unet, probes(unet), repeats=1)
+    return dx.profile_unet(unet, probes(unet), repeats=1)
 
 
 # --- cuts ---
@@ -173,7 +174,7 @@ def test_parts_add_up_and_times_are_measured() -> None:
 # --- the search ---
 
 
-def test_sensitivity_is_the_output_change(analysis: PruningAnalysis) -> None:
+def test_sensitivity_is_the_output_change(analysis: PruningProfile) -> None:
     unet = network()
     given = probes(unet)
     reference = predict(unet, given)
@@ -194,7 +195,7 @@ def test_a_score_in_place_of_probes() -> None:
         calls.append(candidate)
         return -candidate.num_parameters() / 1000
 
-    found = dx.analyse_pruning(unet, [], repeats=0, score=score)
+    found = dx.profile_unet(unet, [], repeats=0, score=score)
     assert found.sensitivity.cuts[("mid",)] == 0.0  # skipped in place: the same parameters
     less = unet.num_parameters() - cut_unet(unet, "layer.1").num_parameters()
     assert found.sensitivity.cuts[("layer.1",)] == pytest.approx(less / 1000)
@@ -203,7 +204,7 @@ def test_a_score_in_place_of_probes() -> None:
 
 @pytest.mark.parametrize("by", ["macs", "parameters", "milliseconds"])
 @pytest.mark.parametrize("stock_only", [True, False])
-def test_the_plan_reaches_its_target(analysis: PruningAnalysis, by: str, stock_only: bool) -> None:
+def test_the_plan_reaches_its_target(analysis: PruningProfile, by: str, stock_only: bool) -> None:
     unet = network()
     for target in (0.9, 0.6):
         plan = analysis.plan(target, by, 3, stock_only)
@@ -217,7 +218,7 @@ def test_the_plan_reaches_its_target(analysis: PruningAnalysis, by: str, stock_o
         assert not (stock_only and isinstance(student, ASDMUNet2DConditionModel))
 
 
-def test_the_plan_is_the_best_of_all(analysis: PruningAnalysis) -> None:
+def test_the_plan_is_the_best_of_all(analysis: PruningProfile) -> None:
     shape, losses = UNetShape(analysis.config), analysis.sensitivity.cuts
     cuts = [*possible_cuts(analysis.config, stock_only=True), "layer.0", "layer.2"]
     sets = []
@@ -234,7 +235,7 @@ def test_the_plan_is_the_best_of_all(analysis: PruningAnalysis) -> None:
         assert analysis.plan(target, stock_only=True).predictions[-1].loss == pytest.approx(best)
 
 
-def test_random_plans_reach_the_target_too(analysis: PruningAnalysis) -> None:
+def test_random_plans_reach_the_target_too(analysis: PruningProfile) -> None:
     found = {analysis.random_plan(0.7, seed=seed).cuts for seed in range(5)}
     assert len(found) == 5
     for cuts in found:
@@ -243,7 +244,7 @@ def test_random_plans_reach_the_target_too(analysis: PruningAnalysis) -> None:
     assert analysis.random_plan(0.7, seed=0) == analysis.random_plan(0.7, seed=0)
 
 
-def test_targets_out_of_reach(analysis: PruningAnalysis) -> None:
+def test_targets_out_of_reach(analysis: PruningProfile) -> None:
     for wrong in (0.0, 1.0, 22):
         with pytest.raises(ValueError, match=r"target is the share of the cost that may be left"):
             analysis.plan(wrong)
@@ -261,7 +262,7 @@ def test_targets_out_of_reach(analysis: PruningAnalysis) -> None:
         dx.plan_pruning(network(), [], 0.5)
 
 
-def test_plan_pruning_is_both_steps(analysis: PruningAnalysis) -> None:
+def test_plan_pruning_is_both_steps(analysis: PruningProfile) -> None:
     unet = network()
     plan = dx.plan_pruning(unet, probes(unet), 0.7, num_stages=2)
     assert plan.stages == analysis.plan(0.7, num_stages=2).stages
@@ -291,7 +292,7 @@ def test_presets() -> None:
     assert len(PRESETS) == 4
 
 
-def test_files(analysis: PruningAnalysis, tmp_path: Path) -> None:
+def test_files(analysis: PruningProfile, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan = analysis.plan(0.7)
     plan.save(path)
@@ -308,11 +309,11 @@ def test_files(analysis: PruningAnalysis, tmp_path: Path) -> None:
             dx.PruningPlan.load(path)
 
 
-def test_tables_and_plot(analysis: PruningAnalysis, tmp_path: Path) -> None:
+def test_tables_and_plot(analysis: PruningProfile, tmp_path: Path) -> None:
     plan = analysis.plan(0.7)
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
     for table in (
-        analysis_table(analysis),
+        profile_table(analysis),
         cuts_table(analysis),
         plan_table(plan),
         plan_table(dx.PruningPlan(SMALL, ())),
@@ -372,7 +373,9 @@ def test_recorded_probes(name: str) -> None:
     call = {
         key: value for key, value in tiny.inputs(name, guided=False).items() if key in ("height", "width")
     }
-    found = dx.record_probes(pipe, ["a aaa", "a bbb"], num_inference_steps=6, num_timesteps=3, **call)
+    found = dx.record_calibration_inputs(
+        pipe, ["a aaa", "a bbb"], num_inference_steps=6, num_timesteps=3, **call
+    )
     assert len(found) == 3
     assert found[0]["timestep"] > found[1]["timestep"] > found[2]["timestep"]
     assert found[0]["sample"].shape == (4, 4, 8, 8)  # two pictures, with and without their prompts
@@ -380,6 +383,6 @@ def test_recorded_probes(name: str) -> None:
     plan = dx.plan_pruning(pipe.unet, found, 0.8)
     assert plan.predictions[-1].cost.macs <= 0.8 * plan.predictions[0].cost.macs
     with pytest.raises(ValueError, match="got 0 prompts and 4"):
-        dx.record_probes(pipe, [])
+        dx.record_calibration_inputs(pipe, [])
     with pytest.raises(ValueError, match="num_timesteps from 1 to num_inference_steps=20"):
-        dx.record_probes(pipe, ["a"], num_timesteps=30)
+        dx.record_calibration_inputs(pipe, ["a"], num_timesteps=30)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from diffusers_ext.asdm.apply import gri_attention_of
 from diffusers_ext.asdm.condconv import CLMECondConv2d
 from diffusers_ext.asdm.cost import count_macs, example_inputs
-from diffusers_ext.asdm.gri_attention import gri_attention_of
 from diffusers_ext.asdm.unet import unet_config
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")

@@ -61,7 +61,7 @@ def _golden_noise(pipe: Any, name: str) -> Any:
 def _smooth_lora(pipe: Any, name: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         save_file(tiny.lora(name), f"{folder}/lora.safetensors")
-        return dx.load_smooth_lora(pipe, folder)
+        return dx.apply_smooth_lora(pipe, folder)
 
 
 def _gri_attention(pipe: Any, name: str) -> Any:
@@ -86,7 +86,7 @@ METHODS = {
     # As any LoRA in diffusers; saving is refused, which its own tests show.
     "smooth-lora": Method(
         _smooth_lora,
-        dx.unload_smooth_lora,
+        dx.remove_smooth_lora,
         twice="An adapter called 'smooth' is on",
         pipelines=("sd", "sdxl", "sd3", "flux"),
         saves=False,

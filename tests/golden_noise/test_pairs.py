@@ -10,8 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffusers_ext as dx
-from diffusers_ext.golden_noise.pair_store import NoisePairs, read_summary, shard_path, write_manifest
-from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs, describe_model
+from diffusers_ext.golden_noise.pairs import (
+    NoisePairs,
+    PairSettings,
+    collect_pairs,
+    describe_model,
+    read_summary,
+    shard_path,
+    write_manifest,
+)
 from tests import tiny
 
 PROMPTS = ["a aaa", "a bbb", "a ccc"]

@@ -8,15 +8,15 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import diffusers_ext as dx
+from diffusers_ext.core.pipeline import model_output
+from diffusers_ext.core.schedules import first_order_scheduler
 from diffusers_ext.golden_noise.redenoise import (
     Level,
     displacement_factor,
     move,
-    pair_scheduler,
     schedule_levels,
     split_prediction,
 )
-from diffusers_ext.pipeline_calls import model_output
 from tests import tiny
 
 SD: dict[str, Any] = {
@@ -112,7 +112,7 @@ def test_on_pipelines_it_is_the_formula(name: str, legacy: bool) -> None:
     )
     assert pipe.scheduler is original
     assert not {"step"} & vars(original).keys()
-    pipe.scheduler = scheduler = pair_scheduler(original)
+    pipe.scheduler = scheduler = first_order_scheduler(original)
     options = {**call, "num_inference_steps": 6}
     guided = model_output(pipe, noise, {**options, "guidance_scale": 4.0})
     levels = schedule_levels(scheduler, 3)
@@ -159,6 +159,6 @@ def test_refusals() -> None:
         dx.redenoise(pipe, noise, **call)
     assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
     with pytest.raises(ValueError, match="no alphas_cumprod and is no flow"):
-        pair_scheduler(diffusers.EDMEulerScheduler())
+        first_order_scheduler(diffusers.EDMEulerScheduler())
     with pytest.raises(ValueError, match="DDPMPipeline has no guidance_scale"):
         dx.redenoise(tiny.build("ddpm"), noise)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from diffusers_ext.extras import MissingExtraError
+from diffusers_ext.core.extras import MissingExtraError
 from diffusers_ext.golden_noise.scorers import load_scorer
 from tests import tiny
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from diffusers_ext.sign.projector import Projector, check_teacher, denoise, levels_at, nearest_timestep
+from diffusers_ext.core.schedules import levels_at
+from diffusers_ext.sign.projector import Projector, check_teacher, denoise, nearest_timestep
 from tests import tiny
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from diffusers_ext.core.schedules import levels_at
+from diffusers_ext.core.storage import weights_digest
 from diffusers_ext.sign.objective import LossWeights
-from diffusers_ext.sign.pairs import SHARD, TeacherPairs, teacher_flow, weights_digest
-from diffusers_ext.sign.projector import Projector, levels_at, nearest_timestep
+from diffusers_ext.sign.pairs import SHARD, TeacherPairs, teacher_flow
+from diffusers_ext.sign.projector import Projector, nearest_timestep
 from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
 from tests import tiny

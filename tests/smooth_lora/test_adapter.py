@@ -64,18 +64,18 @@ def test_every_layout_is_the_manual_merge(layout: str, name: str, tmp_path: Path
     pipe = tiny.build(name)
     plain, weights = tiny.images(pipe, name, 2), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     file = write(layouts(pipe.unet)[layout], tmp_path)
-    assert dx.load_smooth_lora(pipe, file) is pipe
+    assert dx.apply_smooth_lora(pipe, file) is pipe
     expected = tiny.images(merged(name), name, 2)
     assert (expected - plain).abs().max() > 0.05
     assert torch.allclose(tiny.images(pipe, name, 2), expected, atol=1e-5)
-    dx.unload_smooth_lora(pipe)
+    dx.remove_smooth_lora(pipe)
     after = pipe.unet.state_dict()
     assert after.keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in after.items())
     # peft has moved the weights in memory, and with them the kernel that torch takes.
     assert torch.allclose(tiny.images(pipe, name, 2), plain, atol=1e-5)
     assert "save_pretrained" not in vars(pipe)
-    dx.unload_smooth_lora(pipe)
+    dx.remove_smooth_lora(pipe)
 
 
 def test_adapters_side_by_side(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_adapters_side_by_side(tmp_path: Path) -> None:
     plain = tiny.images(pipe, "sd")
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "other")
     other = tiny.images(pipe, "sd")
-    dx.load_smooth_lora(pipe, write(old_layout(tiny.build("sd").unet), tmp_path))
+    dx.apply_smooth_lora(pipe, write(old_layout(tiny.build("sd").unet), tmp_path))
     pipe.set_adapters(["other", "smooth"], [1.0, 0.0])
     assert torch.allclose(tiny.images(pipe, "sd"), other, atol=1e-6)
     pipe.set_adapters(["smooth"], [1.0])
@@ -91,7 +91,7 @@ def test_adapters_side_by_side(tmp_path: Path) -> None:
     pipe.set_adapters(["other", "smooth"], [1.0, 1.0])
     both = tiny.images(pipe, "sd")
     assert not torch.allclose(both, other, atol=1e-3)
-    dx.unload_smooth_lora(pipe)
+    dx.remove_smooth_lora(pipe)
     pipe.set_adapters(["other"], [1.0])
     assert torch.allclose(tiny.images(pipe, "sd"), other, atol=1e-6)
     pipe.unet.delete_adapters("other")
@@ -100,7 +100,7 @@ def test_adapters_side_by_side(tmp_path: Path) -> None:
 
 def test_fused_and_saved(tmp_path: Path) -> None:
     pipe = tiny.build("sd")
-    dx.load_smooth_lora(pipe, write(old_layout(pipe.unet), tmp_path))
+    dx.apply_smooth_lora(pipe, write(old_layout(pipe.unet), tmp_path))
     expected = tiny.images(pipe, "sd")
     with pytest.raises(ValueError, match=r"smooth are on this pipeline: .*filled with random weights"):
         pipe.save_pretrained(tmp_path / "out")
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(tmp_path: Path) -> None:
 
     def refused(changed: dict[str, torch.Tensor], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            dx.load_smooth_lora(pipe, write(changed, tmp_path, "wrong.safetensors"))
+            dx.apply_smooth_lora(pipe, write(changed, tmp_path, "wrong.safetensors"))
         assert not getattr(pipe.unet, "peft_config", None)
         assert "save_pretrained" not in vars(pipe)
         assert torch.equal(tiny.images(pipe, "sd"), plain)
@@ -142,21 +142,21 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     refused({**weights, first: torch.zeros(RANK, 5)}, r"the LoRA is for \(\d+, 5\)")
     (tmp_path / "cut.safetensors").write_bytes(b"1234567890")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        dx.load_smooth_lora(pipe, tmp_path / "cut.safetensors")
+        dx.apply_smooth_lora(pipe, tmp_path / "cut.safetensors")
     (tmp_path / "lora.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="no other kind is loaded"):
-        dx.load_smooth_lora(pipe, tmp_path / "lora.bin")
+        dx.apply_smooth_lora(pipe, tmp_path / "lora.bin")
     with pytest.raises(ValueError, match="expected one safetensors file"):
-        dx.load_smooth_lora(pipe, tmp_path)
+        dx.apply_smooth_lora(pipe, tmp_path)
     with pytest.raises(OSError, match=r"none\.safetensors does not exist"):
-        dx.load_smooth_lora(pipe, tmp_path / "none.safetensors")
-    dx.load_smooth_lora(pipe, write(weights, tmp_path))
+        dx.apply_smooth_lora(pipe, tmp_path / "none.safetensors")
+    dx.apply_smooth_lora(pipe, write(weights, tmp_path))
     with pytest.raises(ValueError, match="'smooth' is on this pipeline already"):
-        dx.load_smooth_lora(pipe, tmp_path, weight_name="smooth.safetensors")
+        dx.apply_smooth_lora(pipe, tmp_path, weight_name="smooth.safetensors")
 
 
 def test_a_trained_adapter_is_saved_so_that_diffusers_loads_it(tmp_path: Path) -> None:
-    from diffusers_ext.smooth_lora.adapter import lora_state
+    from diffusers_ext.smooth_lora.apply import lora_state
 
     pipe = tiny.build("sd")
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
@@ -166,5 +166,5 @@ def test_a_trained_adapter_is_saved_so_that_diffusers_loads_it(tmp_path: Path) -
     stock = tiny.build("sd")
     stock.load_lora_weights(str(tmp_path))
     assert torch.allclose(tiny.images(stock, "sd"), expected, atol=1e-6)
-    ours = dx.load_smooth_lora(tiny.build("sd"), tmp_path)
+    ours = dx.apply_smooth_lora(tiny.build("sd"), tmp_path)
     assert torch.allclose(tiny.images(ours, "sd"), expected, atol=1e-6)

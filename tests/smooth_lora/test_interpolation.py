@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.pipeline_calls import encode_prompts
-from diffusers_ext.slerp import slerp
+from diffusers_ext.core.noise import slerp
+from diffusers_ext.core.pipeline import encode_prompts
 from diffusers_ext.smooth_lora.interpolation import interpolate
 from tests import tiny
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 
-from diffusers_ext import packing
-from diffusers_ext.data import fashion_scenes
-from diffusers_ext.data.latents import encode_pictures
-from diffusers_ext.pipeline_calls import encode_prompts
-from diffusers_ext.resources import resource_dir
+from diffusers_ext.core import families
+from diffusers_ext.core.images import encode_images
+from diffusers_ext.core.pipeline import encode_prompts
 from diffusers_ext.smooth_lora.inversion import ddim_invert
 from diffusers_ext.smooth_lora.null_text import null_text_invert, reconstruct
+from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.embedded import card_dir
 from tests import tiny
 
 STEPS = 10
@@ -23,7 +23,7 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    loaded: Any = DiffusionPipeline.from_pretrained(resource_dir("model_cards") / "fashion-scenes")
+    loaded: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"))
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -36,7 +36,7 @@ def scenes() -> tuple[np.ndarray, list[str]]:
 
 @pytest.fixture(scope="module")
 def latents(pipe: Any, scenes: Any) -> torch.Tensor:
-    return encode_pictures(pipe, scenes[0])
+    return encode_images(pipe, scenes[0])
 
 
 def redraw(pipe: Any, noise: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_pictures_and_latents_go_together(pipe: Any, scenes: Any, latents: torch
     decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
     picture = torch.from_numpy(scenes[0]).movedim(-1, 1)
     assert error(decoded, picture) < 0.01  # the autoencoder's own error
-    assert torch.equal(encode_pictures(pipe, picture), latents)
+    assert torch.equal(encode_images(pipe, picture), latents)
 
 
 def test_ddim_inversion_is_the_inverse_schedulers_run(pipe: Any, scenes: Any, latents: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ def test_a_flow_is_inverted_by_its_own_steps(name: str) -> None:
         "output_type": "latent",
     }
     again = pipe(**call, **size, latents=noise).images
-    wanted = packing.pack(latents) if name == "flux" else latents
+    wanted = families.pack(latents) if name == "flux" else latents
     other = pipe(**call, **size, latents=noise.flip(0)).images
     # Euler's error falls with the step; the way there and back is of the order of one step.
     assert error(again, wanted) < 1e-3 * error(other, wanted)
@@ -138,7 +138,7 @@ def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path)
         null_text_invert(pipe, latents, scenes[1], learning_rate=0.0)
     for wrong in (scenes[0][0], 2 * scenes[0], scenes[0][..., :2], np.full((1, 8, 8, 3), np.nan, np.float32)):
         with pytest.raises(ValueError, match="Expected pictures"):
-            encode_pictures(pipe, wrong)
+            encode_images(pipe, wrong)
     with pytest.raises(ValueError, match="multiples of 4 high and wide, got 32 × 63"):
-        encode_pictures(pipe, scenes[0][:, :, :63])
+        encode_images(pipe, scenes[0][:, :, :63])
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)

@@ -65,7 +65,7 @@ def test_a_plain_call_is_the_parents_also_after_a_lora(name: str, tmp_path: Path
 def test_the_calls_are_the_packages_functions(name: str) -> None:
     pipe, prompts = build(name), ["a aaa", "a bbb"]
     arrays = pictures()
-    latents = dx.encode_pictures(pipe, arrays.astype(np.float32) / 255)
+    latents = dx.encode_images(pipe, arrays.astype(np.float32) / 255)
     noise = dx.ddim_invert(pipe, latents, prompts, **STEPS)
     images = [Image.fromarray(array) for array in arrays]
     assert torch.equal(pipe.invert(images, prompts, **STEPS), noise)

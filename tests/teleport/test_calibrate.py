@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMulti
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 import diffusers_ext as dx
-from diffusers_ext.teleport.closed_form import vp_level
+from diffusers_ext.core.predictions import vp_level
 from tests import tiny
 
 SHAPE = (1, 8, 8)

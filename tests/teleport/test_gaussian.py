@@ -14,16 +14,14 @@ from diffusers.utils import hub_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusers_ext.core.predictions import flow_level, ve_level, vp_level
 from diffusers_ext.teleport import gaussian_io as module
 from diffusers_ext.teleport.closed_form import (
     Gaussian,
-    flow_level,
     gaussian_denoiser,
     guided_transport,
     implied_mean,
     transport,
-    ve_level,
-    vp_level,
 )
 from diffusers_ext.teleport.gaussian import GaussianStats
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffusers_ext as dx
-from diffusers_ext.teleport.inject import hook_count
+from diffusers_ext.teleport.apply import hook_count
 from tests import tiny
 
 LATENTS = {name: tiny.gaussian(tiny.LATENT_SHAPES[name], rank=6) for name in tiny.NAMES}

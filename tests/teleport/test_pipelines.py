@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 import diffusers_ext as dx
 from diffusers_ext.teleport import pipelines
-from diffusers_ext.teleport.inject import hook_count
+from diffusers_ext.teleport.apply import hook_count
 from diffusers_ext.teleport.pipelines import (
     TeleportDDPMPipeline,
     TeleportStableDiffusionPipeline,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import diffusers_ext as dx
-from diffusers_ext.teleport.prompt_map import PromptMap, features_of, prompt_features
+from diffusers_ext.teleport.prompt_map import PromptMap, features_of
+from diffusers_ext.teleport.prompts import prompt_features
 from tests import tiny
 
 PROMPTS = [a + b for a in "abcde" for b in ("", "f", "g", "h")]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import diffusers_ext as dx
-from diffusers_ext import packing
+from diffusers_ext.core import families
 from diffusers_ext.teleport import levels
-from diffusers_ext.teleport.saving import STATS_NAME
+from diffusers_ext.teleport.saving import ARCHIVE_NAME
 from diffusers_ext.teleport.scheduler import TeleportScheduler
 from tests import tiny
 
@@ -289,20 +289,20 @@ def test_packed_latents(mean_from: str, noise: Tensor) -> None:
     plain, packed = wrap("flow-euler", stats), wrap("flow-euler", stats)
     means = torch.randn(16, *SHAPE)
     plain.set_mean(means)
-    packed.set_mean(packing.pack(means))
+    packed.set_mean(families.pack(means))
 
     class Packed:  # the same exact denoiser, on packed latents
         @staticmethod
         def denoise(x: Tensor, level: levels.Level, mean: Any = None) -> Tensor:
-            return packing.pack(stats.denoise(packing.unpack(x, SHAPE), level, mean))
+            return families.pack(stats.denoise(families.unpack(x, SHAPE), level, mean))
 
-    assert torch.equal(packing.unpack(packing.pack(noise), SHAPE), noise)
+    assert torch.equal(families.unpack(families.pack(noise), SHAPE), noise)
     assert torch.equal(
-        packing.pack(noise), diffusers.FluxPipeline._pack_latents(noise, 16, SHAPE[0], SHAPE[1], SHAPE[2])
+        families.pack(noise), diffusers.FluxPipeline._pack_latents(noise, 16, SHAPE[0], SHAPE[1], SHAPE[2])
     )
     expected = sample(plain, noise, stats)
-    result = sample(packed, packing.pack(noise), Packed)
-    assert torch.allclose(packing.unpack(result, SHAPE), expected, atol=1e-5)
+    result = sample(packed, families.pack(noise), Packed)
+    assert torch.allclose(families.unpack(result, SHAPE), expected, atol=1e-5)
 
 
 def test_latents_of_another_size_are_refused(stats: Any) -> None:
@@ -408,7 +408,7 @@ def public(config: Any) -> dict[str, Any]:
 def test_save_and_load(name: str, stats: Any, noise: Tensor, tmp_path: Any) -> None:
     teleport = wrap(name, stats, 0.25, mean_from="first_call")
     teleport.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"scheduler_config.json", STATS_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == {"scheduler_config.json", ARCHIVE_NAME}
     loaded = TeleportScheduler.from_pretrained(tmp_path)
     assert type(loaded.inner) is type(teleport.inner)
     assert public(loaded.config) == public(teleport.config)
@@ -421,13 +421,13 @@ def test_save_and_load(name: str, stats: Any, noise: Tensor, tmp_path: Any) -> N
 def test_damaged_files_are_refused(stats: Any, tmp_path: Any) -> None:
     teleport = wrap("euler", stats)
     teleport.save_pretrained(tmp_path / "whole")
-    content = (tmp_path / "whole" / STATS_NAME).read_bytes()
+    content = (tmp_path / "whole" / ARCHIVE_NAME).read_bytes()
     for kept in (0, 100, len(content) // 2, len(content) - 1):
-        (tmp_path / "whole" / STATS_NAME).write_bytes(content[:kept])
+        (tmp_path / "whole" / ARCHIVE_NAME).write_bytes(content[:kept])
         with pytest.raises(ValueError, match="damaged or incomplete"):
             TeleportScheduler.from_pretrained(tmp_path / "whole")
-    (tmp_path / "whole" / STATS_NAME).unlink()
-    with pytest.raises(ValueError, match=STATS_NAME):
+    (tmp_path / "whole" / ARCHIVE_NAME).unlink()
+    with pytest.raises(ValueError, match=ARCHIVE_NAME):
         TeleportScheduler.from_pretrained(tmp_path / "whole")
     teleport.inner.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="plain scheduler"):

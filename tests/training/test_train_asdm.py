@@ -16,7 +16,7 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.prune import teacher_blocks
 from diffusers_ext.asdm.training import StageObjective, check_run, load_student, make_student, stage_steps
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
-from diffusers_ext.checkpoints import list_checkpoints
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import tiny
 from tests.asdm.networks import SDXL, SMALL, network
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from diffusers_ext.checkpoints import list_checkpoints
-from diffusers_ext.data import base_models
-from diffusers_ext.data.base_training import scene_latents
-from diffusers_ext.data.fashion_scenes import SAMPLE_DIR
+from diffusers_ext.testbed import base_models
+from diffusers_ext.testbed.base_training import scene_latents
+from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests.training.launching import ACCELERATE, PLAIN, ROOT, TWO_PROCESSES, kill_after, launch
 
 # One worker runs them all: they share the trained models.

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.checkpoints import list_checkpoints
-from diffusers_ext.golden_noise.pair_store import NoisePairs
+from diffusers_ext.core.pipeline import prompt_embeddings
+from diffusers_ext.golden_noise.pairs import NoisePairs
 from diffusers_ext.golden_noise.training import (
     equal_norm,
-    prompt_embeddings,
     relative_error,
     rescaled,
     split_by_prompt,
     variants,
 )
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.checkpoints import list_checkpoints
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 

@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.checkpoints import list_checkpoints
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
@@ -53,7 +53,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_it_leaves_a_lora_that_loads_and_a_card(trained: Path, base: Path) -> None:
     pipe = tiny.build("sd")
     plain = tiny.images(pipe, "sd")
-    dx.load_smooth_lora(pipe, trained / "model")
+    dx.apply_smooth_lora(pipe, trained / "model")
     assert not torch.equal(tiny.images(pipe, "sd"), plain)
     card = (trained / "model" / "README.md").read_text()
     assert "| ISTD |" in card
@@ -107,7 +107,7 @@ def test_sdxl(base: Path, tmp_path: Path) -> None:
     )
     pipe = tiny.build("sdxl")
     plain = tiny.images(pipe, "sdxl")
-    dx.load_smooth_lora(pipe, tmp_path / "model")
+    dx.apply_smooth_lora(pipe, tmp_path / "model")
     assert not torch.equal(tiny.images(pipe, "sdxl"), plain)
 
 

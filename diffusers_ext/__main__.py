@@ -1,0 +1,5 @@
+"""`python -m diffusers_ext`."""
+
+from .cli import app
+
+app(prog_name="diffusers-ext")

@@ -1,0 +1,9 @@
+from .apply import apply_gri_attention as apply_gri_attention
+from .apply import remove_gri_attention as remove_gri_attention
+from .calibration import record_calibration_inputs as record_calibration_inputs
+from .plan import PruningPlan as PruningPlan
+from .plan import preset_plan as preset_plan
+from .prune import prune_unet as prune_unet
+from .search import plan_pruning as plan_pruning
+from .search import profile_unet as profile_unet
+from .unet import ASDMUNet2DConditionModel as ASDMUNet2DConditionModel

@@ -1,0 +1,219 @@
+"""The run of progressive incubation: the teacher, the plan, the batches, and stage after stage of training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.extras import require
+from ..core.images import save_grid
+from ..core.storage import whole_folder, write_json
+from ..training.arguments import load_pipeline
+from ..training.checkpoints import checkpoint_only_what_is_trained
+from ..training.data import TrainingLatents, encode_captions
+from ..training.loop import Rows, make_accelerator, rows_of_step, train
+from . import training as asdm
+from .distill import DistillWeights
+from .plan import PruningPlan, preset_stages
+from .prune import teacher_blocks
+
+
+def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """The pipeline, nothing in it trained."""
+    pipe: Any = load_pipeline(args, dtype=torch.float32)
+    missing = [name for name in ("unet", "vae", "text_encoder") if pipe.components.get(name) is None]
+    if missing or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        what = (
+            f"no {', '.join(missing)}" if missing else f"{pipe.unet.config.in_channels} channels to its UNet"
+        )
+        raise ValueError(
+            f"{type(pipe).__name__} has {what}: expected Stable Diffusion or SDXL, from text alone."
+        )
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_plan(args: argparse.Namespace, unet: Any) -> tuple[PruningPlan, list[int]]:
+    """The plan whose stages are trained, and each one's steps."""
+    if args.plan:
+        plan = PruningPlan.load(args.plan)
+    else:
+        stages = preset_stages(args.preset, unet.config)
+        plan = PruningPlan(dict(unet.config), tuple(map(tuple, stages)))
+    plan.check(unet)
+    steps = asdm.stage_steps(args.steps_per_stage, len(plan.stages), args.one_shot)
+    return (asdm.in_one_go(plan) if args.one_shot else plan), steps
+
+
+def start_or_resume(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    plan: PruningPlan,
+    steps: list[int],
+    weights: DistillWeights,
+) -> None:
+    """Refuses a folder that holds another run; notes what this one is."""
+    output = Path(args.output_dir)
+    recipe = {
+        "fingerprint": plan.fingerprint,
+        "stages": plan.stages,
+        "steps_per_stage": steps,
+        "weights": asdict(weights),
+        "cond_convs": not args.no_cond_convs,
+        "from_scratch": args.from_scratch,
+        "seed": args.seed,
+    }
+    asdm.check_run(output, recipe, args.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        asdm.write_recipe(output, recipe)
+        plan.save(output / "plan.json")
+
+
+def use_xformers(plan: PruningPlan, teacher: Any) -> None:
+    """The teacher's attention by xformers, if the plan allows it."""
+    if plan.shape().gri():
+        raise ValueError(
+            "--enable_xformers_memory_efficient_attention would replace the plan's GRI attention (a gri.S cut): leave"
+            " the option out, PyTorch's own attention is memory-efficient too."
+        )
+    require("xformers", "xformers")
+    teacher.enable_xformers_memory_efficient_attention()
+
+
+class Batches:
+    """Training examples by number, as the objective takes them."""
+
+    def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
+        self.args, self.pipe, self.data = args, pipe, data
+        self.num_timesteps = pipe.scheduler.config.num_train_timesteps
+        self.encoded = TrainingLatents(args, pipe, data)
+        height, width = self.encoded([0]).shape[2:]
+        self.size: tuple[int, int] = height, width
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        """The tensors of the given rows."""
+        index = rows.indices(len(self.data)).tolist()
+        latents = self.encoded(index)
+        empty = (rows.uniform() < self.args.proportion_empty_prompts).tolist()
+        captions = [
+            "" if drop else str(self.data[i][self.args.caption_column]) for i, drop in zip(index, empty)
+        ]
+        height, width = (side * self.pipe.vae_scale_factor for side in self.size)
+        batch = encode_captions(self.pipe, captions, height, width)
+        batch |= {"latents": latents, "noise": rows.normal(*latents.shape[1:])}
+        return {**batch, "timesteps": rows.integers(self.num_timesteps)}
+
+
+@dataclass
+class Incubation:
+    """The stages one after another; a stage depends on the student before it and on nothing else that ran."""
+
+    args: argparse.Namespace
+    pipe: Any
+    plan: PruningPlan
+    steps: list[int]
+    weights: DistillWeights
+    batches: Batches
+
+    def all_stages(self) -> tuple[UNet2DConditionModel, list[dict[str, Any]]]:
+        """The last student and every stage's record; stages whose student is there already are not trained."""
+        done = 0
+        while done < len(self.steps) and (self._folder(done + 1) / "unet").is_dir():
+            done += 1
+        if done:
+            student = asdm.load_student(self._folder(done) / "unet").to(self.pipe.device).eval()
+        else:
+            student = (
+                asdm.random_unet(self.pipe.unet, self.args.seed) if self.args.from_scratch else self.pipe.unet
+            )
+        paths = [self._folder(k) / "unet" / "stage.json" for k in range(1, done + 1)]
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for stage in range(done + 1, len(self.steps) + 1):
+            student, record = self._stage(stage, student)
+            records.append(record)
+        return student, records
+
+    def figures(self, unet: Any) -> dict[str, int]:
+        """What a UNet costs on the images trained on."""
+        return asdm.cost_figures(unet, *self.batches.size, self.pipe.tokenizer.model_max_length)
+
+    def _folder(self, stage: int) -> Path:
+        return Path(self.args.output_dir) / f"stage-{stage}"
+
+    def _stage(self, stage: int, source: Any) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+        folder, steps = self._folder(stage), self.steps[stage - 1]
+        own = {"output_dir": str(folder), "max_train_steps": steps, "seed": 1000 * self.args.seed + stage}
+        args = argparse.Namespace(**{**vars(self.args), **own})
+        # With neither loss on the prediction, the last layers have no gradient.
+        accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))
+        student = asdm.make_student(source, self.plan, stage, not args.no_cond_convs).to(accelerator.device)
+        if args.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        if args.enable_xformers_memory_efficient_attention:
+            student.enable_xformers_memory_efficient_attention()
+        scheduler: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        blocks = teacher_blocks(self.plan, stage)
+        objective = asdm.StageObjective(
+            student, self.pipe.unet, blocks, scheduler, self.weights, args.snr_gamma
+        )
+        checkpoint_only_what_is_trained(accelerator)
+
+        def validate(model: nn.Module, step: int) -> dict[str, float]:
+            if args.validation_prompts:
+                self._draw(student, folder / f"validation-{step}.png")
+            return self._fixed_losses(objective)
+
+        record = train(accelerator, args, objective, self.batches, validate, last=False)
+        record |= self.figures(student)
+        if accelerator.is_main_process:
+            with whole_folder(folder / "unet") as partial:
+                student.save_pretrained(partial)
+                write_json(partial / "stage.json", record)
+        return student, record
+
+    def _fixed_losses(self, objective: asdm.StageObjective) -> dict[str, float]:
+        """On the same 64 rows for every student."""
+        found: list[dict[str, Tensor]] = []
+        for step in range(16):
+            batch = self.batches(rows_of_step(10**9, step, 0, 1, 4))
+            found.append(objective.losses(**{k: v.to(self.pipe.device) for k, v in batch.items()}))
+        return {name: float(torch.stack([part[name] for part in found]).mean()) for name in found[0]}
+
+    def _draw(self, student: Any, path: Path) -> None:
+        """The teacher's images above the student's."""
+        args, pipe, rows, teacher = self.args, self.pipe, [], self.pipe.unet
+        height, width = (side * pipe.vae_scale_factor for side in self.batches.size)
+        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        call |= {"height": height, "width": width}
+        try:
+            for unet in (teacher, student):
+                pipe.unet = unet
+                seeds = [torch.Generator().manual_seed(i) for i in range(len(args.validation_prompts))]
+                found = pipe(args.validation_prompts, generator=seeds, output_type="pt", **call).images
+                rows.append(found.float().cpu())
+        finally:
+            pipe.unet = teacher
+        save_grid(torch.cat(rows), len(args.validation_prompts), path)
+
+
+def save_pipeline(pipe: Any, folder: Path) -> None:
+    """In half precision, but for what transformers loads as it was saved."""
+    pipe.to("cpu").to(torch.float16)
+    for part in pipe.components.values():
+        if isinstance(part, PreTrainedModel):
+            part.float()
+    pipe.save_pretrained(folder)

@@ -1,0 +1,1 @@
+from .images import encode_images as encode_images

@@ -1,0 +1,376 @@
+"""Images in and out: reading them from anywhere, the VAE's latents and back, grids.
+
+Images as tensors are (n, C, h, w) float32: in [0, 1] where people see them, in [−1, 1] where models do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+from torch import Tensor
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+# --- one batch in memory ---
+
+
+def as_tensor(images: Any, mode: str = "RGB") -> Tensor:
+    """A batch of images of one size as float32 (n, C, h, w) in [0, 1].
+
+    Args:
+        images: one or more PIL images, an array (n, h, w[, C]) of uint8 or of floats in [0, 1] as pipelines return it
+            (`output_type="np"`), or a tensor (n, C, h, w) in [0, 1].
+        mode: PIL's, that PIL images are converted to: "L", "RGB" or "RGBA".
+
+    Raises:
+        ValueError: not a batch, sizes that differ, values outside [0, 1], or NaN.
+    """
+    if isinstance(images, Tensor):
+        x = images.float().contiguous()
+    else:
+        array = images if isinstance(images, np.ndarray) else _stack(images, mode)
+        x = torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1))
+        x = (x[:, None] if x.ndim == 3 else x.movedim(-1, 1)).contiguous()
+    if x.ndim != 4 or x.numel() == 0 or not torch.isfinite(x).all():
+        raise ValueError(
+            "Expected images as (n, h, w[, channels]) or a tensor (n, channels, h, w), without NaN; got shape"
+            f" {tuple(x.shape)} as (n, channels, h, w)."
+        )
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(
+            f"Expected images in [0, 1] or uint8, got values from {float(x.min()):.3g} to {float(x.max()):.3g}."
+        )
+    return x
+
+
+def _stack(images: Any, mode: str) -> np.ndarray:
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not all(isinstance(image, Image.Image) for image in images):
+        kinds = ", ".join(sorted({type(image).__name__ for image in images}))
+        raise ValueError(f"Expected PIL images, an array or a tensor, got a sequence of {kinds}.")
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        shown = ", ".join(f"{w} × {h}" for w, h in sizes[:3]) or "none"
+        raise ValueError(f"Give one or more images of one size, got {shown}: resize them first.")
+    return np.stack([np.asarray(image.convert(mode)) for image in images])
+
+
+def prepare_image(image: Image.Image, mode: str, size: int | tuple[int, int] | None = None) -> Image.Image:
+    """`image` upright and converted to PIL's `mode`, then resized and centre-cropped.
+
+    Args:
+        image: any PIL image.
+        mode: "L", "RGB" or "RGBA".
+        size: a side of a square, or (height, width); None keeps the size.
+    """
+    image = ImageOps.exif_transpose(image).convert(mode)
+    if size is None:
+        return image
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def save_grid(images: Tensor, columns: int, path: str | Path, scale: int = 2) -> None:
+    """One PNG with images (n, C, h, w) in [0, 1], `columns` side by side, `scale` times their size."""
+    columns = min(columns, len(images))
+    whole_rows = images[: len(images) // columns * columns].split(columns)
+    grid = torch.cat([torch.cat(list(row), 2) for row in whole_rows], 1)
+    array = (grid.movedim(0, 2).numpy() * 255).round().astype(np.uint8)
+    size = (array.shape[1] * scale, array.shape[0] * scale)
+    Image.fromarray(array.squeeze()).resize(size).save(path)
+
+
+# --- latents ---
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: Any) -> Tensor:
+    """Latents of images in the scale that the pipeline denoises; the posterior's mean.
+
+    Args:
+        pipe: a pipeline, or an autoencoder. A pipeline without a `vae` works on pixels, and is given them in [−1, 1].
+        images: as for `as_tensor`.
+
+    Returns:
+        (n, C, h, w) in the autoencoder's dtype (the denoiser's without one), on its device; not packed.
+
+    Raises:
+        ValueError: another layout, range or number of channels, a size that the autoencoder cannot halve evenly, or an
+            autoencoder whose latents' scale is not known.
+    """
+    vae = vae_of(pipe)
+    model = pipe.unet if vae is None else vae
+    channels = model.config.in_channels
+    x = as_tensor(images, _MODES.get(channels, "RGB"))
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"Expected images of {channels} channels, got {tuple(x.shape)} as (n, channels, h, w)."
+        )
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    device = pipe._execution_device if isinstance(pipe, DiffusionPipeline) else model.device
+    if x.shape[2] % factor or x.shape[3] % factor:
+        raise ValueError(
+            f"Images must be multiples of {factor} high and wide, got {x.shape[2]} × {x.shape[3]}: resize or crop."
+        )
+    x = (2 * x - 1).to(device)
+    return (x if vae is None else encode_pixels(vae, x)).to(model.dtype)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+    """Latents as training scripts of diffusers scale them: by the config's factor and shift, or its mean and deviation.
+
+    Args:
+        vae: an autoencoder. One whose config has `force_upcast` encodes in float32 where it is stored in float16.
+        pixels: (n, C, h, w) in [−1, 1], on its device.
+        generators: one for each image to draw from the posterior with; None for the posterior's mean.
+
+    Returns:
+        (n, c, h', w') float32.
+
+    Raises:
+        ValueError: an autoencoder that normalises its latents by batch statistics.
+    """
+    if hasattr(vae, "bn"):
+        raise ValueError(
+            f"{type(vae).__name__} normalises packed latents by batch statistics, which is not supported here: use"
+            " pipeline_samples."
+        )
+    with _upcast(vae):
+        encoded = vae.encode(pixels.to(vae.dtype))
+        posterior = getattr(encoded, "latent_dist", None)
+        if posterior is None:
+            latents = encoded.latents
+        else:
+            latents = posterior.mode() if generators is None else posterior.sample(generators)
+    latents = latents.float()
+    shift, scale = _latent_scale(vae, latents)
+    return (latents - shift) * scale
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels (n, C, h, w) of latents that are scaled as `encode_pixels` scales them; about [−1, 1], not clipped."""
+    shift, scale = _latent_scale(vae, latents)
+    with _upcast(vae):
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample
+
+
+def vae_of(pipe_or_vae: Any) -> Any:
+    """The autoencoder: of a pipeline (None where it works on pixels), or the one given.
+
+    Raises:
+        ValueError: neither a pipeline nor an autoencoder.
+    """
+    if isinstance(pipe_or_vae, DiffusionPipeline):
+        return getattr(pipe_or_vae, "vae", None)
+    if isinstance(pipe_or_vae, torch.nn.Module) and hasattr(pipe_or_vae, "encode"):
+        return pipe_or_vae
+    raise ValueError(
+        f"Expected a DiffusionPipeline or an autoencoder with encode, got {type(pipe_or_vae).__name__}."
+    )
+
+
+def _latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
+    """(shift, scale) so that the scaled latents are (latents − shift) · scale."""
+    scale, shift, mean, std = (
+        getattr(vae.config, name, None)
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    )
+    scale = 1.0 if scale is None else scale
+    if mean is None or std is None:
+        return shift or 0.0, scale
+    # Per-channel statistics, in place of the shift, as diffusers' training scripts use them.
+    mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
+    return mean, scale / std
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """Half-precision VAEs that overflow say so in their config; fp16 → fp32 → fp16 loses nothing."""
+    needed = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if needed:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if needed:
+            vae.to(torch.float16)
+
+
+# --- many images, read when they are needed ---
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that are read when they are needed.
+
+    Attributes:
+        count: how many there are.
+        read: index → PIL image, or (C, H, W) float tensor in [−1, 1].
+        name: index → what error messages call that image.
+        labels: one name for each image, or None.
+    """
+
+    count: int
+    read: Callable[[int], Any]
+    name: Callable[[int], str]
+    labels: list[str] | None = None
+
+
+def open_images(
+    source: Any, *, labels: str | Sequence[str] | None = None, image_column: str = "image"
+) -> ImageSource:
+    """`source` as `ImageSource`; what it may be is told by `diffusers_ext.encoded_images`.
+
+    Raises:
+        ValueError: nothing there, an unknown column, values of another scale, or labels that do not match.
+    """
+    if isinstance(source, ImageSource):
+        return source
+    if isinstance(source, str | os.PathLike):
+        images = _folder(Path(source))
+    elif hasattr(source, "column_names"):
+        return _dataset(source, labels, image_column)
+    elif isinstance(source, Tensor):
+        images = _tensor(source)
+    elif isinstance(source, np.ndarray):
+        images = _array(source)
+    elif isinstance(source, Sequence):
+        images = ImageSource(len(source), source.__getitem__, lambda i: f"image {i}")
+    else:
+        raise ValueError(
+            "Images must be a folder, a datasets.Dataset, a tensor, an array or a list of PIL images, "
+            f"got {type(source).__name__}."
+        )
+    if images.count == 0:
+        raise ValueError("There are no images: the list or array is empty.")
+    if isinstance(labels, str):
+        raise ValueError(
+            f"labels={labels!r} names a column, and only a datasets.Dataset has columns. Give one label for "
+            "each image."
+        )
+    return _labelled(images, labels)
+
+
+def _labelled(images: ImageSource, labels: Sequence[Any] | None) -> ImageSource:
+    if labels is None:
+        return images
+    if len(labels) != images.count:
+        raise ValueError(f"There are {images.count} images and {len(labels)} labels: give one for each.")
+    return ImageSource(images.count, images.read, images.name, [str(label) for label in labels])
+
+
+def _folder(folder: Path) -> ImageSource:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of images.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"{folder} holds no images (looked for {', '.join(EXTENSIONS)}, subfolders too).")
+    return ImageSource(len(files), lambda i: Image.open(files[i]), lambda i: str(files[i]))
+
+
+def _dataset(source: Any, labels: str | Sequence[str] | None, image_column: str) -> ImageSource:
+    columns = source.column_names
+    if isinstance(columns, dict):
+        raise ValueError(f"Choose one split of the data set, such as dataset[{next(iter(columns))!r}].")
+    if not hasattr(source, "__len__"):
+        raise ValueError("A streamed data set has no length: load it with streaming=False.")
+    for column in (image_column, labels):
+        if isinstance(column, str) and column not in columns:
+            raise ValueError(f"The data set has no column {column!r}; its columns are {', '.join(columns)}.")
+    if len(source) == 0:
+        raise ValueError("There are no images: the data set is empty.")
+    images = ImageSource(len(source), lambda i: source[i][image_column], lambda i: f"row {i} of the data set")
+    if not isinstance(labels, str):
+        return _labelled(images, labels)
+    name = getattr(source.features[labels], "int2str", str)
+    return _labelled(images, [name(label) for label in source[labels]])
+
+
+def _tensor(values: Tensor) -> ImageSource:
+    if not values.is_floating_point() or values.ndim != 4:
+        raise ValueError(
+            "A tensor of images must be (N, C, H, W), float in [-1, 1], got "
+            f"{tuple(values.shape)} {values.dtype}. Pass bytes as a uint8 array (N, H, W, C)."
+        )
+    low, high = (float(values.min()), float(values.max())) if values.numel() else (-1.0, 1.0)
+    if not (-1.01 <= low < 0 and high <= 1.01):
+        raise ValueError(
+            f"A float tensor of images must be in [-1, 1]; these values span [{low:g}, {high:g}]. "
+            "Bring [0, 1] to that scale with 2 * x - 1."
+        )
+    return ImageSource(len(values), lambda i: values[i].float(), lambda i: f"image {i}")
+
+
+def _array(values: np.ndarray) -> ImageSource:
+    if np.issubdtype(values.dtype, np.floating):
+        return _tensor(torch.from_numpy(values))
+    if values.dtype != np.uint8 or values.ndim not in (3, 4):
+        raise ValueError(
+            "An array of images must be uint8 (N, H, W, C) or (N, H, W), or float (N, C, H, W) in "
+            f"[-1, 1]; got {values.shape} {values.dtype}."
+        )
+    if values.ndim == 4 and values.shape[-1] == 1:
+        values = values[..., 0]
+    return ImageSource(len(values), lambda i: Image.fromarray(values[i]), lambda i: f"image {i}")
+
+
+def image_batches(
+    images: ImageSource, batch_size: int, channels: int, resolution: int | tuple[int, int] | None
+) -> Iterator[tuple[Tensor, list[str] | None]]:
+    """Batches ((b, C, H, W) float32 in [−1, 1], b labels or None), in order; the last may be smaller.
+
+    Raises:
+        ValueError: an image that cannot be read, named, or images of different sizes in one batch.
+    """
+    for start in range(0, images.count, batch_size):
+        indices = range(start, min(start + batch_size, images.count))
+        rows = [_load(images, i, channels, resolution) for i in indices]
+        for i, row in zip(indices, rows):
+            if row.shape != rows[0].shape:
+                raise ValueError(
+                    f"{images.name(i)} is {row.shape[1]}×{row.shape[2]}, {images.name(start)} "
+                    f"{rows[0].shape[1]}×{rows[0].shape[2]}: pass resolution= to bring all to one size."
+                )
+        yield torch.stack(rows), images.labels and images.labels[start : start + len(rows)]
+
+
+def _load(images: ImageSource, index: int, channels: int, resolution: int | tuple[int, int] | None) -> Tensor:
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    try:
+        image = images.read(index)
+        if isinstance(image, Image.Image):
+            return _to_tensor(image, channels, size)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{images.name(index)} cannot be read as an image: {error}") from error
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{images.name(index)} is not an image but a {type(image).__name__}.")
+    if size is not None and tuple(image.shape[1:]) != tuple(size):
+        raise ValueError(
+            f"{images.name(index)} is a {tuple(image.shape[1:])} tensor: resolution= resizes images "
+            "and uint8 arrays only."
+        )
+    if image.shape[0] != channels:
+        raise ValueError(f"{images.name(index)} has {image.shape[0]} channels, the model {channels}.")
+    return image
+
+
+def _to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None) -> Tensor:
+    """(C, H, W) float32 in [−1, 1]: upright, resized and centre-cropped to `size` = (height, width)."""
+    if channels not in _MODES:
+        raise ValueError(f"The model takes {channels} channels: pass a float tensor (N, {channels}, H, W).")
+    image = prepare_image(image, _MODES[channels], size)
+    values = torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels)
+    return values.permute(2, 0, 1).float() / 127.5 - 1.0

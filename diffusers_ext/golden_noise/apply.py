@@ -1,0 +1,224 @@
+"""Golden noise on a whole pipeline: `apply_golden_noise`, `remove_golden_noise` and `golden_latents`.
+
+A pipeline encodes its prompt and draws its noise in two methods that nearly all of diffusers' pipelines have,
+`encode_prompt` and `prepare_latents`. What the first returns conditions what the second returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..core.families import noise_scale, pack, unpack, unpacked_shape
+from ..core.pipeline import HookHandle, add_hook, initial_noise
+from .npnet import NPNetModel
+
+_ON: WeakKeyDictionary[Any, GoldenNoise] = WeakKeyDictionary()
+
+
+class GoldenNoise:
+    """What happens to the noise of one pipeline; the pipeline's three methods call the three of this.
+
+    Args:
+        npnet: the network.
+        strength: 0 for the random noise, 1 for the network's, between and beyond in a straight line.
+    """
+
+    def __init__(self, npnet: NPNetModel, strength: float = 1.0) -> None:
+        self.npnet, self.strength = npnet, strength
+        self._prompt_embeds: Tensor | None = None
+        self.handles: list[HookHandle] = []
+
+    def start(self) -> None:
+        """A call of the pipeline begins: what an interrupted one has left is void."""
+        self._prompt_embeds = None
+
+    def remember(self, encoded: Any) -> None:
+        """Keeps the embeddings of the prompt, the first that a call encodes; Flux encodes the negative one after."""
+        if self._prompt_embeds is None:
+            self._prompt_embeds = encoded[0] if isinstance(encoded, tuple | list) else encoded
+
+    def replace(self, pipe: Any, given: dict[str, Any], prepared: Any) -> Any:
+        """`prepared`, the result of `prepare_latents(**given)`, with golden noise in place of random noise.
+
+        Latents that the caller has passed are left as they are.
+        """
+        embeds, self._prompt_embeds = self._prompt_embeds, None
+        if self.strength == 0 or given.get("latents") is not None:
+            return prepared
+        if embeds is None:
+            raise ValueError(
+                f"{type(pipe).__name__} has drawn its noise before it encoded a prompt, so the noise cannot suit"
+                " it. Give it golden_latents(...) of a pipeline with the same text encoder as latents=."
+            )
+        latents = prepared[0] if isinstance(prepared, tuple) else prepared
+        golden = self._golden(pipe, latents, embeds, given)
+        return (golden, *prepared[1:]) if isinstance(prepared, tuple) else golden
+
+    @torch.no_grad()
+    def _golden(self, pipe: Any, latents: Tensor, embeds: Tensor, given: dict[str, Any]) -> Tensor:
+        scale = noise_scale(pipe)
+        noise = latents.float() / scale
+        packed = noise.ndim == 3
+        if packed:
+            noise = unpack(noise, unpacked_shape(pipe, noise, given))
+        if len(embeds) != len(noise) and len(noise) % len(embeds) == 0:
+            embeds = embeds.repeat_interleave(len(noise) // len(embeds), 0)
+        golden = mix(self.npnet, noise, embeds, self.strength)
+        return ((pack(golden) if packed else golden) * scale).to(latents)
+
+
+def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float = 1.0) -> Tensor:
+    """noise + strength · (golden − noise), for `NPNetModel`'s inputs.
+
+    Raises:
+        ValueError: the network refuses a shape, or has made something that is not finite of the noise.
+    """
+    golden = npnet(noise, prompt_embeds)
+    if not torch.isfinite(golden).all():
+        raise ValueError(
+            "NPNet's noise holds values that are not finite: its weights are broken, or overflow in"
+            f" {npnet.dtype}; load it with torch.float32."
+        )
+    return golden if strength == 1 else noise + strength * (golden - noise)
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuses pipelines whose latents are not pure noise that follows a prompt.
+
+    Raises:
+        ValueError: no `encode_prompt` or `prepare_latents`, or one that starts from a picture.
+    """
+    missing = [name for name in ("encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
+    if missing:
+        raise ValueError(
+            f"{type(pipe).__name__} has no {' and no '.join(missing)}: golden noise needs a pipeline that draws"
+            " its noise for a prompt. Pass latents=npnet(noise, prompt_embeds) yourself."
+        )
+    if "image" in inspect.signature(pipe.prepare_latents).parameters:
+        raise ValueError(
+            f"{type(pipe).__name__} starts from a picture: its noise is mixed with it and starts at a lower level"
+            " than the one golden noise is made for. Use the text-to-image pipeline."
+        )
+
+
+def check_npnet(npnet: Any) -> None:
+    """ValueError unless `npnet` is an `NPNetModel`."""
+    if not isinstance(npnet, NPNetModel):
+        raise ValueError(
+            f"npnet must be an NPNetModel, got {type(npnet).__name__}: NPNetModel.from_pretrained(path) loads one,"
+            " NPNetModel.from_original(file) the released weights."
+        )
+
+
+def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> Any:
+    """Makes `pipe` start from golden noise; for every text-to-image pipeline, packed latents (Flux) included.
+
+    The random noise is drawn as ever, so one seed gives a pair of pictures, without and with. `latents=` of a call
+    are used as they are given.
+
+    Args:
+        pipe: a `DiffusionPipeline` that starts from pure noise.
+        npnet: a network for the pipeline's latents and prompt embeddings.
+        strength: 0 for the random noise, 1 for the network's, between and beyond in a straight line.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        ValueError: golden noise is on this pipeline already, it is of a kind that cannot have it, or `npnet` is
+            no `NPNetModel`. Sizes that don't go together are refused by the pipeline's call.
+    """
+    if pipe in _ON or getattr(pipe, "npnet", None) is not None:
+        raise ValueError(
+            "Golden noise is on this pipeline already: the same noise cannot be made golden twice. Call"
+            " dx.remove_golden_noise(pipe) first, or set pipe.npnet = None where it is a component."
+        )
+    check_npnet(npnet)
+    check_pipeline(pipe)
+    _ON[pipe] = _hook(pipe, GoldenNoise(npnet, strength))
+    return pipe
+
+
+def remove_golden_noise(pipe: Any) -> Any:
+    """Takes golden noise off again, without a trace; no-op where none is on. Returns `pipe`."""
+    golden = _ON.pop(pipe, None)
+    for handle in golden.handles if golden else ():
+        handle.remove()
+    return pipe
+
+
+def golden_noise_of(pipe: Any) -> GoldenNoise | None:
+    """What `apply_golden_noise` has put on `pipe`."""
+    return _ON.get(pipe)
+
+
+def _hook(pipe: Any, golden: GoldenNoise) -> GoldenNoise:
+    def start(given: dict[str, Any], result: Any) -> Any:
+        golden.start()
+        return result
+
+    def remember(given: dict[str, Any], encoded: Any) -> Any:
+        golden.remember(encoded)
+        return encoded
+
+    def replace(given: dict[str, Any], prepared: Any) -> Any:
+        return golden.replace(pipe, given, prepared)
+
+    # Every pipeline checks its inputs first, and only once a call.
+    begin = [add_hook(pipe, "check_inputs", start)] if hasattr(pipe, "check_inputs") else []
+    golden.handles = [
+        *begin,
+        add_hook(pipe, "encode_prompt", remember),
+        add_hook(pipe, "prepare_latents", replace),
+    ]
+    return golden
+
+
+def golden_latents(
+    pipe: Any, npnet: NPNetModel, prompt: Any = None, *, strength: float = 1.0, **call_kwargs: Any
+) -> Tensor:
+    """Golden noise for any text-to-image pipeline, for its `latents=`.
+
+        latents = golden_latents(pipe, npnet, prompt, generator=torch.Generator().manual_seed(0))
+        image = pipe(prompt, latents=latents).images[0]
+
+    The noise is the one that `pipe(prompt, generator=...)` would draw, made golden.
+
+    Args:
+        pipe: as for `apply_golden_noise`. It is left as it was.
+        npnet: the network.
+        prompt: one or more texts; None with `prompt_embeds=`.
+        strength: see `apply_golden_noise`.
+        call_kwargs: what the picture's call will be given: `generator`, `height`, `width`,
+            `num_images_per_prompt`, `prompt_2`, `prompt_embeds`, ...
+
+    Returns:
+        Latents of unit variance as the pipeline keeps them, (B, C, H, W) or packed (B, tokens, 4C).
+
+    Raises:
+        ValueError: the pipeline cannot have golden noise, has it already, or its sizes are not the network's.
+    """
+    if prompt is not None:
+        call_kwargs["prompt"] = prompt
+    apply_golden_noise(pipe, npnet, strength)
+    try:
+        return initial_noise(pipe, call_kwargs)[0]
+    finally:
+        remove_golden_noise(pipe)
+
+
+def describe(pipe: Any) -> str | None:
+    """The line of `dx.summary` about golden noise on `pipe`; None where it is off."""
+    applied = golden_noise_of(pipe)
+    npnet = applied.npnet if applied else getattr(pipe, "npnet", None)
+    if npnet is None:
+        return None
+    kind = "released architecture" if npnet.config.legacy else "compact"
+    parts = [f"{kind} NPNet, {npnet.num_parameters() / 1e6:.2f}M parameters"]
+    parts.append(f"strength {applied.strength:g}" if applied else "a component of the pipeline")
+    return ", ".join(parts)

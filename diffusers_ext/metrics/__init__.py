@@ -1,0 +1,5 @@
+"""Measures of images and comparisons of methods."""
+
+from ..core.methods import register
+
+__getattr__, __dir__ = register(__name__, __file__)

@@ -1,0 +1,1 @@
+from .istd import compute_istd as compute_istd

@@ -1,0 +1,2 @@
+from .pipelines import SIGNPipeline as SIGNPipeline
+from .source import MixtureSource as MixtureSource

@@ -1,0 +1,139 @@
+"""What a projector is distilled from: the teacher's pipeline, data, prompts and pairs; and what a run shows of itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.images import save_grid
+from ..core.pipeline import encode_prompts
+from ..core.storage import weights_digest
+from ..training.arguments import load_pipeline
+from ..training.data import image_arrays, load_dataset
+from .pairs import TeacherPairs
+from .pipelines import SIGNPipeline
+from .projector import check_teacher, nearest_timestep
+
+
+def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """The projector's pipeline, its network still the teacher's."""
+    base: Any = load_pipeline(args, dtype=torch.float32)
+    there = {name for name, part in base.components.items() if part is not None}
+    extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
+    if extra or "unet" not in there:
+        raise ValueError(
+            f"{type(base).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet and at most"
+            " one text encoder, such as DDPM or Stable Diffusion."
+        )
+    check_teacher(base.unet, base.scheduler)
+    parts = {name: base.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
+    pipe: Any = SIGNPipeline(
+        base.unet, base.scheduler, **parts, timestep=nearest_timestep(base.scheduler, args.sigma)
+    )
+    for part in (pipe.vae, pipe.text_encoder):
+        if part is not None:
+            part.requires_grad_(False)
+    pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:
+    """(n, C, H, W) in the network's space, on the CPU, and the captions where there are prompts."""
+    channels = pipe.unet.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+    with_prompts = pipe.text_encoder is not None
+    data = load_dataset(args, captions=with_prompts)
+    encoded = []
+    with torch.no_grad():
+        for low in tqdm(range(0, len(data), 64), desc="reading images"):
+            rows = [data[i] for i in range(low, min(low + 64, len(data)))]
+            encoded.append(pipe._encode(image_arrays(args, rows, "L" if channels == 1 else "RGB")).cpu())
+    captions = [str(text) for text in data[args.caption_column]] if with_prompts else None
+    return torch.cat(encoded), captions
+
+
+class Texts:
+    """Prompts as the network is shown them; each is encoded once."""
+
+    def __init__(self, pipe: Any, device: torch.device) -> None:
+        self.pipe, self.device = pipe, device
+        self.known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def embeds(self, prompts: list[str]) -> Tensor:
+        """(n, tokens, width)."""
+        new = sorted(set(prompts) - self.known.keys())
+        if new:
+            found = encode_prompts(self.pipe, new, guidance=False)["prompt_embeds"]
+            self.known.update(zip(new, found.cpu()))
+        return torch.stack([self.known[prompt] for prompt in prompts]).to(self.device)
+
+    def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The network's arguments."""
+        return {"encoder_hidden_states": self.embeds(prompts)}
+
+    def batch(self, prompts: list[str], guidance_scale: float) -> dict[str, Tensor]:
+        """The objective's arguments."""
+        found = {"prompt_embeds": self.embeds(prompts)}
+        if guidance_scale != 1:
+            found["negative_prompt_embeds"] = self.embeds([""] * len(prompts))
+        return found
+
+
+def collect_pairs(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: Any,
+    texts: Texts,
+    captions: list[str] | None,
+) -> tuple[Tensor, Tensor]:
+    """Noise and the teacher's images from it; pair i has caption i, modulo their number."""
+    recipe = {
+        "teacher": weights_digest(pipe.unet),
+        "source": weights_digest(pipe.source) if pipe.source else "white noise",
+        "timestep": pipe.config.timestep if pipe.source else None,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale if captions else 1.0,
+        "captions": len(captions) if captions else 0,
+        "data seed": args.seed if captions else 0,
+    }
+    store = TeacherPairs(args.pairs_dir or f"{args.output_dir}/pairs", args.num_pairs, recipe)
+
+    def conditions_of(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        assert captions is not None
+        prompts = [captions[int(i) % len(captions)] for i in rows]
+        return texts.conditions(prompts), texts.conditions([""] * len(prompts))
+
+    size = pipe.unet.config.in_channels, *pipe._sample_size()
+    return store.collect(
+        accelerator,
+        pipe.projector,
+        size,
+        args.num_inference_steps,
+        conditions_of if captions else None,
+        args.guidance_scale,
+    )
+
+
+def save_samples(pipe: Any, data: Tensor, prompts: list[str] | None, path: Path) -> None:
+    """Rows: samples in 1, 2 and 4 steps; the first projected again; noisy data; the same projected."""
+    count = len(data)
+    texts = None if prompts is None else prompts[:count]
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    noisy_draw = torch.randn(data.shape, generator=torch.Generator().manual_seed(1)).to(data)
+    rows = []
+    for steps in (1, 2, 4):
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        options: dict[str, Any] = {"generator": generators, "num_inference_steps": steps}
+        rows.append(pipe(texts, 1 if texts else count, output_type="latent", **options).images)
+    conditions = pipe._conditions(texts, count)
+    noisy = data + 0.3 * noisy_draw
+    rows += [pipe.projector(rows[0], **conditions), noisy, pipe.projector(noisy, **conditions)]
+    shown = pipe._output(torch.cat(rows), "pt", True).images
+    save_grid(shown.float().cpu(), count, path)

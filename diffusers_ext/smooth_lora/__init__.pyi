@@ -1,0 +1,10 @@
+from .apply import apply_smooth_lora as apply_smooth_lora
+from .apply import load_smooth_lora as load_smooth_lora
+from .apply import remove_smooth_lora as remove_smooth_lora
+from .apply import unload_smooth_lora as unload_smooth_lora
+from .editing import edit as edit
+from .interpolation import interpolate as interpolate
+from .inversion import ddim_invert as ddim_invert
+from .null_text import null_text_invert as null_text_invert
+from .null_text import reconstruct as reconstruct
+from .variation import StepwiseVariationLoss as StepwiseVariationLoss

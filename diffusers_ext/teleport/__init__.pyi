@@ -1,0 +1,9 @@
+from .apply import apply_teleport as apply_teleport
+from .apply import remove_teleport as remove_teleport
+from .calibrate import calibrate_skip as calibrate_skip
+from .gaussian import GaussianStats as GaussianStats
+from .prompts import fit_prompt_map as fit_prompt_map
+from .prompts import prompt_means as prompt_means
+from .scheduler import TeleportScheduler as TeleportScheduler
+from .sources import encoded_images as encoded_images
+from .sources import pipeline_samples as pipeline_samples

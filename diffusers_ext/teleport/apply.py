@@ -1,0 +1,192 @@
+"""Teleportation on a whole pipeline: `apply_teleport(pipe, stats)` and `remove_teleport(pipe)`."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..core.pipeline import HookHandle, add_hook
+from .gaussian import GaussianStats
+from .prompt_map import features_of
+from .scheduler import TeleportScheduler
+
+# What every pipeline that has teleportation on now must lose when it is taken off.
+_HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle | HookHandle]]" = WeakKeyDictionary()
+
+# Components that are shown the latents, and what they call them and the time.
+_MODELS = ("unet", "transformer", "controlnet")
+_LATENTS = ("sample", "hidden_states")
+_TIME = ("timestep", "timesteps")
+
+
+def apply_teleport(
+    pipe: Any,
+    stats: GaussianStats | None = None,
+    skip: float | str = "auto",
+    sigma: float | None = None,
+    mean_from: str = "stats",
+) -> Any:
+    """Makes `pipe` skip its first steps; works for every pipeline, also those that scale no model input.
+
+    Args:
+        pipe: a `DiffusionPipeline` that starts from pure noise.
+        stats: as for `TeleportScheduler`. None only for a pipeline whose scheduler is a `TeleportScheduler`
+            already, as after loading a saved one: then just the hook it may need is added.
+        skip, sigma, mean_from: as for `TeleportScheduler`.
+
+    Returns:
+        `pipe` itself.
+
+    With a prompt map in the statistics (`fit_prompt_map`) every image starts from its own prompt's mean and the
+    map follows the call's guidance, negative prompts included; that costs no call of the denoiser.
+
+    Pipelines that share one denoiser may take turns, but must not sample at the same time.
+
+    Raises:
+        ValueError: teleportation is on this pipeline already, or what `TeleportScheduler` refuses, or a prompt
+            map for a pipeline without `encode_prompt`.
+    """
+    scheduler = pipe.scheduler
+    on = isinstance(scheduler, TeleportScheduler)
+    if on and (teleport_is_on(pipe) or stats is not None):
+        raise ValueError(
+            "Teleportation is on this pipeline already. Call dx.remove_teleport(pipe) first to change it."
+        )
+    if not on:
+        if stats is None:
+            raise ValueError("apply_teleport needs stats: a GaussianStats fitted on this pipeline's latents.")
+        scheduler = TeleportScheduler.from_scheduler(scheduler, stats, skip, sigma=sigma, mean_from=mean_from)
+        _drop_hooks(pipe)  # of an earlier one, if the user has replaced the scheduler by hand since
+    before_first_call = scheduler.mean_from == "stats"
+    # First, as it may refuse: then nothing is left on the pipeline.
+    reads_prompts = before_first_call and scheduler.stats.prompt_map is not None
+    handles: list[Any] = [_add_prompt_hook(pipe, scheduler)] if reads_prompts else []
+    if before_first_call and not _scales_its_input(pipe):
+        handles += _add_hooks(pipe, scheduler)
+    _HANDLES[pipe] = handles
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def remove_teleport(pipe: Any) -> Any:
+    """Gives `pipe` its original scheduler object back and takes the hooks off; no-op where none is on."""
+    _drop_hooks(pipe)
+    if isinstance(pipe.scheduler, TeleportScheduler):
+        pipe.scheduler = pipe.scheduler.inner
+    return pipe
+
+
+def teleport_is_on(pipe: Any) -> bool:
+    """Whether `apply_teleport` has been called on `pipe`, and not taken back."""
+    return pipe in _HANDLES
+
+
+def hook_count(pipe: Any) -> int:
+    """How many denoisers of `pipe` carry a teleportation hook now."""
+    return sum(isinstance(handle, RemovableHandle) for handle in _HANDLES.get(pipe, []))
+
+
+def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
+    """Reads the prompt's mean off what `pipe.encode_prompt` returns, each time the pipeline calls it."""
+    if not hasattr(pipe, "encode_prompt"):
+        raise ValueError(
+            f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt to feed it. Leave"
+            " it out, dataclasses.replace(stats, prompt_map=None), and give the means by scheduler.set_mean."
+        )
+
+    def read(given: dict[str, Any], encoded: Any) -> Any:
+        if pipe.scheduler is scheduler:
+            scheduler.set_mean(*_mean_and_guidance(pipe, scheduler.stats, encoded, given))
+        return encoded
+
+    return add_hook(pipe, "encode_prompt", read)
+
+
+def _mean_and_guidance(
+    pipe: Any, stats: GaussianStats, encoded: Any, given: dict[str, Any]
+) -> tuple[Tensor, float]:
+    """What `set_mean` needs: (B, *shape) means of the encoded prompts, and the guidance of the map.
+
+    The unconditional Gaussian stands for the empty prompt. A negative prompt has a mean of its own and the same
+    covariance, and between equal covariances guidance only moves the mean: μ₋ + w(μ − μ₋).
+    """
+    mean = stats.prompt_mean(features_of(encoded[0]))
+    # Set by the pipeline's call before it encodes; Flux takes its scale as an input and has no such property.
+    guided = getattr(pipe, "do_classifier_free_guidance", False)
+    scale = float(pipe.guidance_scale) if guided else 1.0
+    negative = given.get("negative_prompt")
+    negative = [negative] if isinstance(negative, str) or negative is None else negative
+    if scale == 1:
+        return mean, 1.0
+    if given.get("negative_prompt_embeds") is not None or any(negative):
+        away = stats.prompt_mean(features_of(encoded[1]))
+        return away + scale * (mean - away), 1.0
+    return mean, scale if stats.unconditional is not None else 1.0
+
+
+def _scales_its_input(pipe: Any) -> bool:
+    """Whether the pipeline's own `__call__` passes the model input through `scheduler.scale_model_input`.
+
+    A subclass that only wraps the call of its base answers no and is given a hook, which then stays idle:
+    the scheduler knows whether it was shown the input.
+    """
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    return code is not None and "scale_model_input" in code.co_names
+
+
+def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[Any]:
+    # torch's own pre-hooks and not diffusers' ModelHook: those replace `forward` and cannot be taken out from
+    # under CPU offloading, which replaces it too; these compose, and leave nothing behind.
+    models = [m for m in (getattr(pipe, name, None) for name in _MODELS) if isinstance(m, nn.Module)]
+    if not models:
+        raise ValueError(
+            f"{type(pipe).__name__} has none of the components {', '.join(_MODELS)}; wrap its scheduler with "
+            'mean_from="first_call", which needs no hook.'
+        )
+    return [model.register_forward_pre_hook(_hook(model, scheduler), with_kwargs=True) for model in models]
+
+
+def _hook(model: nn.Module, scheduler: TeleportScheduler) -> Callable[..., Any]:
+    names = list(inspect.signature(model.forward).parameters)
+    latents = next((name for name in _LATENTS if name in names), names[0])
+    time = next((name for name in _TIME if name in names), "timestep")
+
+    def pre_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given = {**dict(zip(names, args)), **kwargs}
+        if latents not in given:
+            return args, kwargs
+        mapped = scheduler.map_model_input(given[latents], given.get(time))
+        if mapped is given[latents]:
+            return args, kwargs
+        if latents in kwargs:
+            return args, {**kwargs, latents: mapped}
+        position = names.index(latents)
+        return (*args[:position], mapped, *args[position + 1 :]), kwargs
+
+    return pre_forward
+
+
+def _drop_hooks(pipe: Any) -> None:
+    for handle in _HANDLES.pop(pipe, []):
+        handle.remove()
+
+
+def describe(pipe: Any) -> str | None:
+    """The line of `dx.summary` about teleportation on `pipe`; None where it is off."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if not isinstance(scheduler, TeleportScheduler):
+        return None
+    reach = f"skip={scheduler.skip!r}" if scheduler.sigma is None else f"sigma={scheduler.sigma:g}"
+    parts = [
+        type(scheduler.inner).__name__,
+        reach,
+        f"mean from {scheduler.mean_from}",
+        f"rank {scheduler.stats.rank}",
+        f"{hook_count(pipe)} hook(s)",
+    ]
+    if scheduler.skipped_to is not None:
+        parts.append(f"last run skipped {scheduler.num_skipped_steps} steps to σ={scheduler.skipped_to:.3g}")
+    return ", ".join(parts)

@@ -1,0 +1,145 @@
+"""The means of prompts: a map from their embeddings, or one call of the denoiser at the highest noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Tensor
+
+from ..core.pipeline import prompt_embeddings, quiet, scheduler_of
+from ..core.schedules import scheduler_prediction
+from .gaussian import GaussianStats
+from .prompt_map import PromptMap, features_of
+from .proxy import Delegated
+from .scheduler import TeleportScheduler
+from .sources import check_prompts
+
+
+def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size: int = 64) -> GaussianStats:
+    """Lets `stats` know the mean of every prompt that `pipe` can encode; costs no denoiser call, now or later.
+
+    Args:
+        pipe: a text-to-image pipeline with `encode_prompt`.
+        stats: statistics fitted to pairs (samples, prompts): their `class_means` are what is learned from. Many
+            different prompts matter more than many samples of each.
+        rank: principal directions of the prompts' embeddings to use, ≥ 1.
+        batch_size: prompts encoded together.
+
+    Returns:
+        A copy of `stats` with `prompt_map`. Its `score` tells how well a prompt's mean is predicted from the
+        other prompts: 1 is perfect.
+
+    Raises:
+        ValueError: statistics without class means, a pipeline without `encode_prompt`, or prompts whose
+            embeddings tell nothing about their means.
+    """
+    if stats.class_means is None or stats.class_names is None:
+        raise ValueError(
+            "A prompt map is learned from class means: fit the statistics to pairs (tensor, prompts)."
+        )
+    names = stats.class_names
+    counts = torch.tensor(stats.class_counts or [1] * len(names))
+    parts = [prompt_features(pipe, names[i : i + batch_size]).cpu() for i in range(0, len(names), batch_size)]
+    found = PromptMap.fit(torch.cat(parts), stats.class_means.flatten(1), counts, rank)
+    return dataclasses.replace(stats, prompt_map=found)
+
+
+def prompt_features(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """The embeddings of `prompts`, as (B, E); see `features_of`."""
+    return features_of(prompt_embeddings(pipe, prompts))
+
+
+class OneCall(TeleportScheduler):
+    """The wrapped scheduler with one model call only, whose prediction `_look` reads and turns into the result."""
+
+    def _one_step(self, *args: Any, **kwargs: Any) -> None:
+        self._set_timesteps(*args, **kwargs)
+        self._timesteps = self.timesteps[:1]
+        self._begin_at(self._offset)
+
+    def _read(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        clean = self._look(model_output, sample).to(sample.dtype)
+        call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
+        if call.arguments.get("return_dict", True):
+            return DDIMSchedulerOutput(prev_sample=clean, pred_original_sample=clean)
+        return clean, clean
+
+    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    set_timesteps = Delegated(_one_step)
+    step = Delegated(_read)
+
+
+class _FirstCall(OneCall):
+    """Reads the implied mean off a call at the highest noise."""
+
+    found: Tensor
+
+    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        clean = scheduler_prediction(self.inner, model_output, sample, self._levels[0])
+        self.found = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
+        return clean
+
+
+@torch.no_grad()
+def prompt_means(
+    pipe: Any,
+    stats: GaussianStats,
+    prompts: str | Sequence[str],
+    *,
+    num_calls: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    **call_kwargs: Any,
+) -> Tensor:
+    """The mean that the denoiser itself implies for each prompt, from one call at the highest noise level.
+
+    The Gaussian denoiser D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) is solved for μ, with the model's x0-prediction as
+    D (`GaussianStats.implied_mean`). The calls are made without guidance, so that the mean is that of the
+    prompt's own distribution; give `guidance_scale=` for the guided one. Not in arXiv:2412.09726, which has
+    no conditional case.
+
+    Args:
+        pipe: a text-to-image pipeline with a supported scheduler, or a `TeleportScheduler` around one. Its
+            scheduler is put back, also after an error.
+        stats: statistics whose covariance to use: the within-prompt one, as `pipeline_samples` with prompts
+            gives it.
+        prompts: B texts, or one.
+        num_calls: calls to average, ≥ 1, each on its own noise.
+        seed: of the noise, which is the same for every prompt: a prompt's mean does not depend on the others.
+        batch_size: prompts a call, ≥ 1.
+        call_kwargs: passed to the pipeline, such as `height`, `width` and `num_inference_steps` (with
+            "leading" timestep spacing more steps start at higher noise).
+
+    Returns:
+        (B, *stats.shape) float32 on the CPU, for `TeleportScheduler.set_mean`.
+
+    Raises:
+        ValueError: no prompts, a count below 1, a pipeline without prompts, an unsupported scheduler, or
+            latents of another shape than the statistics.
+    """
+    prompts = check_prompts(pipe, prompts)
+    if num_calls < 1 or batch_size < 1:
+        raise ValueError(f"num_calls and batch_size must be 1 or more, got {num_calls} and {batch_size}.")
+    parameters = inspect.signature(pipe.__call__).parameters
+    call = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in parameters} | call_kwargs
+    original = pipe.scheduler
+    inner = original.inner if isinstance(original, TeleportScheduler) else original
+    probe = _FirstCall(inner, stats, skip=0.0)
+    total = torch.zeros(len(prompts), *stats.shape)
+    with scheduler_of(pipe, probe), quiet(pipe):
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            for number in range(num_calls):
+                noise = [torch.Generator().manual_seed(seed + number) for _ in chunk]
+                pipe(prompt=chunk, generator=noise, output_type="latent", **call)
+                total[start : start + len(chunk)] += probe.found.float().cpu()
+    return total / num_calls

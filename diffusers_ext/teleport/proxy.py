@@ -1,0 +1,148 @@
+"""A scheduler around another one: it answers for the wrapped one, and is saved with its statistics."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..core.schedules import scheduler_class
+from . import saving
+from .gaussian import GaussianStats
+
+_CONFIG_KEY = "_teleport"
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+class Delegated:
+    """A method of the wrapped scheduler that goes through ours, and exists only where the wrapped one has it.
+
+    Pipelines ask `hasattr(scheduler, "scale_model_input")` and read `inspect.signature(scheduler.step)` to
+    decide what to pass, so both must answer as the wrapped scheduler does.
+    """
+
+    def __init__(self, through: Callable[..., Any]):
+        self.through = through
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        return functools.wraps(getattr(scheduler.inner, self.name))(
+            functools.partial(self.through, scheduler)
+        )
+
+
+class SchedulerProxy(SchedulerMixin, ConfigMixin):
+    """A scheduler around another one, which answers for it and is saved with its statistics.
+
+    `scheduler_config.json` holds the wrapped scheduler's config and, under one private key, its class name
+    and how far to skip, so that the same file still configures the plain scheduler.
+    """
+
+    inner: Any
+    stats: GaussianStats
+    skip: float | str
+    sigma: float | None
+    mean_from: str
+
+    def to_json_string(self) -> str:
+        """The wrapped config plus our keys, as `save_pretrained` writes it."""
+        config = json.loads(self.inner.to_json_string())
+        config["_class_name"] = type(self).__name__
+        config[_CONFIG_KEY] = {
+            "scheduler": type(self.inner).__name__,
+            "skip": self.skip,
+            "sigma": self.sigma,
+            "mean_from": self.mean_from,
+        }
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Not possible: a config holds no statistics. Use `from_scheduler` or `from_pretrained`."""
+        raise ValueError(
+            "A TeleportScheduler needs statistics, which a config does not hold: use "
+            "TeleportScheduler.from_scheduler(Scheduler.from_config(config), stats) or from_pretrained(...)."
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes `teleport_stats.npz` and `scheduler_config.json`; what `set_mean` was given is not saved."""
+        os.makedirs(save_directory, exist_ok=True)
+        saving.write_archive(save_directory, self.stats.to_dict_of_arrays())
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads what `save_pretrained` wrote, from a folder or a Hub repository.
+
+        Raises:
+            ValueError: the config is that of a plain scheduler, or the statistics are missing or damaged.
+        """
+        hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
+        config, unused = cls.load_config(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
+        )
+        ours = config.pop(_CONFIG_KEY, None)
+        if ours is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a plain scheduler ({config.get('_class_name')}): "
+                "load it with that class and wrap it with TeleportScheduler.from_scheduler."
+            )
+        config["_class_name"] = ours["scheduler"]
+        inner = scheduler_class(ours["scheduler"]).from_config(config)
+        path = saving.find_archive(str(pretrained_model_name_or_path), subfolder, hub)
+        stats = _stats_of(path)
+        build: Any = cls
+        scheduler = build(inner, stats, ours["skip"], ours["sigma"], ours["mean_from"])
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    # -- everything else is the wrapped scheduler's
+
+    def __getattr__(self, name: str) -> Any:
+        # Private names stay out: copy and pickle probe them on an instance that has no `inner` yet.
+        if name.startswith("_") or "inner" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def compatibles(self) -> list[Any]:
+        """Classes that `OtherScheduler.from_config(scheduler.config)` works for: the wrapped one's."""
+        return self.inner.compatibles
+
+    @property
+    def _internal_dict(self) -> FrozenDict:
+        # What `config` returns. The class name is the wrapped one, so that OtherScheduler.from_config(config)
+        # drops the wrapped scheduler's own options without a warning; ours are written when saving.
+        return FrozenDict({**self.inner.config, "_class_name": type(self.inner).__name__})
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: dict[str, Any]) -> None:
+        # Stable Diffusion pipelines patch outdated scheduler configs in place; the wrapped one must see it.
+        self.inner._internal_dict = FrozenDict(config)
+
+
+def _stats_of(path: str) -> GaussianStats:
+    arrays = saving.read_archive(path)
+    try:
+        return GaussianStats.from_arrays(arrays, path)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); save the scheduler again.") from error

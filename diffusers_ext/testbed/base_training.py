@@ -1,0 +1,229 @@
+"""How the testbed's four models are trained: the grader, the autoencoder, the scenes and the pixel model.
+
+Each function trains one model and returns what its card needs and a function that writes it into a folder.
+Everything that draws from torch's global generator keeps its place: the order decides the initial weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.images import as_tensor, decode_latents, encode_pixels, save_grid
+from ..core.pipeline import scheduler_of
+from ..core.storage import digest, read_tensors, weights_digest, write_tensors
+from ..training.loop import Batch, Rows, train
+from . import base_models, fashion_scenes
+from .grader import GarmentClassifier, augment, grade
+
+Trained = tuple[dict[str, Any], Callable[[Path], Any]]
+
+
+class GarmentObjective(nn.Module):
+    """Cross entropy of a classifier, with smoothed labels."""
+
+    def __init__(self, classifier: GarmentClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, grey: Tensor, target: Tensor) -> Tensor:
+        """Grey pictures (b, 1, 32, 32) in [0, 1] and indices into `ITEMS` (b,)."""
+        return F.cross_entropy(self.classifier(grey), target, label_smoothing=0.05)
+
+
+def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
+    """The classifier of garments that reads the items of a scene."""
+    images, items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "train"))
+    test, test_items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "test"))
+    classifier = GarmentClassifier(tuple(args.block_out_channels or (32, 64, 64)))
+
+    def make_batch(rows: Rows) -> Batch:
+        # Augmented as one global batch, so that the draws don't depend on the number of processes.
+        index = replace(rows, own=slice(None)).indices(len(images))
+        grey = augment(images[index, None] / 255, rows.generator)
+        return {"grey": grey[rows.own], "target": items[index[rows.own]]}
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        logits = torch.cat([classifier(x[:, None] / 255) for x in test.to(accelerator.device).split(1000)])
+        return {"test_accuracy": float((logits.argmax(1).cpu() == test_items).float().mean())}
+
+    record = train(accelerator, args, GarmentObjective(classifier), make_batch, validate)
+    return record, lambda folder: classifier.cpu().save_pretrained(folder)
+
+
+def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
+    """The autoencoder of scenes, its latents standardised at the end."""
+    vae = base_models.build_vae(args.block_out_channels or (24, 48, 64))
+    pictures, _ = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
+    test, prompts = fashion_scenes.scene_arrays(
+        args.train_data_dir, "test", args.num_validation_images, args.seed
+    )
+    grader = _load_grader(args)
+    objective = base_models.VaeObjective(vae)
+
+    def make_batch(rows: Rows) -> Batch:
+        index = rows.indices(len(pictures)).numpy()
+        return {"pictures": as_tensor(pictures[index]) * 2 - 1, "noise": rows.normal(4, 8, 16)}
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        real = as_tensor(test).to(accelerator.device)
+        back = reconstruct(vae, real).cpu()
+        save_grid(torch.cat([real.cpu()[:16], back[:16]]), 16, _validation_path(args, step))
+        results = {"test_mse": float((back - real.cpu()).square().mean() * 4)}
+        return results | (_grade_means(grader, back, prompts) if grader else {})
+
+    def save(folder: Path) -> None:
+        base_models.standardise_latents(vae.cpu(), as_tensor(pictures[:4096]) * 2 - 1)
+        vae.save_pretrained(folder)
+
+    return train(accelerator, args, objective, make_batch, validate), save
+
+
+def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
+    """The text-to-image model: Stable Diffusion in small, its text encoder trained along."""
+    tokenizer = base_models.build_tokenizer()
+    vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
+    vae.register_to_config(_name_or_path="")  # a saved pipeline should not hold a local path
+    unet = base_models.build_unet(args.block_out_channels or (64, 96, 128))
+    scheduler = base_models.stable_diffusion_scheduler()
+    latents, prompts = scene_latents(accelerator, args, vae.to(accelerator.device))
+    input_ids = base_models.tokenize(tokenizer, prompts)
+    empty = base_models.tokenize(tokenizer, [""])
+    text_encoder = base_models.build_text_encoder(tokenizer)
+    objective = base_models.NoiseObjective(unet, scheduler, text_encoder, args.snr_gamma)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,  # type: ignore[arg-type]
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    grader = _load_grader(args)
+    held_out = [
+        fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", args.num_validation_images, 0)
+    ]
+
+    def make_batch(rows: Rows) -> Batch:
+        index = rows.indices(len(latents))
+        dropped = rows.uniform(1) < args.proportion_empty_prompts
+        return {
+            "x": latents[index],
+            "noise": rows.normal(*latents.shape[1:]),
+            "timesteps": rows.integers(scheduler.config.num_train_timesteps),
+            "input_ids": torch.where(dropped, empty, input_ids[index]),
+        }
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        with scheduler_of(pipe, DPMSolverMultistepScheduler.from_config(scheduler.config)):
+            pictures = _sample_scenes(pipe, held_out, args.guidance_scale)
+        save_grid(as_tensor(pictures[:48]), 8, _validation_path(args, step))
+        return _grade_means(grader, pictures, held_out) if grader else {}
+
+    def save(folder: Path) -> None:
+        pipe.to("cpu").to(torch.float16)
+        # Without torch_dtype, diffusers loads its models in float32 but transformers loads as saved.
+        text_encoder.float()
+        pipe.save_pretrained(folder)
+
+    record = train(accelerator, args, objective, make_batch, validate)
+    record["parameters"] = base_models.count_parameters(unet, text_encoder, vae)
+    return record, save
+
+
+def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
+    """The unconditional model of grey garments, in pixels."""
+    images = torch.from_numpy(fashion_scenes.load_garments(args.train_data_dir, "train")[0])
+    unet = base_models.build_pixel_unet(args.block_out_channels or (32, 64, 64))
+    scheduler = DDPMScheduler(clip_sample=False)
+    objective = base_models.NoiseObjective(unet, scheduler, snr_gamma=args.snr_gamma)
+
+    def make_batch(rows: Rows) -> Batch:
+        index = rows.indices(len(images))
+        return {
+            "x": images[index, None] / 127.5 - 1,
+            "noise": rows.normal(1, 32, 32),
+            "timesteps": rows.integers(scheduler.config.num_train_timesteps),
+        }
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config)
+        pipe = DDPMPipeline(unet, solver)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        output: Any = pipe(batch_size=64, num_inference_steps=20, generator=generator, output_type="np")
+        save_grid(as_tensor(output.images), 16, _validation_path(args, step))
+        return {}
+
+    record = train(accelerator, args, objective, make_batch, validate)
+    record["parameters"] = base_models.count_parameters(unet)
+    return record, lambda folder: DDPMPipeline(unet.cpu().half(), scheduler).save_pretrained(folder)
+
+
+def scene_latents(
+    accelerator: Accelerator, args: argparse.Namespace, vae: AutoencoderKL
+) -> tuple[Tensor, list[str]]:
+    """Latents (n, 4, 8, 16) of the training scenes and their prompts.
+
+    Encoded once and kept in the run's folder, with a fingerprint of the pictures and the autoencoder: a
+    resumed run finds them there, one with another seed or autoencoder does not take them.
+    """
+    path = Path(args.output_dir) / "latents.safetensors"
+    pictures, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
+    made_of = digest(pictures.tobytes()) + weights_digest(vae)
+    if accelerator.is_main_process and not (
+        path.is_file() and read_tensors(path)[1].get("made_of") == made_of
+    ):
+        chunks = np.array_split(pictures, max(1, len(pictures) // 256))
+        inputs = ((as_tensor(c) * 2 - 1).to(accelerator.device) for c in chunks)
+        latents = torch.cat([encode_pixels(vae, x).cpu() for x in inputs])
+        write_tensors(path, {"latents": latents}, {"made_of": made_of})
+    accelerator.wait_for_everyone()
+    return read_tensors(path)[0]["latents"], prompts
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, pictures: Tensor) -> Tensor:
+    """Pictures (n, 3, h, w) in [0, 1] through the autoencoder and back."""
+    parts = [decode_latents(vae, encode_pixels(vae, p * 2 - 1)) for p in pictures.split(256)]
+    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def _sample_scenes(pipe: Any, prompts: Sequence[str], guidance_scale: float) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    settings = {"height": 32, "width": 64, "num_inference_steps": 20, "guidance_scale": guidance_scale}
+    chunks = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+    return np.concatenate([pipe(c, generator=generator, output_type="np", **settings).images for c in chunks])
+
+
+def _load_grader(args: argparse.Namespace) -> Any:
+    return GarmentClassifier.from_pretrained(args.grader).eval() if args.grader else None
+
+
+def _grade_means(
+    grader: GarmentClassifier, pictures: np.ndarray | Tensor, prompts: Sequence[str]
+) -> dict[str, float]:
+    return {name: float(right.mean()) for name, right in grade(grader, pictures, prompts).items()}
+
+
+def _validation_path(args: argparse.Namespace, step: int) -> Path:
+    return Path(args.output_dir) / f"validation-{step}.png"

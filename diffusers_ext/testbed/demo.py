@@ -1,0 +1,268 @@
+"""`diffusers-ext demo`: the embedded models without and with each method, at the same seeds, on one page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import diffusers_ext as dx
+
+from ..metrics.comparison import proportion
+from ..metrics.frechet import FeatureStats, frechet_distance
+from .embedded import REPOSITORY, card_dir, has_card, pipeline_dir
+from .fashion_scenes import SAMPLE_DIR, load_garments
+from .runs import Run, held_out_prompts, load_reference, run_garments, run_scenes
+
+# Chosen by the benchmarks, whose pages have the tables with intervals.
+SCENE_STEPS, SCENE_SKIP, SCENE_GUIDANCE = 6, 0.34, 2.0
+GARMENT_STEPS, GARMENT_SKIP = 20, 0.25
+# Without guidance, where golden noise gains most.
+GOLDEN_STEPS = 6
+STRIP_PROMPT, STRIP_SEEDS, STRIP_STEPS = "a green bag", (4, 5), 10
+SIGN_TEACHER_STEPS, CORRUPTION = (4, 8), 0.5
+
+Strips = dict[str, np.ndarray]
+
+
+def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
+    """Generates, compares, and writes `demo.png`. What has no embedded model here is left out, and named.
+
+    Args:
+        output_dir: created if need be.
+        num_images: images a variant, at least 8.
+        seed: of the noise and the prompts.
+
+    Returns:
+        The path of the image.
+
+    Raises:
+        ValueError: `num_images` below 8.
+    """
+    if num_images < 8:
+        raise ValueError(f"num_images must be at least 8 to compare anything, got {num_images}.")
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    prompts = held_out_prompts(num_images, seed)
+
+    def draw_garments(pipe: Any, steps: int) -> Run:
+        return run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
+
+    def draw_scenes(pipe: Any, steps: int) -> Run:
+        return run_scenes(pipe, prompts, seed=seed, num_inference_steps=steps, guidance_scale=SCENE_GUIDANCE)
+
+    parts: dict[str, dict[str, Run]] = {}
+    strips: Strips = {}
+    with Progress(console=console) as progress:
+        parts["fashion-ddpm: unconditional garments"] = _teleport(
+            "fashion-ddpm", "teleport_ddpm", GARMENT_STEPS, GARMENT_SKIP, draw_garments, progress
+        )
+        if has_card("fashion-scenes"):
+            scenes = _teleport(
+                "fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress
+            )
+            parts["fashion-scenes: held-out prompts"] = scenes
+            parts["fashion-scenes: golden noise"] = _golden_noise(prompts, seed, progress)
+            strips = _smooth_lora(progress)
+            parts["fashion-scenes: A-SDM"] = {
+                "the whole UNet": scenes["DPM++ 2M"],
+                "A-SDM": _asdm(draw_scenes, progress),
+            }
+        parts["fashion-ddpm: SIGN"], projected = _sign(num_images, seed, progress)
+    for title, runs in parts.items():
+        reference = "scenes-test" if title.startswith("fashion-scenes") else "garments-test"
+        _print_table(console, title, runs, load_reference(reference))
+    if strips:
+        _print_smoothness(console, strips)
+    else:
+        console.print(
+            "Golden noise, Smooth-LoRA, A-SDM and teleportation of prompts need the model fashion-scenes, which an"
+            f" installed wheel does not hold: get a checkout of {REPOSITORY} and pip install -e ."
+        )
+    path = output / "demo.png"
+    titled = {f"{name}: {STRIP_PROMPT}, from one noise to another": frames for name, frames in strips.items()}
+    _save_page(path, parts, prompts, titled | projected)
+    console.print(f"The same seeds side by side: [bold]{path}[/bold]")
+    return path
+
+
+def _teleport(
+    name: str, pipeline: str, steps: int, skip: float, generate: Callable[[Any, int], Run], progress: Progress
+) -> dict[str, Run]:
+    """One embedded model plain, teleported, and plain with no fewer calls; `generate` takes pipeline and steps."""
+    folder = card_dir(name)
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        custom_pipeline=str(pipeline_dir(pipeline)),
+        trust_remote_code=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    task = progress.add_task(name, total=3)
+    plain = generate(pipe, steps)
+    progress.advance(task)
+    pipe.load_teleport(folder / "gaussian", skip=skip)
+    teleported = generate(pipe, steps)
+    progress.advance(task)
+    pipe.unload_teleport()
+    # The prompts' means cost half a guided step each, so the calls need not be whole.
+    respaced = generate(pipe, math.ceil(teleported.calls))
+    progress.advance(task)
+    return {"DPM++ 2M": plain, f"teleport, skip={skip:g}": teleported, "DPM++ 2M, respaced": respaced}
+
+
+def _golden_noise(prompts: list[str], seed: int, progress: Progress) -> dict[str, Run]:
+    """The scenes without guidance and, at the same cost, guided in half the steps; plain and from golden noise."""
+    pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    npnet: Any = dx.NPNetModel.from_pretrained(card_dir("npnet-fashion-scenes"), torch_dtype=torch.float32)
+    task = progress.add_task("golden noise", total=4)
+
+    def draw(guidance_scale: float, steps: int) -> Run:
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        result = run_scenes(pipe, prompts, seed=seed, **options)
+        progress.advance(task)
+        return result
+
+    samplings = {"no guidance": (1.0, GOLDEN_STEPS)}
+    samplings[f"guidance {SCENE_GUIDANCE:g}, half the steps"] = (SCENE_GUIDANCE, GOLDEN_STEPS // 2)
+    plain = {name: draw(*sampling) for name, sampling in samplings.items()}
+    dx.apply_golden_noise(pipe, npnet.eval())
+    golden = {f"{name}, golden noise": draw(*sampling) for name, sampling in samplings.items()}
+    dx.remove_golden_noise(pipe)
+    return plain | golden
+
+
+def _smooth_lora(progress: Progress) -> dict[str, np.ndarray]:
+    """Frames from one noise to another, without and with the embedded Smooth-LoRA."""
+    pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    task = progress.add_task("Smooth-LoRA", total=2)
+
+    def frames() -> np.ndarray:
+        found = dx.interpolate(
+            pipe,
+            STRIP_PROMPT,
+            generator=[torch.Generator().manual_seed(seed) for seed in STRIP_SEEDS],
+            num_frames=12,
+            num_inference_steps=STRIP_STEPS,
+            guidance_scale=SCENE_GUIDANCE,
+            height=32,
+            width=64,
+            progress=False,
+        )
+        progress.advance(task)
+        return found
+
+    plain = frames()
+    dx.apply_smooth_lora(pipe, card_dir("smooth-lora-fashion-scenes"))
+    return {"plain": plain, "Smooth-LoRA": frames()}
+
+
+def _sign(num_images: int, seed: int, progress: Progress) -> tuple[dict[str, Run], dict[str, np.ndarray]]:
+    """The projector distilled from the garments' model beside its teacher; images corrupted by noise and projected."""
+    sign: Any = dx.SIGNPipeline.from_pretrained(card_dir("sign-fashion-ddpm"), dtype=torch.float32)
+    teacher: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-ddpm"), dtype=torch.float32)
+    teacher.scheduler = DPMSolverMultistepScheduler.from_config(teacher.scheduler.config)
+    runs: dict[str, Run] = {}
+    task = progress.add_task("SIGN", total=2 + len(SIGN_TEACHER_STEPS))
+    for label, pipe, steps in (
+        *(("SIGN", sign, n) for n in (1, 4)),
+        *(("DPM++ 2M", teacher, n) for n in SIGN_TEACHER_STEPS),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        runs[f"{label}, {steps} step{'s' * (steps > 1)}"] = run_garments(
+            pipe, num_images, seed=seed, num_inference_steps=steps
+        )
+        progress.advance(task)
+    images, _ = load_garments(SAMPLE_DIR, "test")
+    clean = torch.from_numpy(images[:16]).float()[:, None] / 255
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    corrupted = (clean + CORRUPTION / 2 * noise).clamp(0, 1)
+    projected = sign.project(corrupted, output_type="np").images
+    return runs, {"real garments, corrupted": corrupted[:, 0].numpy(), "SIGN, projected": projected[..., 0]}
+
+
+def _asdm(generate: Callable[[Any, int], Run], progress: Progress) -> Run:
+    """The scenes by the pruned UNet, in the same steps as by the whole one."""
+    task = progress.add_task("A-SDM", total=1)
+    unet: Any = UNet2DConditionModel.from_pretrained(
+        card_dir("asdm-fashion-scenes"), subfolder="unet", torch_dtype=torch.float32
+    )
+    pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), unet=unet, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    found = generate(pipe, SCENE_STEPS)
+    progress.advance(task)
+    return found
+
+
+def _print_smoothness(console: Console, strips: dict[str, np.ndarray]) -> None:
+    table = Table(title=f"fashion-scenes: from one noise to another, {STRIP_PROMPT}", title_justify="left")
+    for column in ("", "mean step", "standard deviation of the steps"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, frames in strips.items():
+        steps = 2 * np.linalg.norm(np.diff(frames, axis=0).reshape(len(frames) - 1, -1), axis=1)
+        table.add_row(name, f"{steps.mean():.2f}", f"{steps.std():.2f}")
+    table.caption = "Distances between neighbouring images of one path; benchmarks/smooth_lora.py has 200."
+    console.print(table)
+
+
+def _print_table(console: Console, title: str, runs: dict[str, Run], reference: FeatureStats) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "NFE", "seconds", "prompt accuracy", "small-feature Fréchet distance"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, result in runs.items():
+        aligned = proportion(result.grades["aligned"]).format(1, 100) + " %" if result.grades else "–"
+        distance = frechet_distance(FeatureStats.of(result.features), reference)
+        table.add_row(name, f"{result.calls:.3g}", f"{result.seconds:.1f}", aligned, f"{distance:.2f}")
+    table.caption = (
+        "A guided step counts as one NFE and evaluates the denoiser twice. Few images raise the distance: compare"
+        " the rows with each other, not with other pages."
+    )
+    console.print(table)
+
+
+def _save_page(path: Path, parts: dict[str, dict[str, Run]], prompts: list[str], strips: Strips) -> None:
+    """One PNG: every run's first images and every strip, each under its title."""
+    rows: list[tuple[str, np.ndarray]] = []
+    for runs in parts.values():
+        for name, result in runs.items():
+            shown = result.images[: 8 if result.grades else 16]
+            rows.append((f"{name}: {result.calls:.3g} NFE", shown))
+    rows += strips.items()
+    captions = [" · ".join(prompts[low : low + 4]) for low in (0, 4)]
+    bands = [_band(images) for _, images in rows]
+    title, gap = 22, 6
+    width = max(band.width for band in bands) + 2 * gap
+    height = sum(band.height + title + gap for band in bands) + len(captions) * 16 + gap
+    page = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(page), ImageFont.load_default(size=14), 0
+    for (name, _), band in zip(rows, bands):
+        draw.text((gap, top + 3), name, fill="black", font=font)
+        page.paste(band, (gap, top + title))
+        top += band.height + title + gap
+    small = ImageFont.load_default(size=11)
+    for number, caption in enumerate(captions):
+        draw.text((gap, top + 16 * number), caption, fill="black", font=small)
+    page.save(path)
+
+
+def _band(images: np.ndarray, scale: int = 2) -> Image.Image:
+    """Images (n, h, w[, channels]) in [0, 1] side by side, `scale` times their size."""
+    strip = np.concatenate(list(images), 1).squeeze()
+    band = Image.fromarray((strip.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+    return band.resize((band.width * scale, band.height * scale), Image.Resampling.NEAREST)

@@ -1,0 +1,188 @@
+"""The exact grader of Fashion Scenes: does a picture show every word of its prompt?
+
+The item is read by a small classifier on the crop's channel maximum, the colour as the palette colour nearest
+to the crop's mean colour. The classifier's last hidden layer also gives the features of the Fréchet distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.images import as_tensor
+from .fashion_scenes import COLORS, HEIGHT, ITEMS, SIZE, WIDTH, parse_caption
+
+_PALETTE = torch.tensor(list(COLORS.values()))
+
+
+class GarmentClassifier(ModelMixin, ConfigMixin):
+    """A three-block convolutional classifier of 32 × 32 grey garments.
+
+    Args:
+        channels: width of each block; the last is the number of features.
+        num_items: classes, in the order of `ITEMS`.
+    """
+
+    @register_to_config
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 64), num_items: int = len(ITEMS)) -> None:
+        super().__init__()
+        blocks, previous = [], 1
+        for width in channels:
+            blocks += [
+                nn.Conv2d(previous, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+            previous = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(previous, num_items)
+
+    def features(self, grey: Tensor) -> Tensor:
+        """Features (n, channels[-1]) of grey pictures (n, 1, 32, 32) in [0, 1]."""
+        return self.blocks(grey * 2 - 1).mean((2, 3))
+
+    def forward(self, grey: Tensor) -> Tensor:
+        """Item logits (n, num_items) of grey pictures (n, 1, 32, 32) in [0, 1]."""
+        return self.head(self.features(grey))
+
+
+def _scene_tensor(pictures: np.ndarray | Tensor) -> Tensor:
+    x = as_tensor(pictures)
+    if x.shape[1:] != (3, HEIGHT, WIDTH):
+        raise ValueError(f"Expected scenes of {HEIGHT} × {WIDTH} RGB, got {tuple(x.shape[1:])} (C, H, W).")
+    return x
+
+
+def color_indices(crops: Tensor) -> Tensor:
+    """Indices into `COLORS` (n,) of the palette colour nearest to each crop (n, 3, h, w) in [0, 1].
+
+    The mean colour is weighted by brightness, so that the black ground does not count, and scaled to a
+    largest channel of 1, as the palette is.
+    """
+    weight = crops.amax(1, keepdim=True)
+    mean = (crops * weight).sum((2, 3)) / weight.sum((2, 3)).clamp_min(1e-6)
+    mean = mean / mean.amax(1, keepdim=True).clamp_min(1e-6)
+    return torch.cdist(mean, _PALETTE.to(mean)).argmin(1)
+
+
+@torch.no_grad()
+def grade(
+    classifier: GarmentClassifier,
+    pictures: np.ndarray | Tensor,
+    prompts: Sequence[str],
+    batch_size: int = 512,
+) -> dict[str, np.ndarray]:
+    """Which words of the prompts the pictures show.
+
+    Args:
+        classifier: the trained `GarmentClassifier`.
+        pictures: (n, 32, 64, 3) uint8 or float in [0, 1], or a (n, 3, 32, 64) tensor.
+        prompts: n captions of Fashion Scenes.
+
+    Returns:
+        Boolean arrays (n,): `item` and `color` (every item, every colour right) and `aligned` (both).
+
+    Raises:
+        ValueError: the counts differ, a picture has another size, or a prompt is no Fashion Scenes caption.
+    """
+    crop, owner, want_item, want_color = _crops(pictures, prompts)
+    logits = torch.cat([classifier(c.amax(1, keepdim=True)) for c in crop.split(batch_size)])
+    item_right = (logits.argmax(1) == want_item).numpy()
+    color_right = (color_indices(crop) == want_color).numpy()
+    item, color = np.ones(len(prompts), bool), np.ones(len(prompts), bool)
+    np.logical_and.at(item, owner, item_right)
+    np.logical_and.at(color, owner, color_right)
+    return {"item": item, "color": color, "aligned": item & color}
+
+
+@torch.no_grad()
+def confidence(
+    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, prompts: Sequence[str]
+) -> np.ndarray:
+    """How sure the classifier is of every item of the prompt, float64 (n,) in [0, 1]; 0 with a wrong colour.
+
+    The least probable of a scene's items counts. Arguments and errors as for `grade`.
+    """
+    crop, owner, want_item, want_color = _crops(pictures, prompts)
+    likely = classifier(crop.amax(1, keepdim=True)).softmax(1)[torch.arange(len(crop)), want_item]
+    sure = (likely * (color_indices(crop) == want_color)).double().numpy()
+    least = np.ones(len(prompts))
+    np.minimum.at(least, owner, sure)
+    return least
+
+
+def _crops(pictures: np.ndarray | Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """Every garment's crop (m, 3, 32, 32), the scene it belongs to, and the item and colour that it should have."""
+    x = _scene_tensor(pictures)
+    if len(x) != len(prompts):
+        raise ValueError(f"{len(x)} pictures but {len(prompts)} prompts: give one prompt for each picture.")
+    owner, crops, want_item, want_color = [], [], [], []
+    colors = list(COLORS)
+    for n, prompt in enumerate(prompts):
+        scene = parse_caption(prompt)
+        starts = [(WIDTH - SIZE) // 2] if len(scene) == 1 else [0, SIZE]
+        for start, garment in zip(starts, scene):
+            owner.append(n)
+            crops.append(x[n, :, :, start : start + SIZE])
+            want_item.append(ITEMS.index(garment.item))
+            want_color.append(colors.index(garment.color))
+    return torch.stack(crops), owner, torch.tensor(want_item), torch.tensor(want_color)
+
+
+@torch.no_grad()
+def scene_features(
+    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, batch_size: int = 512
+) -> np.ndarray:
+    """Features of scenes for the Fréchet distance, float64 (n, 2 · (channels[-1] + 3)).
+
+    For the left and the right half: the classifier's features of the channel maximum, and the mean colour,
+    which the grey classifier cannot see, times 4 to bring it to the scale of the other features.
+    """
+    x = _scene_tensor(pictures)
+    halves = torch.cat([x[..., :SIZE], x[..., SIZE:]])
+    grey = halves.amax(1, keepdim=True)
+    hidden = torch.cat([classifier.features(g) for g in grey.split(batch_size)])
+    both = torch.cat([hidden, 4 * halves.mean((2, 3))], 1)
+    left, right = both.chunk(2)
+    return torch.cat([left, right], 1).double().numpy()
+
+
+@torch.no_grad()
+def garment_features(
+    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, batch_size: int = 512
+) -> np.ndarray:
+    """Features of 32 × 32 grey garments for the Fréchet distance, float64 (n, channels[-1])."""
+    x = as_tensor(pictures)
+    if x.shape[1:] != (1, SIZE, SIZE):
+        raise ValueError(f"Expected grey garments of {SIZE} × {SIZE}, got {tuple(x.shape[1:])} (C, H, W).")
+    return torch.cat([classifier.features(g) for g in x.split(batch_size)]).double().numpy()
+
+
+def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
+    """Makes (n, 1, 32, 32) in [0, 1] differ as generated pictures do: shifted, blurred, dimmed and noisy."""
+    n = len(grey)
+    shift = torch.randint(-2, 3, (n, 2), generator=generator)
+    rows = (torch.arange(SIZE)[None] + shift[:, :1]).clamp(0, SIZE - 1)
+    cols = (torch.arange(SIZE)[None] + shift[:, 1:]).clamp(0, SIZE - 1)
+    x = grey[torch.arange(n)[:, None, None], 0, rows[:, :, None], cols[:, None, :]][:, None]
+    blur = torch.rand(n, 1, 1, 1, generator=generator) * 0.7
+    x = (1 - blur) * x + blur * F.avg_pool2d(x, 3, 1, 1)
+    x = x * (0.7 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator))
+    noise = 0.05 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
+    return (x + noise).clamp(0, 1)
+
+
+def score(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """A scorer of `--scorer fashion-grader`: the embedded grader's `confidence`."""
+    from .runs import load_grader
+
+    return confidence(load_grader(), images, prompts)

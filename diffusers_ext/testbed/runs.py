@@ -1,0 +1,124 @@
+"""Runs the testbed's models on fixed prompts and noise, and measures what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..metrics.frechet import FeatureStats
+from . import fashion_scenes
+from .embedded import card_dir
+from .grader import GarmentClassifier, garment_features, grade, scene_features
+
+REFERENCES = ("scenes-train", "scenes-test", "garments-train", "garments-test")
+
+
+@lru_cache(maxsize=1)
+def load_grader() -> GarmentClassifier:
+    """The embedded grader, in float32."""
+    folder = card_dir("fashion-grader")
+    return GarmentClassifier.from_pretrained(folder, torch_dtype=torch.float32).eval()  # type: ignore[return-value]
+
+
+def load_reference(name: str) -> FeatureStats:
+    """Feature statistics of real images; `name` is one of `REFERENCES`."""
+    return FeatureStats.load(card_dir("fashion-grader") / f"{name}.safetensors")
+
+
+@dataclass
+class Run:
+    """What a pipeline made of a list of prompts (or of nothing), and what it cost.
+
+    Attributes:
+        images: float32 (n, h, w[, 3]) in [0, 1].
+        features: (n, d), for the Fréchet distance.
+        grades: boolean arrays (n,), see `grade`; empty without prompts.
+        calls: denoiser evaluations per image, a guided step counting once.
+        seconds: wall-clock time of the sampling.
+    """
+
+    images: np.ndarray
+    features: np.ndarray
+    grades: dict[str, np.ndarray] = field(default_factory=dict)
+    calls: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def join(cls, parts: Sequence[Run], extra_calls: float = 0.0) -> Run:
+        """The parts as one run; `extra_calls` were spent on every image outside the pipeline."""
+        return cls(
+            np.concatenate([p.images for p in parts]),
+            np.concatenate([p.features for p in parts]),
+            {k: np.concatenate([p.grades[k] for p in parts]) for k in parts[0].grades},
+            float(np.mean([p.calls for p in parts])) + extra_calls,
+            sum(p.seconds for p in parts),
+        )
+
+
+def held_out_prompts(num_prompts: int, seed: int = 0) -> list[str]:
+    """Prompts of the test split: two-garment combinations never trained on, and a quarter singles."""
+    return [fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", num_prompts, seed)]
+
+
+@contextmanager
+def _count_rows(module: nn.Module) -> Iterator[list[int]]:
+    """Collects how many rows each call of a denoiser evaluates; guidance and extra calls count as they cost."""
+    rows: list[int] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(len(args[0] if args else kwargs["sample"]))
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def run_scenes(
+    pipe: Any, prompts: list[str], *, seed: int = 0, offset: int = 0, batch_size: int = 64, **call_kwargs: Any
+) -> Run:
+    """Generates one scene per prompt; image i starts from the noise of (seed, offset + i) in any batch size."""
+    parts, start = [], time.perf_counter()
+    with _count_rows(pipe.unet) as rows:
+        for low in range(0, len(prompts), batch_size):
+            chunk = prompts[low : low + batch_size]
+            generators = [
+                torch.Generator().manual_seed(1_000_000 * seed + offset + low + i) for i in range(len(chunk))
+            ]
+            result = pipe(chunk, height=32, width=64, generator=generators, output_type="np", **call_kwargs)
+            parts.append(result.images)
+    seconds = time.perf_counter() - start
+    stacked, grader = np.concatenate(parts).astype(np.float32), load_grader()
+    rows_a_step = 2 if call_kwargs.get("guidance_scale", 7.5) > 1 else 1
+    return Run(
+        stacked,
+        scene_features(grader, stacked),
+        grade(grader, stacked, prompts),
+        sum(rows) / len(prompts) / rows_a_step,
+        seconds,
+    )
+
+
+def run_garments(
+    pipe: Any, num_images: int, *, seed: int = 0, batch_size: int = 250, **call_kwargs: Any
+) -> Run:
+    """Generates grey garments; image i starts from the noise of seed (seed, i)."""
+    parts, start = [], time.perf_counter()
+    with _count_rows(pipe.unet) as rows:
+        for low in range(0, num_images, batch_size):
+            size = min(batch_size, num_images - low)
+            generators = [torch.Generator().manual_seed(1_000_000 * seed + low + i) for i in range(size)]
+            result = pipe(batch_size=size, generator=generators, output_type="np", **call_kwargs)
+            parts.append(result.images)
+    seconds = time.perf_counter() - start
+    stacked = np.concatenate(parts).astype(np.float32)
+    return Run(stacked, garment_features(load_grader(), stacked), {}, sum(rows) / num_images, seconds)

@@ -1,0 +1,106 @@
+"""What a training script leaves behind: a whole folder with its model card, on disk and on the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from ..core.storage import whole_folder, write_json
+
+_NOT_RESULTS = ("steps", "images", "seconds", "hardware")
+
+
+def create_hub_repo(args: argparse.Namespace) -> str | None:
+    """The repository that `--push_to_hub` asks for, made before training, when a bad token shows early."""
+    if not args.push_to_hub:
+        return None
+    return HfApi().create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+
+
+def publish(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    record: dict[str, Any],
+    save: Callable[[Path], Any],
+    description: str,
+    tags: Sequence[str],
+    repo_id: str | None = None,
+) -> Path:
+    """Writes the weights, `training.json` and the card into OUTPUT_DIR/model, and uploads them if wanted.
+
+    Args:
+        args: as from `add_training_arguments`.
+        argv: the script and its arguments, for the card.
+        record: what `train` returned.
+        save: writes the weights and configs into the folder it is given.
+        description: Markdown: what the model is and how to use it.
+        tags: of the card.
+        repo_id: as from `create_hub_repo`; None uploads nothing.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(args.output_dir) / "model"
+    with whole_folder(folder) as partial:
+        save(partial)
+        arguments = {name: _portable(value) for name, value in vars(args).items()}
+        write_json(partial / "training.json", {**arguments, **record})
+        make_model_card(args, argv, record, description, tags).save(partial / "README.md")
+    if repo_id is not None:
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="End of training")
+    return folder
+
+
+def make_model_card(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    record: dict[str, Any],
+    description: str,
+    tags: Sequence[str],
+) -> ModelCard:
+    """The card of a training run: description, command, seed, cost and results. Needs no network."""
+    command = shlex.join(["accelerate", "launch", *map(str, map(_portable, argv))])
+    results = {name: value for name, value in record.items() if name not in _NOT_RESULTS}
+    data = ModelCardData(license="apache-2.0")
+    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in results.items())
+    text = f"""---
+{data.to_yaml()}
+---
+
+{description}
+
+## Training
+
+```
+{command}
+```
+
+Seed {args.seed}, {record["steps"]} steps, {record["images"]} images in {record["seconds"]} s on
+{record["hardware"]}. All arguments are in `training.json`.
+
+## Results at the end of training
+
+| Figure | Value |
+| --- | --- |
+{rows}
+"""
+    return populate_model_card(ModelCard(text), tags=["diffusers-ext", *tags])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _portable(value: Any) -> Any:
+    # A reader has other folders, and a card is no place for the trainer's own.
+    if isinstance(value, str):
+        option, equals, path = value.rpartition("=") if value.startswith("-") else ("", "", value)
+        return f"{option}{equals}{Path(path).name}" if os.path.isabs(path) else value
+    return value

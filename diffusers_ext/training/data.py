@@ -1,0 +1,123 @@
+"""Images to train on, from a folder, the Hub or a function, and what a latent model is trained on of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.extras import SHORT_NAMES, load_function, require
+from ..core.images import encode_images, prepare_image
+from ..core.pipeline import encode_prompts
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which images, named as in diffusers' own scripts."""
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        default=None,
+        help="on the Hub, or package.module:function (or FILE.py:FUNCTION) that returns a datasets.Dataset of these"
+        " arguments",
+    )
+    add(
+        "--train_data_dir",
+        default=None,
+        help="an image folder; with a function, whatever it takes from there",
+    )
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--resolution", type=int, default=None, help="resize and crop to this square; default: as they are")
+    add("--max_train_samples", type=int, default=None)
+
+
+def require_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command with a usage error where the arguments of `add_data_arguments` name no data."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("give --dataset_name or --train_data_dir")
+
+
+def load_dataset(args: argparse.Namespace, captions: bool = True) -> Any:
+    """A `datasets.Dataset` with the columns that the arguments name.
+
+    Args:
+        args: as from `add_data_arguments`, and `seed`.
+        captions: whether the caption column must be there.
+
+    Raises:
+        ValueError: a column is missing, or no such function.
+    """
+    name = SHORT_NAMES.get(args.dataset_name, args.dataset_name)
+    if name is not None and ":" in name:
+        data = load_function(name, "data set")(args)
+    else:
+        load: Any = require("datasets", "train").load_dataset
+        folder = {"path": "imagefolder", "data_dir": args.train_data_dir}
+        data = load(**({"path": name} if name else folder), split="train")
+    wanted = [args.image_column, args.caption_column] if captions else [args.image_column]
+    missing = [column for column in wanted if column not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"The data has no column {' and no '.join(missing)}: it has {', '.join(data.column_names)}."
+        )
+    return data.select(range(min(len(data), args.max_train_samples or len(data))))
+
+
+def image_arrays(args: argparse.Namespace, rows: list[dict[str, Any]], mode: str = "RGB") -> np.ndarray:
+    """(n, h, w, channels) in [0, 1], all of one size; `mode` is PIL's, `L` for grey.
+
+    Raises:
+        ValueError: images of different sizes.
+    """
+    images = [prepare_image(row[args.image_column], mode, args.resolution) for row in rows]
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Images of different sizes {sorted(sizes)[:3]}: give --resolution to make them one."
+        )
+    array = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+    return array[..., None] if mode == "L" else array
+
+
+class TrainingLatents:
+    """Latents of a data set's images by number, encoded when they are asked for or all of them before.
+
+    Args:
+        args: as from `add_data_arguments`, and `cache_latents`.
+        pipe: a pipeline with a `vae`.
+        data: as from `load_dataset`.
+    """
+
+    def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
+        self.args, self.pipe, self.data = args, pipe, data
+        self._cached: Tensor | None = None
+        if args.cache_latents:
+            lows = tqdm(range(0, len(data), 64), desc="encoding")
+            self._cached = torch.cat([self(range(low, min(low + 64, len(data)))) for low in lows])
+
+    def __call__(self, index: Sequence[int]) -> Tensor:
+        """(len(index), C, h, w), on the CPU."""
+        if self._cached is not None:
+            return self._cached[list(index)]
+        images = image_arrays(self.args, [self.data[int(i)] for i in index])
+        return encode_images(self.pipe, images).cpu()
+
+
+def encode_captions(pipe: Any, captions: Sequence[str], height: int, width: int) -> dict[str, Tensor]:
+    """The conditioning of a UNet for captioned images: prompt_embeds (n, tokens, width), and for SDXL pooled_prompt_embeds and time_ids.
+
+    Args:
+        pipe: Stable Diffusion or SDXL.
+        captions: n texts.
+        height, width: of the images, uncropped.
+    """
+    found = encode_prompts(pipe, captions, guidance=False)
+    if "pooled_prompt_embeds" in found:
+        size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        found["time_ids"] = size.expand(len(captions), -1)
+    return found

@@ -1,0 +1,298 @@
+"""The loop of every training script.
+
+The data order and all randomness of optimisation step `n` are a pure function of `(seed, n)`: a resumed run
+continues exactly where it stopped, and several processes see together what one process would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .checkpoints import resolve_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+def make_accelerator(args: argparse.Namespace, idle_parameters: bool = False) -> Accelerator:
+    """The accelerator of a run, its folder and its trackers.
+
+    `idle_parameters`: the loss of some steps does not depend on all trained parameters, which stay as they are then.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)],
+    )
+    set_seed(args.seed)
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if args.report_to:
+        accelerator.init_trackers("diffusers-ext", {k: v for k, v in vars(args).items() if _loggable(v)})
+    return accelerator
+
+
+def _loggable(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one global batch that this process works on, and their randomness.
+
+    Every draw is made for the whole global batch and then sliced, so that it does not depend on how many
+    processes share the work. `step` is the optimisation step that the rows are for.
+    """
+
+    total: int
+    own: slice
+    generator: torch.Generator
+    step: int = 0
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32 of shape (own rows, *shape)."""
+        return torch.randn(self.total, *shape, generator=self.generator)[self.own]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform float32 in [0, 1) of shape (own rows, *shape)."""
+        return torch.rand(self.total, *shape, generator=self.generator)[self.own]
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform int64 in [0, high) of shape (own rows,)."""
+        return torch.randint(high, (self.total,), generator=self.generator)[self.own]
+
+    def indices(self, num_examples: int) -> Tensor:
+        """Random examples, int64 (own rows,): with replacement, so that no epoch state has to be kept."""
+        return self.integers(num_examples)
+
+
+def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int, micro_steps: int = 1) -> Rows:
+    """The rows that process `rank` of `world` works on in micro-step `step`; `batch_size` is per process.
+
+    `micro_steps` make one optimisation step.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    own = slice(rank * batch_size, (rank + 1) * batch_size)
+    return Rows(world * batch_size, own, generator, step // micro_steps)
+
+
+def train(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    model: nn.Module,
+    make_batch: Callable[[Rows], Batch],
+    validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    last: bool = True,
+) -> dict[str, Any]:
+    """Optimises `model`, whose forward turns a batch into a scalar loss; leaves the EMA weights in it.
+
+    It ends the accelerator's trackers, and its process group too unless more is to be trained in this process.
+
+    Args:
+        accelerator: as from `make_accelerator`.
+        args: as from `add_training_arguments`.
+        model: `model(**batch)` returns the mean loss over the batch's rows. If it has a method `networks`, the
+            gradients of each of the modules that it lists are clipped by themselves.
+        make_batch: the tensors of the given rows, on any device.
+        validate: called with the model (EMA weights in place) and the step; returns what to log.
+        last: end the process group. Without, the next model needs an accelerator of its own, and the caller ends the
+            group by `accelerator.end_training()`.
+
+    Returns:
+        What a model card needs: steps, seconds, hardware, the last loss and the last validation.
+
+    Raises:
+        ValueError: the loss is not finite (looked at every 50 steps and before each checkpoint), or
+            `--resume_from_checkpoint` and the run's folder do not go together.
+    """
+    trainable = _trainable(model)
+    parts: Any = getattr(model, "networks", None)
+    groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
+    optimizer: Any = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
+    clock = _Clock()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    for state in (lr_scheduler, clock, ema):
+        if state is not None:
+            accelerator.register_for_checkpointing(state)
+    checkpoint = resolve_checkpoint(args)
+    accelerator.wait_for_everyone()  # before any process writes the first checkpoint
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info("resumed from %s", checkpoint)
+    if ema is not None:
+        ema.to(accelerator.device)
+
+    num_steps = args.max_train_steps
+    saved = clock.step if checkpoint is not None else None
+    results: dict[str, float] = {}
+    bar = tqdm(
+        total=num_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
+    )
+    clock.start()
+    wrapped.train()
+    while clock.step < num_steps:
+        loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, make_batch, clock.step)
+        lr_scheduler.step()
+        if ema is not None:
+            ema.step(trainable)
+        clock.tick()
+        bar.update()
+        save_now = clock.step % args.checkpointing_steps == 0 or clock.step == num_steps
+        if clock.step % 50 == 0 or save_now:
+            clock.loss = _checked_loss(accelerator, loss, clock.step)
+            bar.set_postfix(loss=f"{clock.loss:.4f}")
+            accelerator.log({"loss": clock.loss, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
+        if save_now and clock.step < num_steps:
+            save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+        if validate and args.validation_steps and clock.step % args.validation_steps == 0:
+            results = _validate(accelerator, model, ema, trainable, validate, clock.step)
+            wrapped.train()
+    bar.close()
+    if clock.step != saved:
+        save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+    if ema is not None:
+        ema.copy_to(trainable)
+    model.eval()
+    if validate:
+        results = _validate(accelerator, model, None, trainable, validate, clock.step)
+    if last:
+        accelerator.end_training()
+    else:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.free_memory()
+    batch_size = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    return {
+        "steps": clock.step,
+        "images": clock.step * batch_size,
+        "seconds": round(clock.seconds),
+        "hardware": describe_hardware(accelerator),
+        "loss": clock.loss,
+        **results,
+    }
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _optimization_step(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    wrapped: nn.Module,
+    optimizer: Any,
+    groups: list[list[nn.Parameter]],
+    make_batch: Callable[[Rows], Batch],
+    step: int,
+) -> Tensor:
+    """One optimizer step over all accumulation steps; returns this process's mean loss."""
+    losses = []
+    for micro in range(args.gradient_accumulation_steps):
+        rows = rows_of_step(
+            args.seed,
+            step * args.gradient_accumulation_steps + micro,
+            accelerator.process_index,
+            accelerator.num_processes,
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+        )
+        batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(**batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                for parameters in groups:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def _checked_loss(accelerator: Accelerator, loss: Tensor, step: int) -> float:
+    mean: Any = accelerator.reduce(loss, "mean")
+    if not torch.isfinite(mean):
+        raise ValueError(
+            f"The loss is {float(mean)} at step {step}: lower --learning_rate, or check the data."
+        )
+    return float(mean)
+
+
+def _validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    ema: EMAModel | None,
+    trainable: list[nn.Parameter],
+    validate: Callable[[nn.Module, int], dict[str, float]],
+    step: int,
+) -> dict[str, float]:
+    results: dict[str, float] = {}
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.store(trainable)
+            ema.copy_to(trainable)
+        model.eval()
+        with torch.no_grad():
+            results = validate(model, step)
+        if ema is not None:
+            ema.restore(trainable)
+        accelerator.log(results, step=step)
+        logger.info("step %d: %s", step, json.dumps(results))
+    accelerator.wait_for_everyone()
+    return results
+
+
+class _Clock:
+    """Steps done, seconds spent over all resumptions of a run, and the last loss that was looked at."""
+
+    def __init__(self) -> None:
+        self.step, self.seconds, self.loss = 0, 0.0, float("nan")
+
+    def start(self) -> None:
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.step, self.seconds, self._last = self.step + 1, self.seconds + now - self._last, now
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.loss = float(state.get("loss", "nan"))
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """The devices of a run in words, for its model card."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} × {torch.cuda.get_device_name()}"
+    return f"{accelerator.num_processes} process(es), {torch.get_num_threads()} CPU threads each"

@@ -1,0 +1,221 @@
+import argparse
+import logging
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from diffusers_ext.training.arguments import add_training_arguments
+from diffusers_ext.training.checkpoints import list_checkpoints, resolve_checkpoint, save_checkpoint
+from diffusers_ext.training.loop import make_accelerator, rows_of_step, train
+
+
+def arguments(output_dir, *extra):
+    parser = add_training_arguments(argparse.ArgumentParser())
+    fixed = ["--output_dir", str(output_dir), "--max_train_steps", "6", "--train_batch_size", "4"]
+    return parser.parse_args([*fixed, "--lr_scheduler", "constant", *extra])
+
+
+class Line(torch.nn.Module):
+    """The squared error of a straight line: the smallest objective there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return (self.weight * x - 2 * x).square().mean()
+
+
+class TwoLines(torch.nn.Module):
+    """Two lines that share nothing, the second with a gradient a million times the first's."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.lines = torch.nn.ModuleList([Line(), Line()])
+        if apart:
+            self.networks = lambda: list(self.lines)
+
+    def forward(self, x):
+        return self.lines[0](x) + 1e6 * self.lines[1](x)
+
+
+def run(args, make_batch=lambda rows: {"x": rows.normal(3)}, validate=None):
+    accelerator = make_accelerator(args)
+    model = Line()
+    return model, train(accelerator, args, model, make_batch, validate)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6), step=st.integers(0, 10**6), world=st.integers(1, 4), batch=st.integers(1, 3)
+)
+def test_rows_of_a_global_batch_do_not_depend_on_the_number_of_processes(seed, step, world, batch):
+    def draw(rank, world, batch):
+        rows = rows_of_step(seed, step, rank, world, batch)
+        return [rows.indices(50), rows.normal(2, 3), rows.uniform(1), rows.integers(1000)]
+
+    parts = zip(*(draw(rank, world, batch) for rank in range(world)))
+    for whole, several in zip(draw(0, 1, world * batch), parts):
+        assert torch.equal(whole, torch.cat(several))
+
+
+def test_networks_are_clipped_each_by_itself(tmp_path, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, *rest, **options):
+        parameters = list(parameters)
+        norm = clip(parameters, *rest, **options)
+        norms.append([float(p.grad.abs()) for p in parameters])
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    for apart in (True, False):
+        args = arguments(tmp_path / str(apart), "--max_train_steps", "1")
+        train(make_accelerator(args), args, TwoLines(apart), lambda rows: {"x": rows.normal(3)})
+    first, second, (small, large) = norms
+    # Each has norm 1 by itself (its gradient was above); together the small one is nothing.
+    assert first == pytest.approx([1], rel=1e-4)
+    assert second == pytest.approx([1], rel=1e-4)
+    assert large == pytest.approx(1, rel=1e-4)
+    assert small < 1e-5
+
+
+def test_steps_and_seeds_draw_different_rows():
+    draws = [rows_of_step(seed, step, 0, 1, 8).normal(4) for seed, step in [(0, 0), (0, 1), (1, 0)]]
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in (
+        "checkpoint-9",
+        "checkpoint-10",
+        "partial-checkpoint-11",
+        "checkpoint-12-copy",
+        "checkpoint-x",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-13").write_text("a file is no checkpoint")
+    return tmp_path
+
+
+def test_only_whole_checkpoints_are_listed_in_the_order_of_steps(folder):
+    assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-9", "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [("latest", "checkpoint-10"), ("checkpoint-9", "checkpoint-9"), ("path", "checkpoint-9")],
+)
+def test_a_checkpoint_is_named_by_latest_name_or_path(folder, wanted, name):
+    wanted = str(folder / "checkpoint-9") if wanted == "path" else wanted
+    args = arguments(folder, "--resume_from_checkpoint", wanted)
+    assert resolve_checkpoint(args) == folder / name
+
+
+@pytest.mark.parametrize("wanted", ["checkpoint-8", "partial-checkpoint-11", "checkpoint-13", ".", ""])
+def test_what_is_no_whole_checkpoint_is_refused(folder, wanted):
+    args = arguments(folder, "--resume_from_checkpoint", wanted)
+    with pytest.raises(ValueError, match=r"not a whole checkpoint.*: checkpoint-9, checkpoint-10\."):
+        resolve_checkpoint(args)
+
+
+def test_a_fresh_run_does_not_mix_with_an_earlier_one(folder):
+    with pytest.raises(ValueError, match="holds checkpoint-10 of an earlier run"):
+        resolve_checkpoint(arguments(folder))
+
+
+def test_latest_without_a_checkpoint_starts_afresh_and_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        assert resolve_checkpoint(arguments(tmp_path, "--resume_from_checkpoint", "latest")) is None
+    assert "starting afresh" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("1", [6]), ("2", [4, 6]), ("0", [2, 4, 6])])
+def test_the_limit_keeps_the_newest_checkpoints(tmp_path, limit, kept):
+    run(arguments(tmp_path, "--checkpointing_steps", "2", "--checkpoints_total_limit", limit))
+    assert [int(p.name.split("-")[1]) for p in list_checkpoints(tmp_path)] == kept
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
+    (tmp_path / "partial-checkpoint-2").mkdir()
+    (tmp_path / "partial-checkpoint-2" / "stale.bin").write_text("stale")
+    accelerator = make_accelerator(arguments(tmp_path))
+    save_checkpoint(accelerator, tmp_path, 2, limit=None)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert not (tmp_path / "checkpoint-2" / "stale.bin").exists()
+
+
+@pytest.mark.parametrize("extra", [(), ("--use_ema",), ("--gradient_accumulation_steps", "2")])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
+    whole, record = run(arguments(tmp_path / "a", *extra))
+    args = arguments(tmp_path / "b", "--checkpointing_steps", "4", *extra)
+
+    def fails_after_the_checkpoint(rows):
+        if list_checkpoints(args.output_dir):
+            raise InterruptedError
+        return {"x": rows.normal(3)}
+
+    with pytest.raises(InterruptedError):
+        run(args, fails_after_the_checkpoint)
+    args.resume_from_checkpoint = "latest"
+    resumed, again = run(args)
+    assert torch.equal(whole.weight, resumed.weight)
+    assert record["loss"] == again["loss"]
+    assert record["steps"] == again["steps"] == 6
+    finished, _ = run(args)  # nothing is left to do, and the checkpoint is still there
+    assert torch.equal(whole.weight, finished.weight)
+
+
+@pytest.mark.parametrize("checkpointing_steps", ["2", "500"])
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path, checkpointing_steps):
+    args = arguments(tmp_path, "--checkpointing_steps", checkpointing_steps)
+    with pytest.raises(ValueError, match=r"loss is nan at step [26]: lower --learning_rate"):
+        run(args, lambda rows: {"x": rows.normal(3) * float("nan")})
+    assert not list_checkpoints(tmp_path)
+
+
+def test_ema_weights_are_validated_and_left_in_the_model(tmp_path):
+    seen = {}
+
+    def validate(model, step):
+        seen[step] = model.weight.item()
+        return {"weight": model.weight.item()}
+
+    args = arguments(tmp_path, "--use_ema", "--validation_steps", "3")
+    model, record = run(args, validate=validate)
+    line = Line()
+    optimizer = torch.optim.AdamW(line.parameters(), lr=1e-3, weight_decay=1e-2)
+    ema = EMAModel(line.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    expected = {}
+    for step in range(6):
+        line(rows_of_step(0, step, 0, 1, 4).normal(3)).backward()
+        torch.nn.utils.clip_grad_norm_(line.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(line.parameters())
+        expected[step + 1] = float(ema.shadow_params[0])
+    # One rounding of float32 at 0.005.
+    assert seen == pytest.approx({3: expected[3], 6: expected[6]}, abs=1e-9)
+    assert record["weight"] == model.weight.item() == seen[6]
+    raw = load_file(tmp_path / "checkpoint-6" / "model.safetensors")["weight"]
+    assert float(raw) == pytest.approx(line.weight.item(), abs=1e-9)
+    assert float(raw) != model.weight.item()
+
+
+def test_the_record_counts_images_over_accumulation(tmp_path):
+    _, record = run(arguments(tmp_path, "--gradient_accumulation_steps", "3"))
+    assert record["images"] == 6 * 3 * 4
+    assert "1 process" in record["hardware"]
