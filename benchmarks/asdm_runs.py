@@ -19,7 +19,7 @@ from diffusers_ext.asdm.condconv import fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
 from diffusers_ext.asdm.prune import cut_unet
 from diffusers_ext.asdm.sensitivity import output_change, predict
-from diffusers_ext.asdm.training import cost_figures
+from diffusers_ext.asdm.training import cost_figures, load_student
 from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
@@ -35,7 +35,12 @@ AS_IS, GRI_ON, GRI_OFF, FOLDED = "as is", "GRI on", "GRI off", "folded"
 
 def load(folder: Path = TEACHER) -> Any:
     """A pipeline with a pruned UNet, or the embedded one."""
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    own: dict[str, Any] = {}
+    if not (folder / "model_index.json").is_file():
+        # A card of a pruned UNet alone.
+        own["unet"] = load_student(folder / "unet")
+        folder = TEACHER
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **own)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

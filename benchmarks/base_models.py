@@ -19,8 +19,8 @@ from diffusers_ext.metrics.frechet import frechet_distance
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct
 from diffusers_ext.testbed.embedded import card_dir
-from diffusers_ext.testbed.grader import grade, scene_features
-from diffusers_ext.testbed.runs import held_out_prompts, load_grader, load_reference, run_garments, run_scenes
+from diffusers_ext.testbed.grader import grade, load_grader, scene_features
+from diffusers_ext.testbed.runs import held_out_prompts, load_reference, run_garments, run_scenes
 
 
 def main() -> None:

@@ -19,8 +19,7 @@ from diffusers_ext.golden_noise.training import equal_norm, rescaled, sample
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct
 from diffusers_ext.testbed.embedded import card_dir
-from diffusers_ext.testbed.grader import confidence, grade, scene_features
-from diffusers_ext.testbed.runs import load_grader
+from diffusers_ext.testbed.grader import confidence, grade, load_grader, scene_features
 
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)

@@ -18,8 +18,8 @@ from diffusers_ext.sign.projector import Projector, denoise, falling_timesteps, 
 from diffusers_ext.sign.training import projector_figures
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.embedded import card_dir
-from diffusers_ext.testbed.grader import garment_features
-from diffusers_ext.testbed.runs import load_grader, run_garments
+from diffusers_ext.testbed.grader import garment_features, load_grader
+from diffusers_ext.testbed.runs import run_garments
 
 TEACHER = "fashion-ddpm"
 # Larger ones leave the processor's cache.

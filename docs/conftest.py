@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["hooks.py"]  # needs MkDocs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -18,30 +18,38 @@ from ..training.arguments import load_pipeline
 from ..training.data import image_arrays, load_dataset
 from .pairs import TeacherPairs
 from .pipelines import SIGNPipeline
-from .projector import check_teacher, nearest_timestep
+from .projector import SIGMA, check_teacher, nearest_timestep
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
-    """The projector's pipeline, its network still the teacher's."""
-    base: Any = load_pipeline(args, dtype=torch.float32)
-    there = {name for name, part in base.components.items() if part is not None}
-    extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
-    if extra or "unet" not in there:
-        raise ValueError(
-            f"{type(base).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet and at most"
-            " one text encoder, such as DDPM or Stable Diffusion."
-        )
-    check_teacher(base.unet, base.scheduler)
-    parts = {name: base.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
-    pipe: Any = SIGNPipeline(
-        base.unet, base.scheduler, **parts, timestep=nearest_timestep(base.scheduler, args.sigma)
-    )
+    """The projector's pipeline, its network still the teacher's, nothing but it trained."""
+    pipe = untrained_projector(load_pipeline(args, dtype=torch.float32), args.sigma)
     for part in (pipe.vae, pipe.text_encoder):
         if part is not None:
             part.requires_grad_(False)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
+    """A `SIGNPipeline` of a diffusion pipeline's own network, held at the noise level `sigma`.
+
+    Raises:
+        ValueError: a pipeline without a `unet` or with parts that a projector does not have, or what `check_teacher`
+            and `nearest_timestep` refuse.
+    """
+    there = {name for name, part in teacher.components.items() if part is not None}
+    extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
+    if extra or "unet" not in there:
+        raise ValueError(
+            f"{type(teacher).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet and at"
+            " most one text encoder, such as DDPM or Stable Diffusion."
+        )
+    check_teacher(teacher.unet, teacher.scheduler)
+    parts = {name: teacher.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
+    timestep = nearest_timestep(teacher.scheduler, sigma)
+    return SIGNPipeline(teacher.unet, teacher.scheduler, **parts, timestep=timestep)
 
 
 def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:

@@ -198,6 +198,11 @@ def _denoiser(pipe: Any) -> Any:
     denoiser = denoiser_of(pipe)
     if denoiser is None:
         raise ValueError(f"{type(pipe).__name__} has no unet and no transformer to put a LoRA on.")
+    if not hasattr(denoiser, "load_lora_adapter"):
+        raise ValueError(
+            f"diffusers loads no LoRA on a {type(denoiser).__name__}, the denoiser of {type(pipe).__name__}. Smooth-LoRA"
+            " is for text-to-image pipelines."
+        )
     return denoiser
 
 

@@ -7,6 +7,7 @@ to the crop's mean colour. The classifier's last hidden layer also gives the fea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.images import as_tensor
+from .embedded import card_dir
 from .fashion_scenes import COLORS, HEIGHT, ITEMS, SIZE, WIDTH, parse_caption
 
 _PALETTE = torch.tensor(list(COLORS.values()))
@@ -181,8 +183,13 @@ def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
     return (x + noise).clamp(0, 1)
 
 
+@lru_cache(maxsize=1)
+def load_grader() -> GarmentClassifier:
+    """The embedded grader, in float32."""
+    folder = card_dir("fashion-grader")
+    return GarmentClassifier.from_pretrained(folder, torch_dtype=torch.float32).eval()  # type: ignore[return-value]
+
+
 def score(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """A scorer of `--scorer fashion-grader`: the embedded grader's `confidence`."""
-    from .runs import load_grader
-
     return confidence(load_grader(), images, prompts)

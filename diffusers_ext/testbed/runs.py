@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,9 @@ from torch import nn
 from ..metrics.frechet import FeatureStats
 from . import fashion_scenes
 from .embedded import card_dir
-from .grader import GarmentClassifier, garment_features, grade, scene_features
+from .grader import garment_features, grade, load_grader, scene_features
 
 REFERENCES = ("scenes-train", "scenes-test", "garments-train", "garments-test")
-
-
-@lru_cache(maxsize=1)
-def load_grader() -> GarmentClassifier:
-    """The embedded grader, in float32."""
-    folder = card_dir("fashion-grader")
-    return GarmentClassifier.from_pretrained(folder, torch_dtype=torch.float32).eval()  # type: ignore[return-value]
 
 
 def load_reference(name: str) -> FeatureStats:

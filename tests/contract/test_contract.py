@@ -20,14 +20,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.unet import unet_config
+from diffusers_ext.sign.teacher import untrained_projector
 from tests import tiny
+from tests.contract import matrix
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the contract.
+    """One row of the contract, which is a column of the support matrix (`tests/contract/matrix.py`).
 
     Attributes:
+        title: of the column; rows of one title share it.
         apply: puts the method on a pipeline, given its `tiny` name.
         remove: takes it off again.
         rearm: what a user calls after loading a saved pipeline; nothing for most methods.
@@ -37,6 +41,7 @@ class Method:
         on_denoiser: whether it is put on the denoiser itself, so that pipelines that share one share the method.
     """
 
+    title: str
     apply: Callable[[Any, str], Any]
     remove: Callable[[Any], Any]
     rearm: Callable[[Any], Any] = lambda pipe: pipe
@@ -70,13 +75,22 @@ def _gri_attention(pipe: Any, name: str) -> Any:
 
 METHODS = {
     "teleport": Method(
-        _teleport("stats"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
+        "Teleportation",
+        _teleport("stats"),
+        dx.remove_teleport,
+        rearm=dx.apply_teleport,
+        twice="Teleportation is on",
     ),
     "teleport-first-call": Method(
-        _teleport("first_call"), dx.remove_teleport, rearm=dx.apply_teleport, twice="Teleportation is on"
+        "Teleportation",
+        _teleport("first_call"),
+        dx.remove_teleport,
+        rearm=dx.apply_teleport,
+        twice="Teleportation is on",
     ),
     # Saved with the pipeline by the classes in pipelines/golden_noise_*, which have tests of their own.
     "golden-noise": Method(
+        "Golden noise",
         _golden_noise,
         dx.remove_golden_noise,
         twice="Golden noise is on",
@@ -85,6 +99,7 @@ METHODS = {
     ),
     # As any LoRA in diffusers; saving is refused, which its own tests show.
     "smooth-lora": Method(
+        "Smooth-LoRA",
         _smooth_lora,
         dx.remove_smooth_lora,
         twice="An adapter called 'smooth' is on",
@@ -94,6 +109,7 @@ METHODS = {
     ),
     # Of networks that are pruned it is saved with them, which their own tests show.
     "gri-attention": Method(
+        "GRI attention",
         _gri_attention,
         dx.remove_gri_attention,
         twice="GRI attention is on",
@@ -102,6 +118,34 @@ METHODS = {
         on_denoiser=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Product:
+    """A method that makes another pipeline of one instead of changing it.
+
+    Attributes:
+        title: of its column in the support matrix.
+        make: the new pipeline, untrained; ValueError where it cannot be made.
+        pipelines: the `tiny` names of which it can be made.
+    """
+
+    title: str
+    make: Callable[[Any], Any]
+    pipelines: tuple[str, ...]
+
+
+def _pruned(pipe: Any) -> Any:
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    unet = dx.prune_unet(denoiser, dx.PruningPlan(unet_config(denoiser), (("mid.attention",),)))
+    return type(pipe)(**{**pipe.components, "unet": unet})
+
+
+PRODUCTS = {
+    "sign": Product("SIGN", untrained_projector, ("sd", "ddpm")),
+    "pruning": Product("A-SDM pruning", _pruned, ("sd", "sdxl")),
+}
+
 CASES = [pytest.param(METHODS[m], name, id=f"{m}-{name}") for m in METHODS for name in METHODS[m].pipelines]
 GUIDED = [case for case in CASES if case.values[1] != "ddpm"]
 each = pytest.mark.parametrize(("method", "name"), CASES)
@@ -304,7 +348,7 @@ def test_loading_in_a_fresh_process(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS["golden-noise"].pipelines)
-@pytest.mark.parametrize("methods", itertools.combinations(["teleport", "golden-noise", "smooth-lora"], 2))
+@pytest.mark.parametrize("methods", list(itertools.combinations(["teleport", "golden-noise", "smooth-lora"], 2)))
 @pytest.mark.parametrize("taken_off_first", [0, 1])
 @pytest.mark.parametrize("put_on_first", [0, 1])
 def test_methods_stack_and_come_off_in_any_order(
@@ -326,3 +370,41 @@ def test_methods_stack_and_come_off_in_any_order(
     assert traces(pipe) == before
     assert pipe.scheduler is scheduler
     assert not {"encode_prompt", "prepare_latents", "check_inputs"} & vars(pipe).keys()
+
+
+# --- the support matrix ---
+
+REFUSED = [(METHODS[m], name) for m in METHODS for name in tiny.NAMES if name not in METHODS[m].pipelines]
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED, ids=lambda value: getattr(value, "title", value))
+def test_other_families_are_refused_by_name(method: Method, name: str) -> None:
+    pipe = tiny.build(name)
+    plain, before = tiny.images(pipe, name), traces(pipe)
+    stand_in = "sd"  # whatever weights the method needs; it must not come so far
+    with pytest.raises(ValueError, match=type(pipe).__name__):
+        method.apply(pipe, stand_in)
+    assert torch.equal(tiny.images(pipe, name), plain)
+    assert traces(pipe) == before
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("product", [pytest.param(p, id=k) for k, p in PRODUCTS.items()])
+def test_pipelines_made_of_a_family(product: Product, name: str) -> None:
+    pipe = tiny.build(name)
+    if name not in product.pipelines:
+        kinds = {type(pipe), *(type(part) for part in pipe.components.values())}
+        with pytest.raises(ValueError, match="|".join(kind.__name__ for kind in kinds)):
+            product.make(pipe)
+        return
+    made = product.make(pipe)
+    made.set_progress_bar_config(disable=True)
+    call = {"prompt": "a aaa"} if "prompt" in tiny.inputs(name) else {"batch_size": 1}
+    images = made(**call, num_inference_steps=2, generator=tiny.generators(1)[0], output_type="pt").images
+    assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("page", matrix.PAGES)
+def test_the_pages_show_this_matrix(page: str) -> None:
+    text = (matrix.ROOT / page).read_text(encoding="utf-8")
+    assert matrix.replaced(text) == text, "python -m tests.contract.matrix --write"
