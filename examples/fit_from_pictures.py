@@ -1,4 +1,4 @@
-"""Gaussian statistics of a set of pictures, through a pipeline's autoencoder; saved, loaded and looked at."""
+"""Gaussian statistics of a set of images in a pipeline's latent space: fit, save, load, inspect."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,17 +9,17 @@ from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR, scene_arrays
 
 pipe = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
-pictures, captions = scene_arrays(SAMPLE_DIR, "train", 256)
+images, captions = scene_arrays(SAMPLE_DIR, "train", 256)
 
-# A folder of pictures or a datasets.Dataset will do as well.
-stats = dx.GaussianStats.fit(encoded_images(pipe, pictures, batch_size=32), rank=32)
+# A folder of images or a datasets.Dataset works as well.
+stats = dx.GaussianStats.fit(encoded_images(pipe, images, batch_size=32), rank=32)
 stats.save_pretrained("fashion-scenes-stats")
 stats = dx.GaussianStats.from_pretrained("fashion-scenes-stats")
 print(stats)
 print(f"{stats.eigenvalues.sum() / stats.total_variance:.0%} of the variance in {stats.rank} directions")
 
-# What the Gaussian alone would draw: the right colours in the right places, and no garments.
+# Samples of the Gaussian alone have the right colors in the right places, but no garments.
 latents = stats.sample(4) / pipe.vae.config.scaling_factor
 blurs = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.detach())
-for number, picture in enumerate(blurs):
-    picture.save(f"gaussian_{number}.png")
+for number, image in enumerate(blurs):
+    image.save(f"gaussian_{number}.png")

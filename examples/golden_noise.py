@@ -1,4 +1,4 @@
-"""The same seeds without and with golden noise, with an embedded model; writes golden_noise.png."""
+"""Images from the same seeds without and with golden noise; writes golden_noise.png."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ npnet: Any = dx.NPNetModel.from_pretrained(card_dir("npnet-fashion-scenes"), tor
 prompts = ["a red bag left of a blue boot", "a white coat", "a cyan sneaker left of a orange dress"]
 
 
-def draw() -> list:
-    """One picture a prompt, without guidance, in six steps."""
+def generate() -> list:
+    """Generates one image per prompt, without guidance, in six steps."""
     seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     return pipe(
         prompts, height=32, width=64, num_inference_steps=6, guidance_scale=1.0, generator=seeds
     ).images
 
 
-plain = draw()
+plain = generate()
 dx.apply_golden_noise(pipe, npnet)
 print(dx.summary(pipe))
-golden = draw()
+golden = generate()
 dx.remove_golden_noise(pipe)
 make_image_grid([*plain, *golden], rows=2, cols=len(prompts)).save("golden_noise.png")

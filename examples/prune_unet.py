@@ -1,4 +1,4 @@
-"""Plans and prunes the embedded text-to-image model's UNet, and loads what is left without this package's classes."""
+"""Plans and prunes the UNet of an included model, and loads the result with plain Diffusers."""
 
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,13 +19,14 @@ probes = dx.record_calibration_inputs(pipe, prompts, num_timesteps=2, **sampling
 plan = dx.plan_pruning(pipe.unet, probes, target=0.9, stock_only=True)
 for number, stage in enumerate(plan.stages, 1):
     predicted = plan.predictions[number]
-    print(f"stage {number}: {', '.join(stage)}: {predicted.cost.macs / plan.predictions[0].cost.macs:.1%} of the MACs,"
-          f" output changed by {predicted.loss:.3g}")  # fmt: skip
+    share = predicted.cost.macs / plan.predictions[0].cost.macs
+    print(f"stage {number}: {', '.join(stage)}: {share:.1%} of the MACs, predicted loss {predicted.loss:.3g}")
 
 student = dx.prune_unet(pipe.unet, plan)
 with TemporaryDirectory() as folder:
     student.save_pretrained(folder)
     loaded: Any = UNet2DConditionModel.from_pretrained(folder)
 print(
-    f"{loaded.num_parameters():,} of {pipe.unet.num_parameters():,} parameters are left; training/train_asdm.py trains them."
+    f"{loaded.num_parameters():,} of {pipe.unet.num_parameters():,} parameters are left."
+    " training/train_asdm.py trains them."
 )

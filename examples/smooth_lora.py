@@ -1,4 +1,7 @@
-"""Frames between two noises with the embedded Smooth-LoRA, and the last one in another colour; writes smooth_lora.png."""
+"""Interpolates between two noises with an included Smooth-LoRA and edits the color of the last frame.
+
+Writes smooth_lora.png.
+"""
 
 from typing import Any
 
@@ -20,7 +23,7 @@ print(dx.summary(pipe))
 ends = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
 frames = dx.interpolate(pipe, "a green bag", generator=ends, num_frames=8, progress=False, **options)
 
-# The last frame back to its noise, and from there as a blue bag.
+# Invert the last frame to its noise, and edit it to a blue bag.
 noise = dx.ddim_invert(pipe, dx.encode_images(pipe, frames[-1:]), "a green bag", num_inference_steps=10)
 edited = dx.edit(
     pipe, "a green bag", "a blue bag", latents=noise, strength=0.7, output_type="np", **options

@@ -1,4 +1,4 @@
-"""Teleportation on any pipeline, with statistics from its own samples. Runs offline in a minute or two."""
+"""Teleportation with statistics of the pipeline's own samples. Runs offline in one or two minutes."""
 
 import time
 from typing import Any
@@ -23,7 +23,8 @@ def generate() -> list:
     return images
 
 
-# One mean for each prompt, and one covariance within prompts. Without guidance: the map adds it itself.
+# One mean per prompt and a shared covariance. Sampled without guidance, because teleportation applies it
+# itself.
 samples = pipeline_samples(pipe, 64, prompts=prompts, num_inference_steps=20, guidance_scale=1.0)
 stats = dx.GaussianStats.fit(samples, rank=16)
 noise = stats.sample(len(prompts), level=(0.0, 1.0))

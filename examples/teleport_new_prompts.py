@@ -1,4 +1,7 @@
-"""Teleportation built in: a prompt the statistics have not seen gets its own mean from one model call."""
+"""A pipeline with built-in teleportation.
+
+A prompt without statistics gets its mean from one evaluation of the model.
+"""
 
 import torch
 from diffusers.utils import make_image_grid
@@ -6,7 +9,7 @@ from diffusers.utils import make_image_grid
 from diffusers_ext.teleport.pipelines import TeleportStableDiffusionPipeline
 from diffusers_ext.testbed.embedded import card_dir
 
-# The same class that custom_pipeline="pipelines/teleport_sd" gives.
+# The class that custom_pipeline="pipelines/teleport_sd" loads.
 pipe = TeleportStableDiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 pipe.fit_teleport(64, rank=16, prompts=["a red bag", "a blue boot", "a green dress"], skip=0.3)

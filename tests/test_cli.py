@@ -133,16 +133,16 @@ def test_errors_are_one_line(sd: Path, tmp_path: Path) -> None:
     assert "No such file" in error(sd, "--from-samples", 4, "--prompts", tmp_path / "none")
     assert "rank=256 needs more than 4 samples" in error(sd, "--from-samples", 4)
     assert "--dtype must be one of" in error(sd, "--from-samples", 4, "--rank", 1, "--dtype", "int8")
-    assert "holds no pictures" in error(sd, "--dataset", tmp_path, "--rank", 1)
-    assert "is not a folder of pictures" in error(sd, "--dataset", empty, "--rank", 1)
+    assert "holds no images" in error(sd, "--dataset", tmp_path, "--rank", 1)
+    assert "is not a folder of images" in error(sd, "--dataset", empty, "--rank", 1)
     error(tmp_path / "nowhere", "--from-samples", 4, "--rank", 1)
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module: Any = ModuleType("diffusers_ext.demo")
+    module: Any = ModuleType("diffusers_ext.testbed.demo")
     calls: list[Any] = []
     module.run = lambda output_dir, num_images, seed: calls.append((output_dir, num_images, seed))
-    monkeypatch.setitem(sys.modules, "diffusers_ext.demo", module)
+    monkeypatch.setitem(sys.modules, "diffusers_ext.testbed.demo", module)
     run("demo", "--output-dir", tmp_path, "--num-images", 9, "--seed", 3)
     assert calls == [(tmp_path, 9, 3)]
 
@@ -162,7 +162,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, ddpm: Path, tmp_path: Pa
     def missing(package: str, extra: str) -> Any:
         return require("nosuch", extra)
 
-    monkeypatch.setattr(cli, "require", missing)
+    monkeypatch.setattr("diffusers_ext.teleport.commands.require", missing)
     text = run("fit-gaussian", ddpm, "--dataset", "some/pictures", "--rank", 1, code=1)
     assert 'pip install "diffusers-ext[train]" brings it.' in text
 
@@ -173,11 +173,9 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, ddpm: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["teleport_any_pipeline", "teleport_new_prompts", "fit_from_pictures"])
 def test_examples(name: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers_ext.resources
+    from diffusers_ext.testbed import embedded
 
-    (tmp_path / "cards").mkdir()
-    (tmp_path / "cards" / "fashion-scenes").symlink_to(sd)
-    monkeypatch.setattr(diffusers_ext.resources, "resource_dir", lambda kind: tmp_path / "cards")
+    monkeypatch.setattr(embedded, "card_dir", lambda name: sd)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(builtins, "print", lambda *args, **kwargs: None)
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
@@ -219,7 +217,7 @@ def test_istd_with_and_without_a_lora(sd: Path, tmp_path: Path) -> None:
     size = ("--height", 8, "--width", 8, "--num-inference-steps", 2)
     command = ("istd", sd, "--prompts", tmp_path / "prompts.txt", *size)
     plain = run(*command, "--cache-dir", tmp_path / "cache")
-    assert "2 paths of 11 pictures" in plain
+    assert "2 paths of 11 images" in plain
     pipe = tiny.build("sd")
     found = dx.compute_istd(
         pipe, ["a aaa", "a bbb"], height=8, width=8, num_inference_steps=2, guidance_scale=7.5, progress=False

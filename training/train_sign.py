@@ -1,13 +1,14 @@
-"""Distils a SIGN projector from a diffusion model: a one- to few-step generator that also projects and edits.
+"""Distills a one- or few-step generator and projector from a diffusion model (SIGN).
 
     accelerate launch training/train_sign.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir FOLDER --resolution 64 --use_ema --output_dir runs/sign
 
-MODEL is a DDPM pipeline, or Stable Diffusion with --guidance_scale; FOLDER an image folder, with captions in
-metadata.jsonl if MODEL has prompts. --dataset_name takes a data set on the Hub, or `fashion-mnist` or `fashion-scenes` with
-Fashion-MNIST's files in --train_data_dir. First the teacher draws --num_pairs pictures, kept in --pairs_dir. The finished projector
-is in OUTPUT_DIR/model with its card: `diffusers_ext.SIGNPipeline.from_pretrained("OUTPUT_DIR/model")`. A killed run goes on
-with --resume_from_checkpoint latest. On several CPUs, start one process each with
+MODEL is a DDPM pipeline, or a Stable Diffusion pipeline with --guidance_scale. FOLDER is an image folder,
+with captions in metadata.jsonl if MODEL has prompts. --dataset_name selects a data set on the Hub, or
+`fashion-mnist` or `fashion-scenes`, which need the files of Fashion-MNIST in --train_data_dir. The teacher
+first generates --num_pairs images, which are stored in --pairs_dir. The projector and its model card are
+saved to OUTPUT_DIR/model: `diffusers_ext.SIGNPipeline.from_pretrained("OUTPUT_DIR/model")`. An interrupted
+run resumes with --resume_from_checkpoint latest. On several CPUs, start one process per CPU with
 `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
 """
 
@@ -35,8 +36,8 @@ from diffusers_ext.training.loop import Rows, make_accelerator, train
 ABOUT = """\
 # SIGN projector of {model}
 
-A projector distilled from `{model}` (Zaman et al., arXiv:2509.21470): it draws in one or a few steps, and puts corrupted
-pictures back onto the manifold.
+A projector distilled from `{model}` (Zaman et al., arXiv:2509.21470). It generates images in one or a few
+steps and projects corrupted images onto the data.
 
 ```python
 import diffusers_ext as dx
@@ -46,29 +47,35 @@ images = sign(batch_size=8, num_inference_steps=1).images
 cleaned = sign.project(images, strength=0.2).images
 ```
 
-In the table, `idempotence` is ‖f(f(z)) − f(z)‖/‖f(z)‖ (0 is ideal), `motion` ‖f(z) − z‖/‖z‖ (0 would be the identity),
-`variance` the samples' over the data's, `reconstruction` the mean |f(x) − x| on data in the network's space."""
+In the table, `idempotence` is ‖f(f(z)) − f(z)‖/‖f(z)‖ (0 is ideal), `motion` is ‖f(z) − z‖/‖z‖ (0 for the
+identity), `variance` is the variance of the samples relative to that of the data, and `reconstruction` is the
+mean |f(x) − x| on data, in the space of the network."""
 
 
 def parse_args() -> argparse.Namespace:
-    """The arguments: SIGN's own and those that all training scripts share."""
+    """Parses the arguments of SIGN and those that all training scripts share."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add_model_arguments(parser, "the teacher, a pipeline")
     add_data_arguments(parser)
-    add("--sigma", type=float, default=SIGMA, help="noise level at which the network is held")
-    add("--source_components", type=int, default=32, help="Gaussians in the source; 0: white noise")
-    add("--source_rank", type=int, default=32, help="directions of the data's in each of them")
-    add("--guidance_scale", type=float, default=1.0, help="of the teacher, where it has prompts")
-    add("--warmup_steps", type=int, default=0, help="steps without the scores")
-    add("--fake_updates", type=int, default=1, help="updates of the fake score for each of the projector")
+    add("--sigma", type=float, default=SIGMA, help="noise level of the projector")
+    add("--source_components", type=int, default=32, help="Gaussians of the source; 0: white noise")
+    add("--source_rank", type=int, default=32, help="principal directions per Gaussian")
+    add("--guidance_scale", type=float, default=1.0, help="for the teacher, if it has prompts")
+    add("--warmup_steps", type=int, default=0, help="steps without the score loss")
+    add("--fake_updates", type=int, default=1, help="fake score updates per projector update")
     for field in fields(LossWeights):
-        add(f"--{field.name}_weight", type=float, default=field.default)
-    add("--num_pairs", type=int, default=10_000, help="the teacher's pictures, for reg_weight")
-    add("--pairs_dir", default=None, help="where they are kept; default: OUTPUT_DIR/pairs")
-    add("--num_inference_steps", type=int, default=20, help="of the teacher's pictures")
+        add(
+            f"--{field.name}_weight",
+            type=float,
+            default=field.default,
+            help=f"weight of the {field.name} loss",
+        )
+    add("--num_pairs", type=int, default=10_000, help="images of the teacher, for --reg_weight")
+    add("--pairs_dir", default=None, help="folder for the pairs; default: OUTPUT_DIR/pairs")
+    add("--num_inference_steps", type=int, default=20, help="for the images of the teacher")
     add_training_arguments(parser)
     args = parser.parse_args()
     require_data(parser, args)
@@ -78,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains; the main process writes, prints and uploads the outcome."""
+    """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
     weights = LossWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(LossWeights)})
     accelerator = make_accelerator(args, idle_parameters=True)
@@ -113,7 +120,7 @@ def main() -> None:
             "fake_time": rows.uniform(),
         }
         if captions is not None:
-            # An even row starts from a pair's noise and has that pair's prompt.
+            # An even row starts from the noise of a pair and needs the prompt of that pair.
             even = torch.arange(len(index)) % 2 == 0
             own = torch.where(even, paired % len(captions), index) if pairs is not None else index
             batch |= texts.batch([captions[int(i)] for i in own], args.guidance_scale)

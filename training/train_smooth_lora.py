@@ -1,13 +1,15 @@
-"""Trains a Smooth-LoRA: a LoRA under which pictures change evenly with the noise.
+"""Trains a Smooth-LoRA: a LoRA with which images change evenly with the noise.
 
     accelerate launch training/train_smooth_lora.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir FOLDER --resolution 512 --output_dir runs/smooth-lora
 
-FOLDER is an image folder with captions in metadata.jsonl, as for diffusers' own scripts; --dataset_name takes a data
-set on the Hub, or `fashion-scenes` with Fashion-MNIST's files in --train_data_dir. --variation_weight 0 is exactly a plain
-LoRA's training. Stable Diffusion and SDXL. The finished weights are in OUTPUT_DIR/model with their card:
-`diffusers_ext.load_smooth_lora(pipe, "OUTPUT_DIR/model")`. A killed run goes on with --resume_from_checkpoint latest. On
-several CPUs, start one process each with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+MODEL is a Stable Diffusion or SDXL pipeline. FOLDER is an image folder with captions in metadata.jsonl, as
+for the training scripts of diffusers. --dataset_name selects a data set on the Hub, or `fashion-scenes`,
+which needs the files of Fashion-MNIST in --train_data_dir. --variation_weight 0 trains a plain LoRA. The
+weights and their model card are saved to OUTPUT_DIR/model:
+`diffusers_ext.load_smooth_lora(pipe, "OUTPUT_DIR/model")`. An interrupted run resumes with
+--resume_from_checkpoint latest. On several CPUs, start one process per CPU with
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
 """
 
 import argparse
@@ -40,8 +42,8 @@ from diffusers_ext.training.loop import Rows, make_accelerator, train
 ABOUT = """\
 # Smooth-LoRA for {model}
 
-A LoRA (rank {rank}) trained with the step-wise variation loss of Smooth Diffusion (Guo et al., arXiv:2312.04410), weight
-{weight:g}: pictures change more evenly with the noise that they start from.
+A LoRA (rank {rank}) trained with the step-wise variation loss of Smooth Diffusion (Guo et al.,
+arXiv:2312.04410), weight {weight:g}. Images change more evenly with the initial noise.
 
 ```python
 import diffusers_ext as dx
@@ -49,27 +51,27 @@ import diffusers_ext as dx
 dx.apply_smooth_lora(pipe, "FOLDER")
 ```
 
-`ISTD` in the table is on a few validation prompts, pictures in [−1, 1]; lower is more even."""
+`ISTD` in the table was measured on a few validation prompts, with images in [−1, 1]. Lower is smoother."""
 
 
 def parse_args() -> argparse.Namespace:
-    """The arguments: Smooth-LoRA's own and those that all training scripts share."""
+    """Parses the arguments of Smooth-LoRA and those that all training scripts share."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add_model_arguments(parser)
     add_data_arguments(parser)
-    add("--cache_latents", action="store_true", help="encode every picture once, before training")
-    add("--rank", type=int, default=8)
-    add("--variation_weight", type=float, default=1.0, help="λ; 0 trains a plain LoRA")
-    add("--estimator", choices=["vjp", "finite_difference"], default="vjp")
-    add("--running_mean", choices=["global", "per_timestep"], default="global")
-    add("--spread", choices=["absolute", "relative"], default="absolute")
-    add("--snr_gamma", type=float, default=None)
-    add("--validation_prompts", nargs="*", default=[], help="ISTD is measured on these")
-    add("--num_inference_steps", type=int, default=20, help="of the validation pictures")
-    add("--guidance_scale", type=float, default=7.5, help="of the validation pictures")
+    add("--cache_latents", action="store_true", help="encode every image once, before training")
+    add("--rank", type=int, default=8, help="rank of the LoRA")
+    add("--variation_weight", type=float, default=1.0, help="weight λ of the loss; 0 trains a plain LoRA")
+    add("--estimator", choices=["vjp", "finite_difference"], default="vjp", help="estimator of the variation")
+    add("--running_mean", choices=["global", "per_timestep"], default="global", help="mean of the variation")
+    add("--spread", choices=["absolute", "relative"], default="absolute", help="relative compares logarithms")
+    add("--snr_gamma", type=float, default=None, help="γ of min-SNR weights; default: equal weights")
+    add("--validation_prompts", nargs="*", default=[], help="prompts for measuring the ISTD")
+    add("--num_inference_steps", type=int, default=20, help="for the validation images")
+    add("--guidance_scale", type=float, default=7.5, help="for the validation images")
     add_training_arguments(parser)
     args = parser.parse_args()
     require_data(parser, args)
@@ -77,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains; the main process writes, prints and uploads the outcome."""
+    """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
     accelerator = make_accelerator(args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None

@@ -1,7 +1,8 @@
 """A-SDM: block pruning of a UNet, with GRI attention, CLME-CondConv and progressive incubation.
 
-Zhu et al., *A-SDM*, arXiv:2312.15516, rebuilt here: its code and its attention's exact form are not public. On and
-off: `apply_gri_attention`, `remove_gri_attention`; pruning: `plan_pruning`, `prune_unet`.
+Zhu et al., *A-SDM*, arXiv:2312.15516, rebuilt from the paper's description: its code and the exact form of
+its attention are not public. `plan_pruning` and `prune_unet` prune a UNet; `apply_gri_attention` and
+`remove_gri_attention` add and remove the attention.
 """
 
 from ..core.methods import register

@@ -1,4 +1,4 @@
-"""GRI attention on a whole UNet: `apply_gri_attention` and `remove_gri_attention`."""
+"""`apply_gri_attention` and `remove_gri_attention` for a whole UNet."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ _REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
 
 
 class _GridHook:
-    """Tells the GRI processors of one `Transformer2DModel` the picture's size, and remembers what they replaced.
+    """Passes the image size to the GRI processors of one `Transformer2DModel`.
 
-    The size travels as a keyword argument and is kept nowhere: so gradient checkpointing, which repeats the inner
-    calls later, repeats them with their own size. Window and pool go with it, since loading an IP-Adapter replaces
-    the processors by new ones of the same class with default settings.
+    The size is passed as a keyword argument and not stored, so that gradient checkpointing, which repeats the
+    inner calls later, uses the right size. Window and pool are passed too, because loading an IP-Adapter
+    replaces the processors with new ones of the same class and default settings.
 
     Args:
-        originals: the replaced processors by the name of their attention inside the transformer.
+        window: side of a window in tokens.
+        pool: side of a pooled cell in tokens.
+        originals: {name of an attention inside the transformer: its replaced processor}.
     """
 
     def __init__(self, window: int, pool: int, originals: dict[str, Any]) -> None:
@@ -42,9 +44,9 @@ class _GridHook:
             found: Any = module.get_submodule(name).processor
             if not isinstance(found, GRIAttnProcessor):
                 raise ValueError(
-                    f"GRI attention was put on {name}, but {type(found).__name__} stands there now (set by"
-                    " enable_xformers..., fuse_qkv_projections, set_attn_processor or the like). Call"
-                    " remove_gri_attention before, and for xformers unet.set_attention_backend('xformers')."
+                    f"{name} had GRI attention, but now has a {type(found).__name__} (set for example by"
+                    " enable_xformers..., fuse_qkv_projections or set_attn_processor). Call"
+                    " remove_gri_attention first. For xFormers, use unet.set_attention_backend('xformers')."
                 )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         grid = GRIGrid(hidden_states.shape[2], hidden_states.shape[3], self.window, self.pool)
@@ -59,32 +61,33 @@ class _GridHook:
 def _drop_grid(
     module: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The other attentions of a transformer get the same keyword arguments, and would warn of this one."""
+    """Removes the grid for the other attentions, which would warn about an unknown argument."""
     if not isinstance(module.processor, GRIAttnProcessor):
         kwargs = {name: value for name, value in kwargs.items() if name != "gri_grid"}
     return args, kwargs
 
 
 def apply_gri_attention(unet: Any, paths: Sequence[str] | None = None, window: int = 8, pool: int = 4) -> Any:
-    """Puts GRI attention in the place of a UNet's self-attention, at any picture size.
+    """Replaces self-attention of a UNet with GRI attention, at any image size.
 
-    The config of an `ASDMUNet2DConditionModel` says so from then on, a stock UNet's cannot, so that saving loses it.
-    It follows `unet.set_attention_backend`. It goes with LoRA, and with an IP-Adapter, which is on the
-    cross-attention: in either order. A deep copy of the UNet has it too.
+    An `ASDMUNet2DConditionModel` stores the change in its config. A stock UNet cannot, so saving loses it.
+    GRI attention uses the backend of `unet.set_attention_backend`. It can be combined with LoRA and with an
+    IP-Adapter, which changes the cross-attention, in either order. A deep copy of the UNet keeps it.
 
     Args:
         unet: a `UNet2DConditionModel`, or a pipeline that has one.
-        paths: modules whose `attn1` all get it, as "down_blocks.0" or one "….transformer_blocks.0.attn1"; None for
-            those at the highest resolution that has attention, where the compute is.
+        paths: modules whose `attn1` are all replaced, such as "down_blocks.0" or a single
+            "….transformer_blocks.0.attn1". None selects those at the highest resolution with attention, which
+            need most of the compute.
         window: side of a window in tokens.
         pool: side of a pooled cell in tokens.
 
     Returns:
-        `unet` as given.
+        The given `unet`.
 
     Raises:
-        ValueError: no such UNet, GRI attention is on it already, a path without self-attention on pictures, a
-            processor there that is not diffusers' plain one, or a wrong window or pool.
+        ValueError: the model is not supported or has GRI attention already, a path has no self-attention on
+            images, an attention has a custom processor, or window or pool is invalid.
     """
     model = _unet_of(unet)
     GRIAttnProcessor(window, pool)
@@ -101,12 +104,15 @@ def apply_gri_attention(unet: Any, paths: Sequence[str] | None = None, window: i
 
 
 def remove_gri_attention(unet: Any) -> Any:
-    """Takes GRI attention off again, without a trace; no-op where none is on. Returns `unet` as given.
+    """Removes GRI attention and restores the original processors. Does nothing if there is none.
 
-    A processor that something else has put in GRI attention's place since is left there.
+    A processor that has replaced GRI attention since is kept.
+
+    Returns:
+        The given `unet`.
 
     Raises:
-        ValueError: no UNet, or its projections were fused since.
+        ValueError: there is no `UNet2DConditionModel`, or the projections have been fused since.
     """
     hooks = [(module, hook) for _, module, hook in _hooks(_unet_of(unet))]
     attentions: list[tuple[Any, Any]] = [
@@ -114,9 +120,9 @@ def remove_gri_attention(unet: Any) -> Any:
         for module, hook in hooks
         for name, original in hook.originals.items()
     ]
-    # Unfusing would put GRI processors back that nothing tells the picture's size any more.
+    # Unfusing later would restore GRI processors, but the hook that passes the image size would be gone.
     if any(isinstance(attn.processor, FusedAttnProcessor2_0) for attn, _ in attentions):
-        raise ValueError("Call unet.unfuse_qkv_projections() first: it puts GRI attention back in its place.")
+        raise ValueError("Call unet.unfuse_qkv_projections() first: it restores the GRI processors.")
     for attn, original in attentions:
         if isinstance(attn.processor, GRIAttnProcessor):
             attn.set_processor(original)
@@ -128,7 +134,7 @@ def remove_gri_attention(unet: Any) -> Any:
 
 
 def _note_in_config(unet: UNet2DConditionModel) -> None:
-    """The config of an `ASDMUNet2DConditionModel` has a place for it, and is what `from_pretrained` builds from."""
+    """Updates the config of an `ASDMUNet2DConditionModel`, from which `from_pretrained` builds the UNet."""
     if "gri_attention" in unet.config:
         found = gri_attention_of(unet)
         noted = None if found is None else dict(zip(("paths", "window", "pool"), found))
@@ -136,7 +142,7 @@ def _note_in_config(unet: UNet2DConditionModel) -> None:
 
 
 def gri_attention_of(unet: Any) -> tuple[list[str], int, int] | None:
-    """(paths, window, pool) of the GRI attention on a UNet or on a pipeline's, None where there is none."""
+    """(paths, window, pool) of the GRI attention on a UNet or a pipeline, or None."""
     model = unet if isinstance(unet, UNet2DConditionModel) else getattr(unet, "unet", None)
     found = list(_hooks(model)) if isinstance(model, UNet2DConditionModel) else []
     if not found:
@@ -149,7 +155,8 @@ def _unet_of(given: Any) -> UNet2DConditionModel:
     unet = given if isinstance(given, UNet2DConditionModel) else getattr(given, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
-            f"GRI attention needs a UNet2DConditionModel, or a pipeline whose .unet is one, got {type(given).__name__}."
+            "GRI attention needs a UNet2DConditionModel, or a pipeline whose .unet is one, got"
+            f" {type(given).__name__}."
         )
     return unet
 
@@ -172,7 +179,7 @@ def _highest(unet: UNet2DConditionModel, found: list[str]) -> list[str]:
             levels[name] = len(unet.up_blocks) - 1 - int(index)
     if not levels:
         raise ValueError(
-            f"This {type(unet).__name__} has no attn1 in its down and up blocks, so nothing to put GRI attention on."
+            f"This {type(unet).__name__} has no attn1 in its down and up blocks for GRI attention to replace."
         )
     return [name for name, level in levels.items() if level == min(levels.values())]
 
@@ -193,7 +200,7 @@ def _check(name: str, attn: Any) -> None:
     if kind not in _REPLACEABLE:
         hint = " Call unet.unfuse_qkv_projections() first." if kind is FusedAttnProcessor2_0 else ""
         raise ValueError(
-            f"{name} has a {kind.__name__}, which GRI attention would drop: it replaces"
+            f"{name} has a {kind.__name__}, which GRI attention cannot replace: it replaces"
             f" {', '.join(k.__name__ for k in _REPLACEABLE)} only.{hint}"
         )
     if attn.is_cross_attention:
@@ -203,14 +210,14 @@ def _check(name: str, attn: Any) -> None:
 
 
 def _by_transformer(unet: UNet2DConditionModel, names: list[str]) -> dict[str, list[str]]:
-    """The names inside each `Transformer2DModel`, by its name."""
+    """{name of a `Transformer2DModel`: names of its attentions inside it}."""
     groups: dict[str, list[str]] = {}
     for name in names:
         parent = name.rpartition(".transformer_blocks.")[0]
         module = unet.get_submodule(parent)
         if not parent or not isinstance(module, Transformer2DModel) or not module.is_input_continuous:
             raise ValueError(
-                f"{name} is not in a Transformer2DModel on pictures, so the tokens form no grid."
+                f"{name} is not in a Transformer2DModel on images, so its tokens do not form a grid."
             )
         groups.setdefault(parent, []).append(name[len(parent) + 1 :])
     return groups
@@ -231,7 +238,7 @@ def _install(transformer: Any, names: list[str], window: int, pool: int) -> None
 
 
 def _hooks(unet: UNet2DConditionModel) -> Iterator[tuple[str, Any, _GridHook]]:
-    """(name, transformer, hook) wherever GRI attention is on."""
+    """(name, transformer, hook) for every transformer with GRI attention."""
     for name, module in unet.named_modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _GridHook):
@@ -239,7 +246,7 @@ def _hooks(unet: UNet2DConditionModel) -> Iterator[tuple[str, Any, _GridHook]]:
 
 
 def describe(pipe: Any) -> str | None:
-    """The line of `dx.summary` about GRI attention on `pipe`; None where it is off."""
+    """The line of `dx.summary` about GRI attention on `pipe`, or None if there is none."""
     found = gri_attention_of(pipe)
     if found is None:
         return None

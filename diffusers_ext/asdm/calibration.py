@@ -1,4 +1,4 @@
-"""Calibration inputs: what a UNet is called with, to measure its parts on."""
+"""Calibration inputs: the inputs of a UNet on which its parts are measured."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def record_calibration_inputs(
     seed: int = 0,
     **call_kwargs: Any,
 ) -> list[CalibrationInput]:
-    """What a pipeline's UNet is given while it samples, at some timesteps spread evenly over the run.
+    """Records the inputs of a pipeline's UNet during sampling, at timesteps spread evenly over the run.
 
     Args:
-        pipe: a Stable Diffusion or SDXL pipeline, or its kin.
-        prompts: one picture each, all in one batch; with guidance that is twice the rows.
-        num_timesteps: at most `num_inference_steps`.
-        num_inference_steps: of the run.
-        seed: of its noise.
-        call_kwargs: of the pipeline's call, such as height, width and guidance_scale.
+        pipe: a Stable Diffusion or SDXL pipeline, or a similar one with a UNet.
+        prompts: one image is sampled per prompt, all in one batch. Guidance doubles the rows.
+        num_timesteps: number of timesteps to record, at most `num_inference_steps`.
+        num_inference_steps: steps of the sampling run.
+        seed: seed of the noise.
+        call_kwargs: arguments of the pipeline, such as height, width and guidance_scale.
 
     Returns:
-        Keyword arguments of the UNet's call, one dict for every timestep.
+        Keyword arguments for a call of the UNet, one dict per timestep.
 
     Raises:
-        ValueError: no prompts, or a number of timesteps that the run does not have.
+        ValueError: there are no prompts, or `num_timesteps` is out of range.
     """
     if not prompts or not 1 <= num_timesteps <= num_inference_steps:
         raise ValueError(
-            f"Give one or more prompts, and num_timesteps from 1 to num_inference_steps={num_inference_steps}; got"
+            f"Expected prompts, and num_timesteps from 1 to num_inference_steps={num_inference_steps}; got"
             f" {len(prompts)} prompts and {num_timesteps}."
         )
     found: list[CalibrationInput] = []
@@ -74,11 +74,14 @@ def noised_calibration_inputs(
     """Calibration inputs from real images: their latents with noise added.
 
     Args:
-        latents: (b, C, H, W), in the scale that the UNet works in.
-        timesteps: from 0 to the scheduler's number of training steps less 1.
-        scheduler: of Stable Diffusion's kind; only its noise schedule counts.
-        seed: of the noise.
-        conditioning: of the UNet's call, as encoder_hidden_states (b, tokens, width).
+        latents: (b, C, H, W) scaled latents, as the UNet expects them.
+        timesteps: each from 0 to the number of training timesteps less 1.
+        scheduler: a scheduler like that of Stable Diffusion. Only its noise schedule is used.
+        seed: seed of the noise.
+        conditioning: further arguments of the UNet, such as encoder_hidden_states (b, tokens, width).
+
+    Returns:
+        Keyword arguments for a call of the UNet, one dict per timestep.
     """
     schedule: Any = DDPMScheduler.from_config(scheduler.config)
     draw = torch.Generator().manual_seed(seed)

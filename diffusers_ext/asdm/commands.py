@@ -1,4 +1,4 @@
-"""`diffusers-ext asdm plan`."""
+"""The command `diffusers-ext asdm plan`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the method's commands."""
+    """Adds the commands of A-SDM to the command line."""
     asdm = typer.Typer(no_args_is_help=True, help="Prunes a UNet: A-SDM (arXiv:2312.15516) as rebuilt here.")
 
     @asdm.callback()
@@ -41,43 +41,44 @@ def add_commands(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Pipeline, or with --preset a UNet: a folder or a Hub repository.")
+        str, typer.Argument(help="Folder or Hub repository of a pipeline, or with --preset of a UNet.")
     ],
     target: Annotated[
-        float | None, typer.Option(help="Share of the cost that may be left: 0.78 saves 22%.")
+        float | None, typer.Option(help="Share of the cost that may remain: 0.78 saves 22%.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Instead: bk-base, bk-small, bk-tiny or incubation.")
+        str | None,
+        typer.Option(help="Use a preset instead: bk-base, bk-small, bk-tiny or incubation."),
     ] = None,
-    by: Annotated[str, typer.Option(help="The cost: macs, milliseconds or parameters.")] = "macs",
-    stages: Annotated[int, typer.Option(min=1, help="Divide the cuts into so many stages.")] = 3,
+    by: Annotated[str, typer.Option(help="Measure of the cost: macs, milliseconds or parameters.")] = "macs",
+    stages: Annotated[int, typer.Option(min=1, help="Number of stages to divide the cuts into.")] = 3,
     stock_only: Annotated[
-        bool, typer.Option("--stock-only", help="Only what loads in diffusers without this package.")
+        bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the UNet.")
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line, each an image to calibrate on.")
+        Path | None, typer.Option(help="Text file with one prompt per line, for calibration.")
     ] = None,
-    timesteps: Annotated[int, typer.Option(min=1, help="Noise levels to measure at.")] = 4,
-    num_inference_steps: Annotated[int, typer.Option(min=1, help="Of the run they are taken from.")] = 20,
+    timesteps: Annotated[int, typer.Option(min=1, help="Number of timesteps to measure at.")] = 4,
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Steps of the sampling run.")] = 20,
     guidance_scale: Guidance = 7.5,
     height: Height = None,
     width: Width = None,
-    repeats: Annotated[int, typer.Option(min=0, help="Measure milliseconds so often; 0: not at all.")] = 10,
+    repeats: Annotated[int, typer.Option(min=0, help="Number of time measurements; 0: none.")] = 10,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
-    output: Annotated[Path, typer.Option(help="Plan to write.")] = Path("pruning-plan.json"),
-    plot: Annotated[Path | None, typer.Option(help="PNG to write, with --target; needs matplotlib.")] = None,
+    output: Annotated[Path, typer.Option(help="File to write the plan to.")] = Path("pruning-plan.json"),
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG for a plot, with --target; needs matplotlib.")
+    ] = None,
 ) -> None:
-    """Measures the cost of every part of a UNet and the loss without it, and plans the cuts for a speed-up."""
+    """Measures the cost of every part of a UNet and the loss without it, and plans the cuts."""
     if (target is None) == (preset is None):
         raise ValueError("Give either --target SHARE or --preset NAME.")
     if preset is not None and (plot, prompts, height, width) != (None,) * 4:
-        raise ValueError(
-            "--prompts, --plot, --height and --width go with --target: a preset measures nothing."
-        )
+        raise ValueError("--prompts, --plot, --height and --width need --target: a preset is not measured.")
     if preset is None and prompts is None:
-        raise ValueError("--target needs --prompts FILE: the UNet is measured on what it samples for them.")
+        raise ValueError("--target needs --prompts FILE: the UNet is measured while it samples for them.")
     if preset is not None:
         found = _preset_plan(model, preset)
     else:
@@ -111,7 +112,7 @@ def _finish(found: PruningPlan, output: Path) -> None:
 
 
 def _preset_plan(model: str, preset: str) -> PruningPlan:
-    """It needs no weights, so only the config is read: a pipeline's UNet's or a UNet's own."""
+    """A preset needs no weights, so only the config of the pipeline's UNet or of the UNet is read."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -124,6 +125,6 @@ def _preset_plan(model: str, preset: str) -> PruningPlan:
     except OSError:
         config = UNet2DConditionModel.load_config(model)
     with torch.device("meta"):
-        # This class takes the configs of both.
+        # This class accepts the configs of stock UNets too.
         unet: Any = ASDMUNet2DConditionModel.from_config(config)
     return preset_plan(preset, unet)

@@ -1,7 +1,7 @@
-"""CLME-CondConv of A-SDM (arXiv:2312.15516), as rebuilt here: one convolution that remembers removed layers'.
+"""CLME-CondConv of A-SDM (arXiv:2312.15516), as rebuilt here: convolutions that reuse removed kernels.
 
-When a layer is pruned, the kernels of its convolutions are thrown away. Here they become experts of the kept layer's
-convolution, which mixes them anew for every picture. The paper's code and routing are not public.
+Pruning a layer discards the kernels of its convolutions. Here they become experts of the convolution of a
+remaining layer, which mixes them for every image. The paper's code and routing are not public.
 """
 
 from __future__ import annotations
@@ -13,32 +13,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# On no more positions than these, one convolution with all experts is cheaper than a kernel of its own for every picture:
-# to mix a kernel is to read and write it whole.
+# Up to this number of positions, one convolution with all experts is cheaper than mixing a kernel for every
+# image, because mixing reads and writes the complete kernel.
 FEW_POSITIONS = 64
 
 
 class CLMECondConv2d(nn.Module):
-    """Cross-layer multi-expert conditional convolution: a kernel W(x) = Σ α_i(x) W_i for every picture.
+    """Cross-layer multi-expert conditional convolution: a kernel W(x) = Σ α_i(x) W_i for every image.
 
-    Expert 0 is the kept convolution, the others come from removed layers; biases are mixed like kernels. The weights
-    are α(x) = (1, 0, …, 0) + FC(mean of x over the picture), and FC starts at zero: at step 0 this *is* the kept
-    convolution. CondConv (Yang et al., NeurIPS 2019, arXiv:1904.04971) has α = sigmoid(FC(…)), which for a zero FC
-    is ½ of every kernel and would throw away what the pruned network can do.
+    Expert 0 is the kept convolution; the others come from removed layers. Biases are mixed like kernels. The
+    weights are α(x) = (1, 0, …, 0) + FC(mean of x over positions), where FC starts at zero, so that at step 0
+    the layer equals the kept convolution. CondConv (Yang et al., NeurIPS 2019, arXiv:1904.04971) uses α =
+    sigmoid(FC(…)), which is ½ for every expert if FC is zero and would lose the function of the pruned
+    network.
 
-    With α = (1, 0, …) the kernel equals W_0 exactly. Several pictures run as one grouped convolution, a group each, or,
-    on few positions, as all experts' convolutions with their outputs mixed. The sums may come in another order than a
-    plain convolution's: float32 results then differ by rounding (10⁻⁶ of the result's size). One picture runs as a plain convolution, and so does on the CPU, where no gradient is asked for, a
-    batch in which all have the same kernel: at step 0 these equal the kept convolution bit for bit. On a GPU to know
-    that would mean to wait for it in every layer; `fold` first where bits matter there.
+    With α = (1, 0, …) the kernel equals W_0 exactly. A batch runs as one grouped convolution with one group
+    per image or, for few positions, as the convolutions of all experts, whose outputs are mixed. Both may sum
+    in another order than a plain convolution, so float32 results can differ by rounding (10⁻⁶ of their
+    magnitude). A single image runs as a plain convolution. So does a batch whose images all have the same
+    kernel, if it is on the CPU and no gradient is required. At step 0, these cases equal the kept convolution
+    bit for bit. On a GPU, comparing the kernels would force a synchronization in every layer; use `fold`
+    first where exact equality matters.
 
-    The experts cost memory and the mixing E·out·in·k² multiplications a picture: parameters are not saved against
-    the unpruned network, layers are. `fold` makes a plain convolution where the routing is constant.
+    The experts need memory, and mixing takes E·out·in·k² multiplications per image. Compared with the
+    unpruned network, this saves layers but not parameters. `fold` makes a plain convolution if the routing is
+    constant.
 
     Args:
-        conv: gives the shape, the stride, padding and dilation, device and dtype. Its weights are not taken; see
+        conv: provides shape, stride, padding, dilation, device and dtype. Its weights are not copied, see
             `from_convs`.
-        num_experts: E, the kept one included.
+        num_experts: E, including the kept convolution.
 
     Attributes:
         weight: (E, out, in, k, k).
@@ -46,13 +50,16 @@ class CLMECondConv2d(nn.Module):
         routing: Linear(in, E).
 
     Raises:
-        ValueError: fewer than one expert, or a convolution with groups or with padding other than zeros.
+        ValueError: there is less than one expert, or the convolution has groups or a padding mode other than
+            zeros.
     """
 
     def __init__(self, conv: nn.Conv2d, num_experts: int) -> None:
         super().__init__()
         if num_experts < 1:
-            raise ValueError(f"num_experts counts the kept convolution, so 1 or more, got {num_experts}.")
+            raise ValueError(
+                f"num_experts includes the kept convolution: expected 1 or more, got {num_experts}."
+            )
         _check_kind("The kept convolution", conv)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
@@ -68,15 +75,18 @@ class CLMECondConv2d(nn.Module):
 
     @classmethod
     def like(cls, conv: nn.Conv2d, num_experts: int) -> CLMECondConv2d:
-        """A layer of `conv`'s shape with all experts zero, to be filled by `load_state_dict`."""
+        """A layer of the shape of `conv` with all experts zero, for `load_state_dict`."""
         return cls(conv, num_experts)
 
     @classmethod
     def from_convs(cls, kept: nn.Conv2d, removed: Sequence[nn.Conv2d]) -> CLMECondConv2d:
-        """The kept convolution with the removed ones as further experts; equal to the kept one for now.
+        """A layer with the removed convolutions as further experts.
+
+        It equals the kept convolution until it is trained.
 
         Raises:
-            ValueError: kernels of different shapes, bias on one side only, or a kind that is not supported.
+            ValueError: the kernels have different shapes, only some convolutions have a bias, or a
+                convolution is not supported.
         """
         layer = cls(kept, 1 + len(removed))
         for index, conv in enumerate(removed):
@@ -95,11 +105,11 @@ class CLMECondConv2d(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """E, the kept convolution included."""
+        """E, including the kept convolution."""
         return len(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, in, h, w) to (b, out, h', w')."""
+        """Maps (b, in, h, w) to (b, out, h', w')."""
         offsets = self.routing(x.mean((2, 3)))
         if _free_to_look(x) and (offsets == offsets[:1]).all():
             offsets = offsets[:1]
@@ -107,7 +117,7 @@ class CLMECondConv2d(nn.Module):
         if groups > 1 and x.shape[2] * x.shape[3] <= FEW_POSITIONS:
             return self._mixed_outputs(x, offsets)
         kernels, biases = self._mixed(offsets)
-        # With a group a picture, batch and channels together; with one group, x as it is.
+        # With one group per image, batch and channels are merged; with a single group, x keeps its shape.
         grouped = x.reshape(-1, groups * self.in_channels, *x.shape[2:])
         biases = None if biases is None else biases.flatten()
         out = F.conv2d(
@@ -116,30 +126,31 @@ class CLMECondConv2d(nn.Module):
         return out.reshape(len(x), self.out_channels, *out.shape[2:])
 
     def _mixed_outputs(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """All experts' outputs, mixed for `offsets` (b, E): the same sum as one mixed kernel's output."""
+        """The outputs of all experts, mixed for `offsets` (b, E); equal to the output of the mixed kernel."""
         biases = None if self.bias is None else self.bias.flatten()
         out = F.conv2d(x, self.weight.flatten(0, 1), biases, self.stride, self.padding, self.dilation)
         out = out.unflatten(1, (self.num_experts, self.out_channels))
         return out[:, 0] + (offsets[:, :, None, None, None] * out).sum(1)
 
     def _mixed(self, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Kernels (b, out, in, k, k) and biases (b, out) for `offsets` (b, E) from the kept convolution alone."""
-        # Not one product with a one-hot row added: W_0 + 0 is exact in any order of summation and any precision.
+        """Kernels (b, out, in, k, k) and biases (b, out) for the weights (1, 0, …, 0) + `offsets`, (b, E)."""
+        # W_0 is added outside of the product, because W_0 + 0 is exact in any order of summation and any
+        # precision.
         kernels = self.weight[0] + (offsets @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
         return kernels, None if self.bias is None else self.bias[0] + offsets @ self.bias
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
-        """The plain convolution that this layer is where its routing does not look at the picture.
+        """The equivalent plain convolution, if the routing does not depend on the image.
 
         Raises:
-            ValueError: the routing has weights, so that every picture has its own kernel.
+            ValueError: the routing has weights, so every image has its own kernel.
         """
         if self.routing.weight.any():
             raise ValueError(
-                "This CLMECondConv2d mixes its kernel anew for every picture (its routing's weights are up to"
-                f" {float(self.routing.weight.abs().max()):.3g}): no plain convolution equals it. Only a constant"
-                " routing, with weights of zero, can be folded."
+                "This CLMECondConv2d mixes a kernel for every image (its routing weights are up to"
+                f" {float(self.routing.weight.abs().max()):.3g}), so no plain convolution equals it. Only a"
+                " constant routing, with weights of zero, can be folded."
             )
         conv = nn.Conv2d(
             self.in_channels,
@@ -159,7 +170,7 @@ class CLMECondConv2d(nn.Module):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
-        """As a convolution's, and the number of experts."""
+        """The settings of the convolution and the number of experts."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride},"
             f" padding={self.padding}, num_experts={self.num_experts}, bias={self.bias is not None}"
@@ -167,17 +178,18 @@ class CLMECondConv2d(nn.Module):
 
 
 def add_cond_convs(student: nn.Module, experts: Mapping[str, Sequence[nn.Conv2d]]) -> dict[str, int]:
-    """Replaces convolutions of `student` by `CLMECondConv2d`s, all or none; its outputs stay what they are.
+    """Replaces convolutions of `student` with `CLMECondConv2d`s, all or none. Its output does not change.
 
     Args:
         student: changed in place.
-        experts: removed convolutions by the path of the kept one that inherits them.
+        experts: {path of a kept convolution: the removed convolutions that become its experts}.
 
     Returns:
-        {path: number of experts}, what `CLMECondConv2d.like` needs to build the same layers again.
+        {path: number of experts}, which `CLMECondConv2d.like` needs to build the same layers again.
 
     Raises:
-        ValueError: no convolution at a path, no experts for it, or shapes that don't go together; names the path.
+        ValueError: a path has no convolution or no experts, or shapes do not match. The message names the
+            path.
     """
     made = {}
     for path, removed in experts.items():
@@ -186,7 +198,7 @@ def add_cond_convs(student: nn.Module, experts: Mapping[str, Sequence[nn.Conv2d]
             found = "nothing" if kept is None else f"a {type(kept).__name__}"
             raise ValueError(f"Expected a Conv2d at {path!r} of {type(student).__name__}, found {found}.")
         if not removed:
-            raise ValueError(f"There are no removed convolutions for {path!r}: leave the path out.")
+            raise ValueError(f"There are no removed convolutions for {path!r}: omit the path.")
         try:
             made[path] = CLMECondConv2d.from_convs(kept, removed)
         except ValueError as error:
@@ -198,12 +210,15 @@ def add_cond_convs(student: nn.Module, experts: Mapping[str, Sequence[nn.Conv2d]
 
 
 def fold_cond_convs(module: nn.Module) -> list[str]:
-    """Folds every `CLMECondConv2d` inside `module` to a plain convolution, all or none; returns their paths.
+    """Folds every `CLMECondConv2d` inside `module` into a plain convolution, all or none.
 
-    Give the whole UNet: its config then knows, as `save_pretrained` needs it.
+    Pass the complete UNet: its config is then updated too, which `save_pretrained` needs.
+
+    Returns:
+        The paths of the folded layers.
 
     Raises:
-        ValueError: one whose routing is not constant; names its path.
+        ValueError: the routing of a layer is not constant. The message names its path.
     """
     made = {}
     for path, layer in module.named_modules():
@@ -221,7 +236,7 @@ def fold_cond_convs(module: nn.Module) -> list[str]:
 
 
 def _note_in_configs(module: nn.Module) -> None:
-    """The config of an `ASDMUNet2DConditionModel` has a place for them, and is what `from_pretrained` builds from."""
+    """Updates the config of every `ASDMUNet2DConditionModel`, which `from_pretrained` builds from."""
     for unet in module.modules():
         if "cond_convs" in (getattr(unet, "config", None) or {}):
             layers = {n: m for n, m in unet.named_modules() if isinstance(m, CLMECondConv2d)}
@@ -230,8 +245,10 @@ def _note_in_configs(module: nn.Module) -> None:
 
 
 def _free_to_look(x: Tensor) -> bool:
-    """Whether a branch may depend on values: it waits for a GPU, breaks a compiled graph, and would give the gradients
-    of all pictures' routing to the first picture's.
+    """Whether a branch may depend on tensor values.
+
+    Such a branch waits for a GPU and breaks a compiled graph. With gradients, it would also send the routing
+    gradients of all images to the first one.
     """
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -241,8 +258,8 @@ def _check_kind(name: str, conv: Any) -> None:
         raise ValueError(f"{name} must be a torch.nn.Conv2d, got {type(conv).__name__}.")
     if conv.groups != 1 or conv.padding_mode != "zeros":
         raise ValueError(
-            f"{name} has groups={conv.groups} and padding_mode={conv.padding_mode!r}: only groups=1 and 'zeros' are"
-            " supported."
+            f"{name} has groups={conv.groups} and padding_mode={conv.padding_mode!r}: only groups=1 and"
+            " 'zeros' are supported."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a UNet and each of its parts cost: parameters, multiply-accumulates, milliseconds."""
+"""The cost of a UNet and of its parts: parameters, multiply-accumulates (MACs) and milliseconds."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .unet import build_unet, empty_unet, unet_config
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a network or a part of it.
+    """The cost of a network or of a part.
 
     Attributes:
-        parameters: how many numbers it has learnt.
-        macs: multiply-accumulates for one picture: of convolutions, linear layers and attention, as PyTorch counts
-            them (half its floating-point operations).
-        milliseconds: measured for one call; None where nobody measured.
+        parameters: number of parameters.
+        macs: multiply-accumulates for one image, of convolutions, linear layers and attention, as PyTorch
+            counts them (half of its floating-point operations).
+        milliseconds: time of one call; None if it was not measured.
     """
 
     parameters: int
@@ -47,31 +47,31 @@ class Cost:
         )
 
     def of(self, measure: str) -> float:
-        """By name: "macs", "milliseconds" or "parameters".
+        """The cost by the name of its measure: "macs", "milliseconds" or "parameters".
 
         Raises:
-            ValueError: another name, or milliseconds that were not measured.
+            ValueError: the name is unknown, or milliseconds were not measured.
         """
         if measure not in ("macs", "milliseconds", "parameters"):
-            raise ValueError(f"Costs are macs, milliseconds or parameters, got {measure!r}.")
+            raise ValueError(f"The cost must be macs, milliseconds or parameters, got {measure!r}.")
         found = getattr(self, measure)
         if found is None:
             raise ValueError(
-                "Milliseconds were not measured: give inputs to measure with, or plan by 'macs'."
+                "Milliseconds were not measured: measure with repeats of 1 or more, or plan by 'macs'."
             )
         return found
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """A UNet's cost and its parts'.
+    """The cost of a UNet and of its parts.
 
     Attributes:
-        total: of the whole UNet.
-        parts: by module path: resnets, attentions, samplers, and the blocks that hold them.
-        gri: of attentions, if their self-attention were GRI attention.
-        height, width: of the latents that it was counted for.
-        tokens: of the prompt.
+        total: cost of the full UNet.
+        parts: cost by module path, of resnets, attentions, samplers and the blocks that contain them.
+        gri: cost of attentions with GRI attention in place of self-attention.
+        height, width: size of the latents.
+        tokens: length of the prompt.
     """
 
     total: Cost
@@ -82,8 +82,10 @@ class CostTable:
     tokens: int
 
     def of_shape(self, shape: UNetShape) -> Cost:
-        """The cost after cuts. Exact for parameters and MACs, since a kept module keeps its shape and its resolution;
-        for milliseconds it assumes that the parts' times add up.
+        """The cost after cuts.
+
+        Parameters and MACs are exact, because a kept module keeps its shape and its resolution. Milliseconds
+        assume that the times of the parts add up.
         """
         kept = set(shape.units().values())
         found = self.total
@@ -106,17 +108,18 @@ def example_inputs(
     device: Any = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Random keyword arguments for a UNet's call.
+    """Random keyword arguments for a call of a UNet.
 
     Args:
-        config: the UNet's.
-        batch_size: number of pictures.
-        height, width: of the latents; default: the config's `sample_size`.
+        config: config of the UNet.
+        batch_size: number of images.
+        height, width: size of the latents; default: `sample_size` of the config.
         tokens: length of the prompts.
-        device, dtype: of the tensors.
+        device, dtype: device and dtype of the tensors.
 
     Raises:
-        ValueError: no size, or a UNet that wants other inputs than text, SDXL's text and time, and class labels.
+        ValueError: the size is missing, or the UNet needs inputs other than text, the text and time
+            conditions of SDXL, and class labels.
     """
     height, width = latent_size(config, height, width)
     kinds = {None, "text_time"}
@@ -150,21 +153,23 @@ def example_inputs(
 
 
 def latent_size(config: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, int]:
-    """The size given, or else the config's `sample_size`.
+    """The given size, or `sample_size` of the config.
 
     Raises:
-        ValueError: neither, or only one of height and width.
+        ValueError: neither is given, or only one of height and width.
     """
     size = config.get("sample_size")
     if (height is None) != (width is None) or (height is None and size is None):
-        raise ValueError(f"Give height and width of the latents; got {height} and {width}.")
+        raise ValueError(f"Expected both height and width of the latents, got {height} and {width}.")
     if height is not None and width is not None:
         return height, width
     return (size, size) if isinstance(size, int) else (size[0], size[1])  # type: ignore[index]
 
 
 def count_macs(config: Mapping[str, Any], height: int, width: int, tokens: int = 77) -> dict[str, int]:
-    """MACs of one picture by module path, the whole under ""; counted without weights, so that any size is quick.
+    """MACs for one image by module path, with the full UNet under "".
+
+    They are counted on the meta device, without weights, so the size does not matter.
 
     Raises:
         ValueError: see `example_inputs`.
@@ -191,14 +196,14 @@ def cost_table(
     repeats: int = 0,
     batch_size: int = 1,
 ) -> CostTable:
-    """The cost of a UNet's parts.
+    """Counts and measures the cost of the parts of a UNet.
 
     Args:
-        unet: stock, or an `ASDMUNet2DConditionModel`; on the meta device too if nothing is to be measured.
-        height, width: of the latents; default: the config's `sample_size`.
-        tokens: of the prompt.
-        repeats: how often to measure the milliseconds, the median counting; 0: not at all.
-        batch_size: of the calls that are measured.
+        unet: a stock UNet or an `ASDMUNet2DConditionModel`. It can be on the meta device if `repeats` is 0.
+        height, width: size of the latents; default: `sample_size` of the config.
+        tokens: length of the prompt.
+        repeats: number of time measurements, of which the median is used; 0: none.
+        batch_size: batch size of the measured calls.
 
     Raises:
         ValueError: see `example_inputs` and `unet_config`.
@@ -236,7 +241,7 @@ def _all_blocks(shape: UNetShape) -> list[str]:
 
 
 def _gri_everywhere(config: dict[str, Any], shape: UNetShape) -> dict[str, Any] | None:
-    """The config with GRI attention wherever there is self-attention; None where there is none."""
+    """The config with GRI attention for all self-attention, or None if there is none."""
     if config.get("only_cross_attention") not in (None, False) or not shape.attentions():
         return None
     cuts = [f"gri.{s}" for s in range(shape.num_stages) if set(shape.attentions(s)) - set(shape.gri())]
@@ -247,18 +252,18 @@ def _gri_everywhere(config: dict[str, Any], shape: UNetShape) -> dict[str, Any] 
 def measure_milliseconds(
     unet: nn.Module, inputs: Mapping[str, Any], paths: list[str], repeats: int = 10
 ) -> dict[str, float]:
-    """Median time of one call of each named module and, under "", of the whole UNet.
+    """Median time of one call of each module and, under "", of the full UNet.
 
-    The whole is measured in calls of its own, without the timers inside.
+    The full UNet is measured in separate calls, without the hooks of the modules.
 
     Args:
-        unet: as it is to be run, on the CPU or an accelerator.
-        inputs: keyword arguments of its call.
-        paths: of modules, each called once in a call of the UNet.
-        repeats: 1 or more, after one call that does not count.
+        unet: the UNet, on the CPU or an accelerator.
+        inputs: keyword arguments of the call.
+        paths: paths of modules. Each must run once per call of the UNet.
+        repeats: number of measurements, 1 or more, after one warmup call.
 
     Raises:
-        ValueError: no repeats.
+        ValueError: `repeats` is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, got {repeats}.")
@@ -278,7 +283,7 @@ def measure_milliseconds(
 
 @contextmanager
 def _stopwatches(modules: dict[str, nn.Module], marks: dict[str, list[Any]], device: str) -> Iterator[None]:
-    """Notes when each module starts and ends."""
+    """Records when each module starts and ends."""
     handles: list[Any] = []
     for path, module in modules.items():
 
@@ -296,7 +301,10 @@ def _stopwatches(modules: dict[str, nn.Module], marks: dict[str, list[Any]], dev
 
 
 def _now(device: str) -> Any:
-    """A time, or a mark in the accelerator's queue of work, which would have to be emptied for a time."""
+    """The time on the CPU, or an event in the queue of the accelerator.
+
+    Reading the time of an accelerator directly would require a synchronization.
+    """
     if device == "cpu":
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)

@@ -1,7 +1,7 @@
-"""How a pruned UNet learns from the whole one: the losses, the features they compare, the objective of a step.
+"""Distillation of a pruned UNet from the full UNet: the losses, the block features and the objective.
 
-Task and output loss on every sample and a loss on the blocks' outputs are BK-SDM's (arXiv:2305.15798); the semantic
-alignment is our reading of A-SDM's SAS (arXiv:2312.15516), whose features are not public.
+The task loss, the output loss and the loss on block outputs are those of BK-SDM (arXiv:2305.15798). The
+semantic loss is our reading of SAS in A-SDM (arXiv:2312.15516), whose features are not public.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class DistillWeights:
-    """Weights of the losses, each 0 or more; a loss of weight 0 is not computed.
+    """Weights of the losses, each 0 or more. A loss with weight 0 is not computed.
 
     Raises:
-        ValueError: a negative weight or one that is not finite, or none above 0.
+        ValueError: a weight is negative or not finite, or all weights are 0.
     """
 
     task: float = 1.0
@@ -44,22 +44,23 @@ class DistillWeights:
 
 
 def feature_loss(student: Features, teacher: Features) -> Tensor:
-    """Mean over blocks and rows of ‖s − t‖²/‖t‖², the student's feature's relative squared error.
+    """The relative squared error ‖s − t‖²/‖t‖² of the student's features, averaged over blocks and rows.
 
-    The features of blocks differ in size by orders of magnitude, so that of BK-SDM's plain sum of squared errors a
-    few blocks make nearly all; LAPTOP-Diff (arXiv:2404.11098) therefore normalises by block. Here every row has its
-    own norm, so that no row's loss depends on what else is in the batch, or in the other process's.
+    The features of blocks differ in size by orders of magnitude, so a few blocks would dominate the plain sum
+    of squared errors of BK-SDM. LAPTOP-Diff (arXiv:2404.11098) therefore normalizes by block. Here every row
+    is normalized by its own norm, so that its loss does not depend on the other rows of the batch or on other
+    processes.
 
     Args:
-        student, teacher: (b, …) by block, of equal names and shapes.
+        student, teacher: {block: (b, …)}, with equal names and shapes.
 
     Raises:
-        ValueError: different names or shapes, or no features.
+        ValueError: names or shapes differ, or there are no features.
     """
     if student.keys() != teacher.keys() or not student:
         raise ValueError(
-            f"Expected features of the same blocks, got {sorted(student)} of the student and {sorted(teacher)} of"
-            " the teacher."
+            f"Expected features of the same blocks, got {sorted(student)} of the student and"
+            f" {sorted(teacher)} of the teacher."
         )
     blocks = [_relative_error(name, feature, teacher[name]) for name, feature in student.items()]
     return torch.stack(blocks).mean()
@@ -69,21 +70,22 @@ def _relative_error(name: str, student: Tensor, teacher: Tensor) -> Tensor:
     _check_shapes(name, student, teacher)
     student, teacher = _precise(student).flatten(1), _precise(teacher).flatten(1)
     size = teacher.square().mean(1)
-    # A teacher's block that gives zeros has nothing to be relative to; its rows then count absolutely.
+    # If a block of the teacher outputs only zeros, the absolute error is used.
     size = torch.where(size > 0, size, torch.ones_like(size))
     return ((student - teacher).square().mean(1) / size).mean()
 
 
 def semantic_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows of 1 − cosine of two features' means over the picture, between 0 and 2.
+    """1 − cosine similarity of two features after averaging over the image, between 0 and 2; mean over rows.
 
-    What is where is averaged away and its size does not count: what is left is which channels are on.
+    The average discards positions and the cosine discards the norm, so the loss compares only the relative
+    strength of the channels.
 
     Args:
         student, teacher: (b, channels, height, width).
 
     Raises:
-        ValueError: different shapes.
+        ValueError: the shapes differ.
     """
     _check_shapes("the semantic features", student, teacher)
     pooled = (_precise(feature).flatten(2).mean(2) for feature in (student, teacher))
@@ -93,18 +95,18 @@ def semantic_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"The shapes of {name} differ: {tuple(student.shape)} of the student, {tuple(teacher.shape)} of the"
-            " teacher. Blocks are compared that kept their channels and their place."
+            f"The shapes of {name} differ: {tuple(student.shape)} of the student, {tuple(teacher.shape)} of"
+            " the teacher. Only blocks with the same channels and resolution can be compared."
         )
 
 
 def _precise(x: Tensor) -> Tensor:
-    """Squares of half-precision features overflow."""
+    """Converts half precision to float32, because squares of features overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def block_names(unet: nn.Module) -> list[str]:
-    """The blocks of a UNet in the order in which they run: down_blocks.i, mid_block if there is one, up_blocks.i."""
+    """The blocks of a UNet in the order in which they run: down_blocks.i, mid_block, up_blocks.i."""
     model: Any = unet
     middle = [] if getattr(model, "mid_block", None) is None else ["mid_block"]
     down, up = (
@@ -114,13 +116,13 @@ def block_names(unet: nn.Module) -> list[str]:
 
 
 def shared_blocks(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """The names of blocks that both have."""
+    """The names of the blocks that both networks have."""
     theirs = set(block_names(teacher))
     return [name for name in block_names(student) if name in theirs]
 
 
 class BlockFeatures:
-    """The outputs of named blocks while the `with` block lasts; afterwards the network is as it was.
+    """Records the outputs of named blocks within a `with` block, and removes its hooks afterwards.
 
     ```python
     with BlockFeatures(unet, ["down_blocks.0", "mid_block"]) as features:
@@ -128,15 +130,15 @@ class BlockFeatures:
     features["mid_block"]
     ```
 
-    Of a block that returns several tensors (down blocks also return what the skip connections take) the first counts,
-    its hidden states. A second forward overwrites the first one's features.
+    If a block returns several tensors (down blocks also return the skip connections), the first one, its
+    hidden states, is recorded. A second forward pass overwrites the features.
 
     Args:
-        model: the network that has the blocks.
-        names: of its modules.
+        model: the network.
+        names: names of the modules.
 
     Raises:
-        ValueError: a module that is not there.
+        ValueError: a module does not exist.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -164,24 +166,25 @@ class BlockFeatures:
 
 
 class DistillObjective(nn.Module):
-    """The loss of one batch: the student against the data and against its teacher.
+    """The loss of one batch: the student compared with the data and with the teacher.
 
-    Every term is a mean over rows and no row's depends on another's, so the mean over processes with equally many
-    rows is the loss of one process with all.
+    Every term is a mean over rows, and no row depends on another. With the same number of rows per process,
+    the mean over processes therefore equals the loss of a single process with all rows.
 
     Args:
         student: a diffusers UNet, trained.
-        teacher: a UNet with the same inputs and kind of prediction, frozen and never in training mode.
-        scheduler: gives the noise schedule and, by its `prediction_type`, the target.
-        weights: of the losses.
-        snr_gamma: the cap of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556) of the two losses on
-            predictions; None for equal weights.
-        blocks: {student's block: the teacher's} to compare; None: those of one name. After a "stage.S" cut blocks
-            count otherwise, see `teacher_blocks`.
+        teacher: a UNet with the same inputs and prediction type. It is frozen and stays in evaluation mode.
+        scheduler: provides the noise schedule and, by its `prediction_type`, the target.
+        weights: weights of the losses.
+        snr_gamma: γ of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556) for the task and output losses.
+            None weights all timesteps equally.
+        blocks: {block of the student: block of the teacher} to compare. None compares the blocks with the
+            same name. A "stage.S" cut changes the numbering, see `teacher_blocks`.
 
     Raises:
-        ValueError: a scheduler without that noise schedule, an unknown prediction type, a gamma that is not above 0,
-            the same network on both sides, or features to compare and no block that both networks have.
+        ValueError: the scheduler or its prediction type is not supported, `snr_gamma` is not above 0, student
+            and teacher are the same object, or a feature loss is used and the networks have no block in
+            common.
     """
 
     def __init__(
@@ -211,14 +214,17 @@ class DistillObjective(nn.Module):
             raise ValueError("Student and teacher have no block in common: set feature and semantic to 0.")
 
     def train(self, mode: bool = True) -> DistillObjective:
-        """As usual, but the teacher never drops anything out."""
+        """Sets the training mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     @property
     def semantic_block(self) -> str:
-        """Where meaning is compared: the mid block, or where one has none the last down block that both have."""
+        """The block for the semantic loss.
+
+        This is the mid block or, without one, the last down block that both networks have.
+        """
         down = [name for name in self.blocks if name.startswith("down_blocks.")]
         return "mid_block" if "mid_block" in self.blocks else (down or list(self.blocks))[-1]
 
@@ -242,14 +248,14 @@ class DistillObjective(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The losses by their name in `DistillWeights`, unweighted; those of weight 0 are left out.
+        """The losses by their name in `DistillWeights`, without weights. Losses with weight 0 are omitted.
 
         Args:
-            latents: (b, C, H, W) clean, scaled.
-            noise: (b, C, H, W), standard normal.
+            latents: (b, C, H, W) clean, scaled latents.
+            noise: (b, C, H, W) standard normal noise.
             timesteps: (b,) integers.
-            encoder_hidden_states: (b, tokens, width) where the networks have prompts.
-            added_cond_kwargs: what SDXL's UNet wants beside them.
+            encoder_hidden_states: (b, tokens, width), if the networks have prompts.
+            added_cond_kwargs: the additional conditions of SDXL.
         """
         conditions = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
         conditions = {name: value for name, value in conditions.items() if value is not None}
@@ -283,7 +289,7 @@ def _check_scheduler(scheduler: Any) -> None:
     if not isinstance(scheduler, DDPMScheduler | DDIMScheduler):
         raise ValueError(
             f"Training needs a DDPMScheduler or DDIMScheduler, got {type(scheduler).__name__}:"
-            " DDPMScheduler.from_config(pipe.scheduler.config) makes one of the same noise schedule."
+            " DDPMScheduler.from_config(pipe.scheduler.config) makes one with the same noise schedule."
         )
     kind = scheduler.config["prediction_type"]
     if kind not in ("epsilon", "v_prediction", "sample"):
@@ -293,7 +299,7 @@ def _check_scheduler(scheduler: Any) -> None:
 def _run(
     unet: nn.Module, blocks: Sequence[str], noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any]
 ) -> tuple[Tensor, Features]:
-    """A network's prediction and its blocks' features."""
+    """The prediction of a network and the features of its blocks."""
     with BlockFeatures(unet, blocks) as features:
         predicted = unet(noisy, timesteps, **conditions).sample
     return predicted, features

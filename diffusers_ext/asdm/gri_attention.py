@@ -1,8 +1,9 @@
-"""GRI attention of A-SDM (arXiv:2312.15516), as rebuilt here: a window and a pooled view of the rest, in one softmax.
+"""GRI attention of A-SDM (arXiv:2312.15516), as rebuilt here: local windows and a pooled global view.
 
-The paper's code and its attention's exact form are not public; this form is ours. Every query attends to the tokens
-of its own window and to all tokens averaged over `pool` × `pool` cells. There are no new weights, so any trained
-model can have it put on and taken off; how much it loses without training is for a benchmark to say.
+The paper's code and the exact form of its attention are not public; this form is ours. In one softmax, every
+query attends to the tokens of its own window and to all tokens averaged over `pool` × `pool` cells. There are
+no new weights, so it can be added to any trained model. The loss of quality without training has to be
+measured for each model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 
 class GRIGrid(NamedTuple):
-    """What one call of a processor works with: the picture's size in tokens, the window's side, the cell's side."""
+    """The settings of one call of a processor, in tokens: image size, side of a window and side of a cell."""
 
     height: int | None
     width: int | None
@@ -27,25 +28,26 @@ class GRIGrid(NamedTuple):
 
 
 class GRIAttnProcessor:
-    """Self-attention processor without parameters; `apply_gri_attention` puts it on a whole UNet.
+    """Self-attention processor without parameters; `apply_gri_attention` adds it to a whole UNet.
 
-    Keys and values are pooled after their projections (and after `norm_k`, if there is one). Averaging commutes with
-    an affine layer, so for to_k and to_v, and a LoRA on them, pooling before would be the same.
-
-    It calls diffusers' attention dispatch with its own `_attention_backend`, which `unet.set_attention_backend` sets.
+    Keys and values are pooled after their projections (and after `norm_k`, if there is one). Averaging
+    commutes with affine layers, so pooling before to_k and to_v, with or without a LoRA, would give the same
+    result. The processor uses the attention dispatch of diffusers with its own `_attention_backend`, which
+    `unet.set_attention_backend` sets.
 
     Args:
         window: side of a window in tokens.
         pool: side of a pooled cell in tokens.
-        height, width: size in tokens of the pictures it will see; None to be told by each call, as under
-            `apply_gri_attention`. A processor that is set by hand without them takes the picture for a square.
+        height, width: size of the images in tokens. With None, each call passes the size, as
+            `apply_gri_attention` does; a processor that is set by hand then assumes square images.
 
     Raises:
-        ValueError: a size that is no whole number of 1 or more, or height without width. In a call: tokens that
-            don't fill the picture, cross-attention, an attention mask, context parallelism.
+        ValueError: a size is not a whole number of 1 or more, or only one of height and width is given. In a
+            call: the tokens do not match the image size, or there is cross-attention, an attention mask or
+            context parallelism.
     """
 
-    # diffusers sets these two on the processors that have them.
+    # diffusers sets these attributes if a processor has them.
     _attention_backend = None
     _parallel_config = None
 
@@ -68,10 +70,17 @@ class GRIAttnProcessor:
         temb: Tensor | None = None,
         gri_grid: GRIGrid | None = None,
     ) -> Tensor:
-        """As `AttnProcessor2_0`, of (b, tokens, channels) or (b, channels, height, width).
+        """Same as `AttnProcessor2_0`, for (b, tokens, channels) or (b, channels, height, width).
 
         Args:
-            gri_grid: goes before the processor's own settings.
+            attn: the attention layer.
+            hidden_states: the input.
+            encoder_hidden_states, attention_mask: must be None.
+            temb: time embedding for a spatial norm.
+            gri_grid: overrides the settings of the processor.
+
+        Returns:
+            The output, in the shape of the input.
         """
         self._refuse(encoder_hidden_states, attention_mask)
         residual = hidden_states
@@ -83,7 +92,8 @@ class GRIAttnProcessor:
         height, width, window, pool = self._grid(hidden_states.shape[1], gri_grid)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        # Typed as optional: attention with added keys alone has no to_k and to_v, and is refused where it is set up.
+        # Typed as optional, but never None here: attention with added keys only, which has no to_k and to_v,
+        # is rejected when GRI attention is added.
         projections: list[Any] = [attn.to_q, attn.to_k, attn.to_v]
         query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in projections)
         query = query if attn.norm_q is None else attn.norm_q(query)
@@ -103,15 +113,13 @@ class GRIAttnProcessor:
     def _refuse(self, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
         if encoder_hidden_states is not None:
             raise ValueError(
-                "GRI attention is self-attention on a picture: it takes no encoder_hidden_states."
+                "GRI attention is self-attention on an image: it takes no encoder_hidden_states."
             )
         if attention_mask is not None:
-            raise ValueError(
-                "GRI attention takes no attention_mask: pass none to the UNet, or call remove_gri_attention."
-            )
+            raise ValueError("GRI attention takes no attention_mask: omit it, or call remove_gri_attention.")
         if self._parallel_config is not None:
             raise ValueError(
-                "GRI attention needs all tokens of a picture on one device: no context parallelism."
+                "GRI attention needs all tokens of an image on one device: disable context parallelism."
             )
 
     def _grid(self, tokens: int, given: GRIGrid | None) -> tuple[int, int, int, int]:
@@ -120,13 +128,11 @@ class GRIAttnProcessor:
             height = width = isqrt(tokens)
             if height * width != tokens:
                 raise ValueError(
-                    f"{tokens} tokens are no square picture: give GRIAttnProcessor height and width, or use"
-                    " apply_gri_attention, which tells it the size of every call."
+                    f"{tokens} tokens are not a square image: give GRIAttnProcessor height and width, or use"
+                    " apply_gri_attention, which passes the size of every call."
                 )
         if height * width != tokens:
-            raise ValueError(
-                f"GRIAttnProcessor was made for {height} × {width} tokens, and was given {tokens}."
-            )
+            raise ValueError(f"GRIAttnProcessor expected {height} × {width} tokens, got {tokens}.")
         return height, width, window, pool
 
 
@@ -143,19 +149,21 @@ def gri_attention(
     pool: int,
     **dispatched: Any,
 ) -> Tensor:
-    """Joint attention to the own window and to the pooled picture.
+    """Joint attention to the window of each query and to the pooled image.
 
-    Windows tile the picture from the top left. Where they don't divide it, the last of a row or column moves back
-    inside and overlaps its neighbour, and answers only for the tokens that no other window has: so each query has a
-    full window and no mask is needed, which flash kernels would refuse. A pooled key counts as one key; the cells of
-    the own window are among them, and cells at the edge average what they have.
+    Windows tile the image from the top left. If they do not divide it, the last window of a row or column is
+    shifted back inside and overlaps its neighbor; it provides only the outputs that no other window has.
+    Every query thus has a full window, and no mask is needed, which flash kernels would not support. A pooled
+    key counts as one key. The cells of a query's own window are included, and cells at the edge average the
+    tokens that they have.
 
-    A window that covers the picture makes this full attention; then the pooled keys are left out, since every token
-    is there itself.
+    If one window covers the image, this is full attention. The pooled keys are then omitted, since every
+    token is present itself.
 
     Args:
-        query, key, value: (b, height·width, heads, d), rows of the picture one after the other.
-        window: side of a window in tokens, 1 or more; along a shorter side of the picture it is that side.
+        query, key, value: (b, height·width, heads, d), in row-major order.
+        height, width: size of the image in tokens.
+        window: side of a window in tokens, 1 or more; limited to each side of the image.
         pool: side of a pooled cell in tokens, 1 or more.
         dispatched: keyword arguments of `dispatch_attention_fn`.
 
@@ -173,19 +181,19 @@ def gri_attention(
 
 
 class _Tiling(NamedTuple):
-    """One side of a picture of `size` tokens in `count` windows of `window` tokens."""
+    """One side of an image: `size` tokens in `count` windows of `window` tokens."""
 
     size: int
     count: int
     window: int
 
     def order(self) -> list[int]:
-        """The tokens of all windows, end to end; those where two windows overlap come twice."""
+        """The token indices of all windows in sequence; tokens in two windows appear twice."""
         starts = [min(i * self.window, self.size - self.window) for i in range(self.count)]
         return [start + i for start in starts for i in range(self.window)]
 
     def back(self) -> list[int]:
-        """Where in `order` each token is taken from."""
+        """The position in `order` from which each token's output is taken."""
         overlap = self.count * self.window - self.size
         last = self.size - self.window + overlap
         return [i if i < last else i + overlap for i in range(self.size)]
@@ -203,7 +211,7 @@ def _select(x: Tensor, dim: int, indices: list[int]) -> Tensor:
 
 
 def _to_windows(x: Tensor, rows: _Tiling, columns: _Tiling) -> Tensor:
-    """(b, n, heads, d) to (b·windows, tokens of a window, heads, d)."""
+    """(b, n, heads, d) to (b·windows, tokens per window, heads, d)."""
     x = x.unflatten(1, (rows.size, columns.size))
     x = _select(_select(x, 1, rows.order()), 2, columns.order())
     x = x.unflatten(2, (columns.count, columns.window)).unflatten(1, (rows.count, rows.window))
@@ -211,27 +219,27 @@ def _to_windows(x: Tensor, rows: _Tiling, columns: _Tiling) -> Tensor:
 
 
 def _from_windows(x: Tensor, batch: int, rows: _Tiling, columns: _Tiling) -> Tensor:
-    """The reverse of `_to_windows`."""
+    """The inverse of `_to_windows`."""
     x = x.unflatten(1, (rows.window, columns.window)).unflatten(0, (batch, rows.count, columns.count))
     x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return _select(_select(x, 1, rows.back()), 2, columns.back()).flatten(1, 2)
 
 
 def _pooled(x: Tensor, rows: _Tiling, columns: _Tiling, pool: int) -> Tensor:
-    """(b, n, heads, d) to (b·windows, cells, heads, d): every window is shown the same cells."""
-    picture = x.flatten(2).transpose(1, 2).unflatten(2, (rows.size, columns.size))
-    cells = F.avg_pool2d(picture, pool, ceil_mode=True, count_include_pad=False)
+    """(b, n, heads, d) to (b·windows, cells, heads, d), with the same cells for every window."""
+    image = x.flatten(2).transpose(1, 2).unflatten(2, (rows.size, columns.size))
+    cells = F.avg_pool2d(image, pool, ceil_mode=True, count_include_pad=False)
     cells = cells.flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
     return cells.repeat_interleave(rows.count * columns.count, 0)
 
 
 def full_macs(height: int, width: int, channels: int) -> int:
-    """Multiply-accumulates of full attention on one picture: QKᵀ and the weighted sum, no projections."""
+    """Multiply-accumulates of full attention for one image: QKᵀ and the weighted sum, without projections."""
     return 2 * (height * width) ** 2 * channels
 
 
 def gri_macs(height: int, width: int, channels: int, window: int = 8, pool: int = 4) -> int:
-    """The same count for GRI attention, overlapping windows at the edge included."""
+    """The same count for GRI attention, including overlapping windows at the edge."""
     if window >= max(height, width):
         return full_macs(height, width, channels)
     rows, columns = _tiling(height, window), _tiling(width, window)

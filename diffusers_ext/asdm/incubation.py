@@ -1,4 +1,4 @@
-"""The run of progressive incubation: the teacher, the plan, the batches, and stage after stage of training."""
+"""Progressive incubation: the teacher, the plan, the batches and the training of all stages."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ from .prune import teacher_blocks
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
-    """The pipeline, nothing in it trained."""
+    """The pipeline of the teacher, with all parameters frozen.
+
+    Raises:
+        ValueError: the pipeline is not Stable Diffusion or SDXL for text-to-image.
+    """
     pipe: Any = load_pipeline(args, dtype=torch.float32)
     missing = [name for name in ("unet", "vae", "text_encoder") if pipe.components.get(name) is None]
     if missing or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         what = (
-            f"no {', '.join(missing)}" if missing else f"{pipe.unet.config.in_channels} channels to its UNet"
+            f"no {', '.join(missing)}" if missing else f"a UNet with {pipe.unet.config.in_channels} channels"
         )
         raise ValueError(
-            f"{type(pipe).__name__} has {what}: expected Stable Diffusion or SDXL, from text alone."
+            f"{type(pipe).__name__} has {what}: expected Stable Diffusion or SDXL for text-to-image."
         )
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -47,7 +51,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
 
 
 def load_plan(args: argparse.Namespace, unet: Any) -> tuple[PruningPlan, list[int]]:
-    """The plan whose stages are trained, and each one's steps."""
+    """The plan to train and the number of steps per stage."""
     if args.plan:
         plan = PruningPlan.load(args.plan)
     else:
@@ -65,7 +69,11 @@ def start_or_resume(
     steps: list[int],
     weights: DistillWeights,
 ) -> None:
-    """Refuses a folder that holds another run; notes what this one is."""
+    """Checks that the output folder is empty or belongs to this run, and stores the recipe of the run.
+
+    Raises:
+        ValueError: the folder contains another run, see `check_run`.
+    """
     output = Path(args.output_dir)
     recipe = {
         "fingerprint": plan.fingerprint,
@@ -84,18 +92,22 @@ def start_or_resume(
 
 
 def use_xformers(plan: PruningPlan, teacher: Any) -> None:
-    """The teacher's attention by xformers, if the plan allows it."""
+    """Enables xFormers attention for the teacher.
+
+    Raises:
+        ValueError: the plan has GRI attention, which xFormers would replace.
+    """
     if plan.shape().gri():
         raise ValueError(
-            "--enable_xformers_memory_efficient_attention would replace the plan's GRI attention (a gri.S cut): leave"
-            " the option out, PyTorch's own attention is memory-efficient too."
+            "--enable_xformers_memory_efficient_attention would replace the plan's GRI attention (a gri.S"
+            " cut): omit the option. PyTorch's own attention is memory-efficient too."
         )
     require("xformers", "xformers")
     teacher.enable_xformers_memory_efficient_attention()
 
 
 class Batches:
-    """Training examples by number, as the objective takes them."""
+    """Batches of training examples, as the objective expects them."""
 
     def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
         self.args, self.pipe, self.data = args, pipe, data
@@ -120,7 +132,7 @@ class Batches:
 
 @dataclass
 class Incubation:
-    """The stages one after another; a stage depends on the student before it and on nothing else that ran."""
+    """The training of all stages. A stage depends on the student of the stage before and on nothing else."""
 
     args: argparse.Namespace
     pipe: Any
@@ -130,7 +142,11 @@ class Incubation:
     batches: Batches
 
     def all_stages(self) -> tuple[UNet2DConditionModel, list[dict[str, Any]]]:
-        """The last student and every stage's record; stages whose student is there already are not trained."""
+        """Trains all stages and skips those whose student is already saved.
+
+        Returns:
+            The student of the last stage, and the record of every stage.
+        """
         done = 0
         while done < len(self.steps) and (self._folder(done + 1) / "unet").is_dir():
             done += 1
@@ -148,7 +164,7 @@ class Incubation:
         return student, records
 
     def figures(self, unet: Any) -> dict[str, int]:
-        """What a UNet costs on the images trained on."""
+        """The cost of a UNet for images of the training size."""
         return asdm.cost_figures(unet, *self.batches.size, self.pipe.tokenizer.model_max_length)
 
     def _folder(self, stage: int) -> Path:
@@ -158,7 +174,7 @@ class Incubation:
         folder, steps = self._folder(stage), self.steps[stage - 1]
         own = {"output_dir": str(folder), "max_train_steps": steps, "seed": 1000 * self.args.seed + stage}
         args = argparse.Namespace(**{**vars(self.args), **own})
-        # With neither loss on the prediction, the last layers have no gradient.
+        # Without the task and output losses, the last layers have no gradient.
         accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))
         student = asdm.make_student(source, self.plan, stage, not args.no_cond_convs).to(accelerator.device)
         if args.gradient_checkpointing:
@@ -186,7 +202,7 @@ class Incubation:
         return student, record
 
     def _fixed_losses(self, objective: asdm.StageObjective) -> dict[str, float]:
-        """On the same 64 rows for every student."""
+        """The losses on 64 rows that are the same for every student."""
         found: list[dict[str, Tensor]] = []
         for step in range(16):
             batch = self.batches(rows_of_step(10**9, step, 0, 1, 4))
@@ -194,7 +210,7 @@ class Incubation:
         return {name: float(torch.stack([part[name] for part in found]).mean()) for name in found[0]}
 
     def _draw(self, student: Any, path: Path) -> None:
-        """The teacher's images above the student's."""
+        """Saves validation images of the teacher (top row) and of the student."""
         args, pipe, rows, teacher = self.args, self.pipe, [], self.pipe.unet
         height, width = (side * pipe.vae_scale_factor for side in self.batches.size)
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -211,7 +227,7 @@ class Incubation:
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
-    """In half precision, but for what transformers loads as it was saved."""
+    """Saves the pipeline in half precision, except for the models of transformers (float32)."""
     pipe.to("cpu").to(torch.float16)
     for part in pipe.components.values():
         if isinstance(part, PreTrainedModel):

@@ -1,12 +1,12 @@
-"""Stable Diffusion with a pruned UNet, whichever class that has.
+"""A Stable Diffusion pipeline for pruned UNets of either class.
 
-The folder `pipelines/asdm_sd` imports the class, so it is what `custom_pipeline=` gives:
+The folder `pipelines/asdm_sd` imports the class for `custom_pipeline=`:
 
     pipe = DiffusionPipeline.from_pretrained(
         "path/or/repo", custom_pipeline="pipelines/asdm_sd", trust_remote_code=True
     )
 
-To import this module is enough for diffusers to know `ASDMUNet2DConditionModel`.
+Importing this module registers `ASDMUNet2DConditionModel` with diffusers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ __all__ = ["ASDMStableDiffusionPipeline", "ASDMUNet2DConditionModel"]
 
 
 class ASDMStableDiffusionPipeline(StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that loads pruned UNets, and puts GRI attention on any; a call is its base class's."""
+    """`StableDiffusionPipeline` that loads pruned UNets and can add GRI attention to any UNet.
+
+    A call of the pipeline is that of the base class.
+    """
 
     def apply_gri_attention(self, paths: Sequence[str] | None = None, window: int = 8, pool: int = 4):
         """See `diffusers_ext.apply_gri_attention`; returns the pipeline."""

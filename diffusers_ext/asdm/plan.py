@@ -1,4 +1,4 @@
-"""`PruningPlan`: which cuts to make in which order, for one architecture; and the plans that others published."""
+"""`PruningPlan`: the cuts for one architecture, in stages; and published plans as presets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ PRESETS = ("bk-base", "bk-small", "bk-tiny", "incubation")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a plan expects of the UNet after a stage.
+    """The predicted cost and loss of the UNet after a stage.
 
     Attributes:
-        cost: parameters and MACs to the last one, milliseconds as the sum of parts.
-        loss: sum of the cuts' losses, each measured alone; that they add up is an assumption. None: not measured.
+        cost: exact for parameters and MACs; milliseconds are the sum of those of the parts.
+        loss: sum of the losses of single cuts, which assumes that they add up. None if they were not
+            measured.
     """
 
     cost: Cost
@@ -31,19 +32,20 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """An ordered list of stages, each a list of cuts; see `diffusers_ext.asdm.shape` for their names.
+    """An ordered list of stages, each a list of cuts. `diffusers_ext.asdm.shape` lists the cuts.
 
-    A student is trained after each stage, and the next one starts from it.
+    A student is trained after every stage, and the next stage starts from it.
 
     Args:
-        config: of the UNet that the plan is for; kept as its `architecture_config`.
-        stages: cuts by stage.
-        predictions: of the whole UNet and after every stage, or none.
-        height, width, tokens: latents and prompt that the MACs were counted for, where there are predictions.
+        config: config of the UNet that the plan is for, stored as its `architecture_config`.
+        stages: the cuts of every stage.
+        predictions: predictions for the full UNet and after every stage, or empty.
+        height, width, tokens: size of the latents and length of the prompt for which the MACs were counted,
+            if there are predictions.
 
     Raises:
-        ValueError: a stage that takes away what is not there (any more) or cannot go, or as many predictions as don't
-            fit the stages.
+        ValueError: a cut is unknown, not possible or was made before, or the number of predictions does not
+            match the stages.
     """
 
     config: Config
@@ -58,7 +60,7 @@ class PruningPlan:
         put = object.__setattr__
         put(self, "config", architecture_config(self.config))
         if any(isinstance(stage, str) for stage in self.stages):
-            raise ValueError(f"stages must be lists of cuts, got {self.stages!r}: write [['mid'], …].")
+            raise ValueError(f"stages must be lists of cuts, such as [['mid'], …], got {self.stages!r}.")
         put(self, "stages", tuple(tuple(stage) for stage in self.stages))
         shapes = [UNetShape(self.config)]
         for number, stage in enumerate(self.stages, 1):
@@ -69,13 +71,13 @@ class PruningPlan:
         put(self, "_shapes", tuple(shapes))
         if self.predictions and len(self.predictions) != len(shapes):
             raise ValueError(
-                f"A plan of {len(self.stages)} stages has {len(shapes)} predictions, the whole UNet's first; got"
-                f" {len(self.predictions)}."
+                f"A plan of {len(self.stages)} stages has {len(shapes)} predictions, the first one for the"
+                f" full UNet; got {len(self.predictions)}."
             )
 
     @property
     def fingerprint(self) -> str:
-        """Of the architecture that the plan is for."""
+        """Fingerprint of the architecture that the plan is for."""
         return fingerprint(self.config)
 
     @property
@@ -84,23 +86,21 @@ class PruningPlan:
         return tuple(cut for stage in self.stages for cut in stage)
 
     def shape(self, num_stages: int | None = None) -> UNetShape:
-        """What is left after the first `num_stages`; None for all.
+        """The modules that remain after the first `num_stages` stages; None for all.
 
         Raises:
-            ValueError: more stages than there are.
+            ValueError: the plan has fewer stages.
         """
         num_stages = len(self.stages) if num_stages is None else num_stages
         if not 0 <= num_stages <= len(self.stages):
-            raise ValueError(
-                f"The plan has the stages 0 (nothing cut) to {len(self.stages)}, got {num_stages}."
-            )
+            raise ValueError(f"The plan has the stages 0 (no cuts) to {len(self.stages)}, got {num_stages}.")
         return self._shapes[num_stages]
 
     def check(self, unet: Any, num_stages: int = 0) -> None:
-        """Refuses a UNet that is not what this plan leaves after `num_stages`.
+        """Checks that a UNet has the architecture that this plan leaves after `num_stages`.
 
         Raises:
-            ValueError: another UNet.
+            ValueError: the UNet has another architecture. The message names the differences.
         """
         found, wanted = UNetShape(unet_config(unet)).config(), self.shape(num_stages).config()
         if found == wanted:
@@ -108,14 +108,14 @@ class PruningPlan:
         different = [name for name in wanted if found[name] != wanted[name]]
         which = "the one it was made for" if num_stages == 0 else f"its student of stage {num_stages}"
         raise ValueError(
-            f"This plan is for another UNet: {which} has the fingerprint {fingerprint(wanted)}, the given one"
-            f" {fingerprint(found)}. They differ in "
+            f"This plan is for another UNet: {which} has the fingerprint {fingerprint(wanted)}, the given"
+            f" UNet has {fingerprint(found)}. They differ in "
             + "; ".join(f"{name}: {wanted[name]!r} expected, {found[name]!r} given" for name in different[:3])
-            + ". Make a plan for this UNet, or give the from_stage that it has been pruned to."
+            + ". Make a plan for this UNet, or set from_stage to the stage that it was pruned to."
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON, whole or not at all."""
+        """Writes the plan as a JSON file. The file is replaced atomically."""
         found = {
             "format": "diffusers-ext pruning plan 1",
             "fingerprint": self.fingerprint,
@@ -130,10 +130,10 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Reads what `save` wrote.
+        """Loads a plan that `save` has written.
 
         Raises:
-            ValueError: another file, or one that was changed so that its config is not that of its fingerprint.
+            ValueError: the file is not a plan, or its config does not match its fingerprint.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -145,13 +145,13 @@ class PruningPlan:
             given, stages, written = found["config"], found["stages"], found["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no pruning plan: expected what PruningPlan.save writes ({error})."
+                f"{path} is not a pruning plan: expected a file of PruningPlan.save ({error})."
             ) from error
         plan = cls(given, stages, predictions, **size)
         if plan.fingerprint != written:
             raise ValueError(
-                f"{path} names the fingerprint {written}, but its config has {plan.fingerprint}: it was changed by hand"
-                " or by another version. Make the plan again."
+                f"{path} has the fingerprint {written}, but its config has {plan.fingerprint}: it was"
+                " changed by hand or by another version. Make the plan again."
             )
         return plan
 
@@ -165,10 +165,10 @@ def make_plan(
     """A plan with predictions.
 
     Args:
-        config: of the UNet.
-        stages: cuts by stage.
-        costs: of the UNet.
-        losses: predicted after each stage; None: not known.
+        config: config of the UNet.
+        stages: the cuts of every stage.
+        costs: cost of the UNet and its parts.
+        losses: predicted loss after each stage; None if unknown.
 
     Raises:
         ValueError: see `PruningPlan`.
@@ -180,15 +180,18 @@ def make_plan(
 
 
 def preset_stages(name: str, config: Mapping[str, Any]) -> list[list[str]]:
-    """The cuts of a published or rebuilt plan, for Stable Diffusion 1.5 and 2, SDXL, and UNets of their kind.
+    """The cuts of a preset, for Stable Diffusion 1.5 and 2, SDXL and similar UNets.
 
-    - "bk-base": a layer less at every resolution; "bk-small": no mid block either; "bk-tiny": nor the innermost
-      resolution. BK-SDM (Kim et al., arXiv:2305.15798), which prunes in one go, for Stable Diffusion 1.
-    - "incubation": A-SDM as rebuilt here, in three stages: a layer of the outermost and of the innermost resolution;
-      one of the resolution next to it, and the mid block's attention; GRI attention at the finest that has attention.
+    - "bk-base" removes one layer per resolution, "bk-small" also the mid block, and "bk-tiny" also the
+      innermost resolution. These are the plans of BK-SDM (Kim et al., arXiv:2305.15798) for Stable
+      Diffusion 1. BK-SDM prunes in one stage.
+    - "incubation" is A-SDM as rebuilt here, in three stages. The first one removes a layer at the outermost
+      and one at the innermost resolution. The second one removes a layer at the resolution next to the
+      innermost, and the attention of the mid block. The third one adds GRI attention at the finest
+      resolution with attention.
 
     Raises:
-        ValueError: another name, or a UNet that does not allow it.
+        ValueError: the name is unknown, or the UNet does not allow the cuts.
     """
     shape = UNetShape(config)
     inner = shape.num_stages - 1
@@ -200,16 +203,16 @@ def preset_stages(name: str, config: Mapping[str, Any]) -> list[list[str]]:
         with_attention = [s for s in range(shape.num_stages) if shape.attentions(s)]
         if len(set(chosen)) < 3 or not with_attention or shape.mid is None:
             raise ValueError(
-                f"The preset {name!r} needs three or more resolutions, two layers in the outermost and the two"
-                " innermost, attention and a mid block: plan this UNet with plan_pruning."
+                f"The preset {name!r} needs three or more resolutions, two layers in the outermost and the"
+                " two innermost ones, attention and a mid block: plan this UNet with plan_pruning."
             )
         stages = [[f"layer.{s}" for s in chosen[:2]], [f"layer.{chosen[2]}", "mid.attention"]]
         stages.append([f"gri.{with_attention[0]}"])
     else:
         if not thick:
             raise ValueError(
-                f"The preset {name!r} takes a layer from resolutions that have two; this UNet's have"
-                f" {[shape.layers(s) for s in range(shape.num_stages)]}: plan it with plan_pruning."
+                f"The preset {name!r} removes a layer where there are two or more; this UNet has"
+                f" {[shape.layers(s) for s in range(shape.num_stages)]} layers: plan it with plan_pruning."
             )
         tiny = name == "bk-tiny"
         stages = [[f"layer.{s}" for s in thick if not (tiny and s == inner)]]
@@ -221,13 +224,14 @@ def preset_stages(name: str, config: Mapping[str, Any]) -> list[list[str]]:
 def preset_plan(
     name: str, unet: Any, height: int | None = None, width: int | None = None, tokens: int = 77
 ) -> PruningPlan:
-    """`preset_stages` as a plan for a UNet, with its MACs and parameters.
+    """A preset as a plan for a UNet, with MACs and parameters.
 
     Args:
         name: one of `PRESETS`.
-        unet: for which; on the meta device if need be.
-        height, width: of the latents that the MACs are counted for; default: the config's `sample_size`.
-        tokens: of the prompt.
+        unet: the UNet that the plan is for. It can be on the meta device.
+        height, width: size of the latents for which the MACs are counted; default: `sample_size` of the
+            config.
+        tokens: length of the prompt.
 
     Raises:
         ValueError: see `preset_stages` and `cost_table`.

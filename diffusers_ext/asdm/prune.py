@@ -1,4 +1,4 @@
-"""Makes the smaller UNet of a plan, each of its weights taken from where it stood in the whole one."""
+"""Builds the pruned UNet of a plan, with the weights of the full one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .unet import build_unet, unet_config
 def prune_unet(
     unet: Any, plan: PruningPlan, *, num_stages: int | None = None, from_stage: int = 0
 ) -> UNet2DConditionModel:
-    """The UNet that a plan leaves, with the weights of the given one; that one is left alone.
+    """The pruned UNet of a plan, with the weights of the given one, which is not changed.
 
-    The result is a stock `UNet2DConditionModel`, which loads without this package, unless single attentions are
-    removed, or there are GRI attention or CLME-CondConv layers: then it is an `ASDMUNet2DConditionModel`.
+    The result is a stock `UNet2DConditionModel`, which loads without this package. If single attentions are
+    removed, or there are GRI attention or CLME-CondConv layers, it is an `ASDMUNet2DConditionModel`.
 
     ```python
     first = prune_unet(unet, plan, num_stages=1)                  # train it, then
-    second = prune_unet(first, plan, from_stage=1, num_stages=2)  # start the next one from it
+    second = prune_unet(first, plan, from_stage=1, num_stages=2)  # start the next stage from it
     ```
 
     Args:
-        unet: the UNet that the plan is for, or what it left after `from_stage`.
+        unet: the UNet that the plan is for, or its student after `from_stage`.
         plan: see `PruningPlan`.
-        num_stages: make the cuts up to and with this stage; None for all.
-        from_stage: the stage that `unet` has been pruned to already; 0: not at all.
+        num_stages: make the cuts up to and including this stage; None for all.
+        from_stage: the stage that `unet` was pruned to; 0 for the full UNet.
 
     Raises:
-        ValueError: a plan for another UNet, stages that the plan has not or in the wrong order, weights that are not
-            the config's (a LoRA on the UNet).
+        ValueError: the plan is for another UNet, the stages do not exist or are in the wrong order, or the
+            weights do not match the config (for example because of a LoRA).
     """
     last = _checked(unet, plan, from_stage, num_stages)
     weights = {name: value.detach().clone() for name, value in _weights(unet, plan, from_stage, last).items()}
@@ -42,7 +42,9 @@ def prune_unet(
 
 
 def cut_unet(unet: Any, *cuts: str) -> UNet2DConditionModel:
-    """A UNet after some cuts, to look at: it shares its weights with the given one. For a student, see `prune_unet`.
+    """A UNet after some cuts, for measurements.
+
+    It shares its weights with the given one; use `prune_unet` for training.
 
     Raises:
         ValueError: see `PruningPlan`.
@@ -53,10 +55,10 @@ def cut_unet(unet: Any, *cuts: str) -> UNet2DConditionModel:
 
 
 def unit_sources(plan: PruningPlan, from_stage: int = 0, num_stages: int | None = None) -> dict[str, str]:
-    """{path of a module after `num_stages`: its path after `from_stage`}: see `UNetShape.units`.
+    """{path of a module after `num_stages`: its path after `from_stage`}; see `UNetShape.units`.
 
     Raises:
-        ValueError: stages that the plan has not, or in the wrong order.
+        ValueError: the stages do not exist or are in the wrong order.
     """
     last = _stages(plan, from_stage, num_stages)
     before = {old: now for now, old in plan.shape(from_stage).units().items()}
@@ -64,10 +66,10 @@ def unit_sources(plan: PruningPlan, from_stage: int = 0, num_stages: int | None 
 
 
 def teacher_blocks(plan: PruningPlan, num_stages: int | None = None) -> dict[str, str]:
-    """{student's block: the whole UNet's block whose output it should give}, for the loss on features.
+    """{block of the student: block of the full UNet with the target output}, for the feature loss.
 
-    The names are the same, except after a "stage.S" cut: the up blocks then count from a coarser one. That cut also
-    leaves out the down block that lost its downsampler, whose output has another size.
+    The names are the same, except after a "stage.S" cut, which changes the numbers of the up blocks. That cut
+    also omits the down block that lost its downsampler, since its output has another size.
     """
     return plan.shape(num_stages).blocks()
 
@@ -75,18 +77,18 @@ def teacher_blocks(plan: PruningPlan, num_stages: int | None = None) -> dict[str
 def removed_convs(
     unet: Any, plan: PruningPlan, *, num_stages: int | None = None, from_stage: int = 0
 ) -> dict[str, list[str]]:
-    """Which removed convolutions could live on as experts of which kept one (CLME-CondConv).
+    """The removed convolutions that can become experts of kept ones (CLME-CondConv).
 
-    A removed layer's conv1 and conv2 go to the same convolution of the layer next to it in its block, the one before
-    if there are two, whose kernel has the same shape: conv2 always finds one, conv1 only where the number of input
-    channels is the same. The layers of a block that went as a whole have no heir.
+    The conv1 and conv2 of a removed layer are assigned to the same convolution of the nearest kept layer of
+    the block (the earlier one if there are two) whose kernel has the same shape. This always exists for
+    conv2, and for conv1 only if a layer has the same number of input channels. The layers of a block that was
+    removed completely are not assigned.
 
     Args:
         unet, plan, num_stages, from_stage: see `prune_unet`.
 
     Returns:
-        {path in the student: paths in `unet`}. Convolutions that are CLME-CondConv layers already neither give nor
-        take.
+        {path in the student: paths in `unet`}, without convolutions that are CLME-CondConv layers already.
 
     Raises:
         ValueError: see `prune_unet`.
@@ -113,17 +115,18 @@ def removed_convs(
 def inherit_convs(
     student: Any, unet: Any, plan: PruningPlan, *, num_stages: int | None = None, from_stage: int = 0
 ) -> UNet2DConditionModel:
-    """A student whose kept convolutions have the removed ones as experts: `removed_convs` as CLME-CondConv layers.
+    """A student with the removed convolutions as experts of the kept ones (CLME-CondConv).
 
     Args:
-        student: what `prune_unet` made of `unet`, with the same stages; left alone.
+        student: the result of `prune_unet` for `unet` and the same stages. It is not changed.
         unet, plan, num_stages, from_stage: see `prune_unet`.
 
     Returns:
-        An `ASDMUNet2DConditionModel` that gives what the student gives, or a copy of the student if nothing fits.
+        An `ASDMUNet2DConditionModel` with the same output as the student and the layers of `removed_convs`,
+        or a copy of the student if there are none.
 
     Raises:
-        ValueError: see `prune_unet`; a student of other stages.
+        ValueError: see `prune_unet`; also if the student belongs to other stages.
     """
     from .condconv import CLMECondConv2d
 
@@ -152,7 +155,7 @@ def _stages(plan: PruningPlan, from_stage: int, num_stages: int | None) -> int:
     plan.shape(last)
     if not 0 <= from_stage <= last:
         raise ValueError(
-            f"from_stage={from_stage} must lie between 0 and num_stages={last}: cuts are not taken back."
+            f"from_stage={from_stage} must lie between 0 and num_stages={last}: cuts cannot be undone."
         )
     return last
 
@@ -177,13 +180,13 @@ def _config(unet: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[st
 
 @torch.no_grad()
 def _weights(unet: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[str, Tensor]:
-    """The student's state dict, of the UNet's own tensors."""
+    """The state dict of the student, with the tensors of the UNet itself."""
     sources = unit_sources(plan, from_stage, last)
     units = set(plan.shape(from_stage).units())
     inside: dict[str, dict[str, Tensor]] = {}
     found: dict[str, Tensor] = {}
     for name, value in unet.state_dict().items():
-        # A unit's path has three parts and, in the mid block, two after its name.
+        # The path of a unit has four parts in the down and up blocks, and three in the mid block.
         unit = next((u for u in _heads(name) if u in units), None)
         if unit is None:
             found[name] = value

@@ -1,4 +1,4 @@
-"""The profile of a UNet and a pruning plan as tables for the terminal and as a picture."""
+"""The profile of a UNet and a pruning plan as tables for the terminal and as a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIDES = {"down_blocks": "tab:blue", "mid_block": "tab:green", "up_blocks": "tab
 
 
 def profile_table(profile: PruningProfile) -> Table:
-    """Every block, layer and attention: parameters, MACs, milliseconds, and the loss without it."""
+    """A table of all blocks, layers and attentions: cost, and the loss without each one."""
     table = _table("part", "loss without it", title="Parts of the UNet, each skipped alone")
     for path, loss in profile.sensitivity.parts.items():
         name = (
@@ -28,15 +28,15 @@ def profile_table(profile: PruningProfile) -> Table:
             else f"  {path}"
         )
         table.add_row(name, *_figures(profile.costs.parts[path]), _loss(loss))
-    table.add_row("whole UNet", *_figures(profile.costs.total), "")
+    table.add_row("full UNet", *_figures(profile.costs.total), "")
     return table
 
 
 def cuts_table(profile: PruningProfile) -> Table:
-    """Every cut: what it saves and what it alone loses."""
+    """A table of all cuts: what each one saves, and the loss that it causes alone."""
     from .shape import UNetShape
 
-    table = _table("cut", "loss", title="Cuts, each made alone: what they save")
+    table = _table("cut", "loss", title="Cuts, each made alone, and what they save")
     shape = UNetShape(profile.config)
     for group, loss in profile.sensitivity.cuts.items():
         saved = profile.costs.total - profile.costs.of_shape(shape.cut(*group))
@@ -46,9 +46,9 @@ def cuts_table(profile: PruningProfile) -> Table:
 
 
 def plan_table(plan: PruningPlan) -> Table:
-    """The stages of a plan and what is left after each."""
+    """A table of the stages of a plan and the cost that remains after each."""
     table = _table("after stage", "predicted loss", "cuts", title="Pruning plan")
-    stages = [("0 (whole UNet)", ()), *((str(k), cuts) for k, cuts in enumerate(plan.stages, 1))]
+    stages = [("0 (full UNet)", ()), *((str(k), cuts) for k, cuts in enumerate(plan.stages, 1))]
     for index, (name, cuts) in enumerate(stages):
         figures, loss = ["", "", ""], None
         if plan.predictions:
@@ -83,7 +83,7 @@ def _loss(loss: float | None) -> str:
 
 
 def short(number: float) -> str:
-    """As 859.5M or 401.6G."""
+    """A short form of a number, such as 859.5M or 401.6G."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.4g}{letter}"
@@ -91,18 +91,25 @@ def short(number: float) -> str:
 
 
 def require_matplotlib() -> None:
-    """MissingExtraError where matplotlib is not installed."""
+    """Raises MissingExtraError if matplotlib is not installed."""
     require("matplotlib.figure", "plots")
 
 
 def save_plot(profile: PruningProfile, path: str | Path, plan: PruningPlan | None = None) -> None:
-    """A PNG: left the parts' MACs and losses, right what every cut saves and loses, a plan's own ones filled."""
+    """Saves a plot as a PNG file.
+
+    The left half shows the MACs of the parts and their losses. The right half shows the saved MACs and the
+    loss of every cut, with filled markers for the cuts of the plan.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     units = {p: loss for p, loss in profile.sensitivity.parts.items() if "resnets" in p or "attentions" in p}
-    # Not pyplot, which would choose and keep a backend for the whole process.
+    # Not pyplot, because it sets a backend for the whole process.
     figure = Figure(figsize=(13, max(4, 0.17 * len(units) + 1)), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.6, 1.4))
@@ -136,7 +143,7 @@ def _plot_cuts(profile: PruningProfile, axes: Any, plan: PruningPlan | None) -> 
         axes.scatter(saved, loss, s=30, facecolors=face, edgecolors="tab:red" if taken else "gray")
         name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
         if not name.startswith("attention:") or taken:
-            # Points too close for labels of their own share one.
+            # Points that are close together share a label.
             place = round(saved / 4), round(2 * math.log10(max(loss, 1e-5)))
             labels.setdefault(place, ((saved, loss), []))[1].append(name)
     for point, names in labels.values():

@@ -1,4 +1,4 @@
-"""`plan_pruning`: from what a UNet's parts cost and what they are good for, the cuts that lose least for a speed-up."""
+"""`plan_pruning`: finds the cuts with the smallest loss for a given cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Cuts = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Option:
-    """Some cuts together: their loss, and what they save of the measure."""
+    """A set of cuts: their loss, and the cost that they save."""
 
     loss: float
     saved: float
@@ -31,12 +31,12 @@ class _Option:
 
 @dataclass(frozen=True)
 class PruningProfile:
-    """What a UNet's parts and the cuts that it allows cost and are worth.
+    """The cost of a UNet's parts, and the loss without them.
 
     Attributes:
-        config: the UNet's `architecture_config`.
-        costs: of its parts.
-        sensitivity: of its parts and cuts.
+        config: `architecture_config` of the UNet.
+        costs: cost of its parts.
+        sensitivity: loss without its parts, and loss of its cuts.
     """
 
     config: Config
@@ -46,20 +46,21 @@ class PruningProfile:
     def plan(
         self, target: float, by: str = "macs", num_stages: int = 3, stock_only: bool = False
     ) -> PruningPlan:
-        """The cuts whose losses sum to the least among all that leave no more than `target` of the cost.
+        """The cuts with the smallest sum of losses that leave at most `target` of the cost.
 
-        The search is exact under two assumptions: losses of cuts add up, and so do costs, which is exact for MACs
-        and an approximation for milliseconds. Two layers of one resolution are measured together.
+        The search is exact if the losses and the costs of cuts add up. For MACs and parameters they do; for
+        milliseconds it is an approximation. Several layers of one resolution are measured together.
 
         Args:
-            target: the share of the cost that may be left, between 0 and 1; 0.78 saves 22%.
+            target: share of the cost that may remain, between 0 and 1; 0.78 saves 22%.
             by: "macs", "milliseconds" or "parameters".
-            num_stages: how many stages to divide the cuts into, so that each saves about as much; fewer if there
-                are fewer cuts. The least loss for what it saves comes first, GRI attention last.
-            stock_only: only cuts after which it is still a stock `UNet2DConditionModel`.
+            num_stages: number of stages with about the same savings, or fewer if there are fewer cuts. Cuts
+                with the smallest loss per saving come first, GRI attention comes last.
+            stock_only: use only cuts whose result is a stock `UNet2DConditionModel`.
 
         Raises:
-            ValueError: a target that is no share or cannot be reached, a cost that was not measured, no stages.
+            ValueError: the target is out of range or cannot be reached, the cost was not measured, or
+                `num_stages` is below 1.
         """
         _check_target(target)
         if num_stages < 1:
@@ -70,8 +71,8 @@ class PruningProfile:
         if not enough:
             best = 1 - max(option.saved for option in found) / total
             raise ValueError(
-                f"No cuts that this UNet allows leave {target:.1%} of its {by}: they leave at least {best:.1%}."
-                f" Give a target of {np.ceil(1000 * best) / 1000:g} or more"
+                f"No cuts that this UNet allows leave {target:.1%} of its {by}: they leave at least"
+                f" {best:.1%}. Set a target of {np.ceil(1000 * best) / 1000:g} or more"
                 f"{', or allow more than a stock UNet' if stock_only else ''}."
             )
         chosen = min(enough, key=lambda option: (option.loss, -option.saved))
@@ -80,10 +81,11 @@ class PruningProfile:
     def random_plan(
         self, target: float, by: str = "macs", seed: int = 0, stock_only: bool = False
     ) -> PruningPlan:
-        """A control: one stage of cuts drawn at random until no more than `target` of the cost is left.
+        """A control: one stage of random cuts that leaves at most `target` of the cost.
 
-        The first of 200 draws that leaves at most 3% of the cost less than the target, so that no comparison is lost by
-        cutting more; or else the closest. Always the closest would be the same few plans for every seed.
+        Of 200 random draws, this is the first one that leaves no more than 3 points less than the target, so
+        that the control is not at a disadvantage. If there is none, it is the closest one. Always using the
+        closest one would give the same few plans for all seeds.
 
         Raises:
             ValueError: see `plan`; also if no draw reaches the target.
@@ -91,7 +93,7 @@ class PruningProfile:
         _check_target(target)
         total, draw = self.costs.total.of(by), random.Random(seed)
         allowed = self._allowed(by, stock_only)
-        # As often as there are layers; a draw that finds none left goes on with the next cut.
+        # Once per layer. If no layer is left, the loop below continues with the next cut.
         allowed += [c for c in allowed if c.startswith("layer.")] * (max(self.config["layers_per_block"]) - 1)
         found: list[tuple[float, Cuts]] = []
         for _ in range(200):
@@ -109,16 +111,16 @@ class PruningProfile:
             if found and found[-1][0] <= 0.03:
                 return make_plan(self.config, [found[-1][1]], self.costs)
         if not found:
-            raise ValueError(f"No random cuts left {target:.1%} of the {by}: give a larger target.")
+            raise ValueError(f"No random cuts left {target:.1%} of the {by}: set a larger target.")
         return make_plan(self.config, [min(found)[1]], self.costs)
 
     def _allowed(self, by: str, stock_only: bool) -> list[str]:
-        """Single cuts that save something."""
+        """The single cuts that save some cost."""
         cuts = possible_cuts(self.config, stock_only)
         return [c for c in cuts if (c,) in self.sensitivity.cuts and self._saved((c,), by) > 0]
 
     def _front(self, by: str, stock_only: bool) -> list[_Option]:
-        """All sets of cuts that no other set beats in both loss and cost."""
+        """The sets of cuts for which no other set has a smaller loss and saves as much."""
         shape, last = UNetShape(self.config), len(self.config["layers_per_block"]) - 1
         allowed = self._allowed(by, stock_only)
         fronts = []
@@ -126,7 +128,7 @@ class PruningProfile:
             fronts.append(_pareto(self._options(_of_stage(shape, allowed, s), by)))
         middle = ("mid.attention", "mid", "attention:mid_block.attentions.0")
         fronts.append(_pareto(self._options([c for c in allowed if c in middle], by)))
-        # The innermost resolution and the mid block may also go as one, which is a cut of its own.
+        # The innermost resolution and the mid block can also be removed together, by a cut of their own.
         inner = _cross(fronts.pop(), fronts.pop())
         whole = f"stage.{last}"
         if whole in allowed:
@@ -136,7 +138,7 @@ class PruningProfile:
         return inner
 
     def _options(self, names: list[str], by: str) -> list[_Option]:
-        """Every set of cuts of one part of the UNet."""
+        """All sets of cuts of one part of the UNet."""
         shape, total, found = UNetShape(self.config), self.costs.total.of(by), []
         layers = [c for c in names if c.startswith("layer.")]
         depths: list[Cuts] = [()]
@@ -155,7 +157,7 @@ class PruningProfile:
         return found
 
     def _staged(self, cuts: Cuts, by: str, num_stages: int) -> PruningPlan:
-        """Orders the cuts and divides them."""
+        """Orders the cuts and divides them into stages."""
         steps = []
         for name in dict.fromkeys(cuts):
             for times in range(1, cuts.count(name) + 1):
@@ -163,13 +165,13 @@ class PruningProfile:
                 loss = self.sensitivity.cuts[group] - (self.sensitivity.cuts[group[1:]] if times > 1 else 0.0)
                 alone = self._saved(group, by) - self._saved(group[1:], by)
                 steps.append((name.startswith("gri."), loss / max(alone, 1e-30), name, loss))
-        # Stable, and the layers of one resolution are the same cut, so their order does not matter.
+        # The sort is stable. The layers of one resolution have the same cut, so their order does not matter.
         steps.sort(key=lambda step: step[:2])
         order, whole = tuple(step[2] for step in steps), self._saved(cuts, by)
         stages: list[list[str]] = [[] for _ in range(num_stages)]
         losses = [0.0] * num_stages
         for index, (_, _, name, loss) in enumerate(steps):
-            # A cut belongs to the stage in which the middle of its saving falls.
+            # A cut belongs to the stage that contains the midpoint of its savings.
             middle = (self._saved(order[:index], by) + self._saved(order[: index + 1], by)) / 2
             stage = min(int(num_stages * middle / whole), num_stages - 1)
             stages[stage].append(name)
@@ -185,11 +187,14 @@ class PruningProfile:
 
 def _check_target(target: float) -> None:
     if not 0 < target < 1:
-        raise ValueError(f"target is the share of the cost that may be left, between 0 and 1, got {target}.")
+        raise ValueError(f"target is the share of the cost that may remain, between 0 and 1, got {target}.")
 
 
 def _emptied(after: UNetShape, cut: str) -> bool:
-    """Whether a single attention was its block's last one: attention.down.S and .up.S say that in a stock config."""
+    """Whether a cut removed the last attention of its block.
+
+    attention.down.S and attention.up.S remove it with a stock config.
+    """
     if not cut.startswith("attention:") or "mid_block" in cut:
         return False
     block = ".".join(cut.removeprefix("attention:").split(".")[:2])
@@ -197,14 +202,14 @@ def _emptied(after: UNetShape, cut: str) -> bool:
 
 
 def _of_stage(shape: UNetShape, cuts: Sequence[str], stage: int) -> list[str]:
-    """Cuts at one resolution, but not all of it."""
+    """The cuts at one resolution, without the removal of the whole resolution."""
     whole = {f"{kind}.{stage}" for kind in ("layer", "attention.down", "attention.up", "gri")}
     single = {f"attention:{path}" for path in shape.attentions(stage)}
     return [cut for cut in cuts if cut in whole | single]
 
 
 def _pareto(options: Sequence[_Option]) -> list[_Option]:
-    """Those that no other beats in both, the least loss first."""
+    """The options for which no other one has a smaller loss and saves as much, sorted by loss."""
     found: list[_Option] = []
     for option in sorted(options, key=lambda o: (o.loss, -o.saved, len(o.cuts))):
         if not found or option.saved > found[-1].saved:
@@ -213,7 +218,10 @@ def _pareto(options: Sequence[_Option]) -> list[_Option]:
 
 
 def _cross(one: list[_Option], other: list[_Option]) -> list[_Option]:
-    """The best of all pairs; they concern different parts, so that losses and savings add up."""
+    """The best combinations of two lists of options.
+
+    The lists concern different parts of the UNet, so losses and savings add up.
+    """
     loss = np.add.outer([o.loss for o in one], [o.loss for o in other]).ravel()
     saved = np.add.outer([o.saved for o in one], [o.saved for o in other]).ravel()
     order = np.lexsort((-saved, loss))
@@ -236,18 +244,19 @@ def profile_unet(
     score: Score | None = None,
     progress: bool = False,
 ) -> PruningProfile:
-    """Cost and sensitivity of every block, layer, attention and cut of a UNet.
+    """Measures cost and sensitivity of all blocks, layers, attentions and cuts of a UNet.
 
     Args:
-        unet: a stock UNet or an `ASDMUNet2DConditionModel`, with weights, where it is to run.
-        inputs: what its sensitivity is measured on: see `record_calibration_inputs` and `noised_calibration_inputs`.
-        height, width: of the latents that costs are for; default: the inputs', or the config's `sample_size`.
-        repeats: how often to measure milliseconds, with the inputs' batch size; 0: not at all.
+        unet: a stock UNet or an `ASDMUNet2DConditionModel`, with weights, on its target device.
+        inputs: calibration inputs, see `record_calibration_inputs` and `noised_calibration_inputs`.
+        height, width: size of the latents for the costs; default: that of the inputs, or `sample_size` of the
+            config.
+        repeats: number of time measurements, with the batch size of the inputs; 0: none.
         score: see `measure_sensitivity`.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: neither inputs nor score, or a UNet that cannot be pruned.
+        ValueError: there are neither inputs nor a score, or the UNet cannot be pruned.
     """
     config = unet_config(unet)
     batch, tokens = 1, 77
@@ -271,9 +280,9 @@ def plan_pruning(
     stock_only: bool = False,
     score: Score | None = None,
 ) -> PruningPlan:
-    """The plan that reaches a wanted speed-up at the least predicted loss.
+    """The plan that reaches a target cost with the smallest predicted loss.
 
-    A-SDM (arXiv:2312.15516) as rebuilt here: how the paper chooses its blocks is not public.
+    A-SDM (arXiv:2312.15516) as rebuilt here; how the paper chooses its blocks is not public.
 
     ```python
     plan = plan_pruning(pipe.unet, record_calibration_inputs(pipe, prompts), 0.78)
@@ -281,11 +290,11 @@ def plan_pruning(
     ```
 
     Args:
-        unet, inputs, score: see `profile_unet`, which has the figures behind the plan.
+        unet, inputs, score: see `profile_unet`, which also returns the measurements.
         target, by, num_stages, stock_only: see `PruningProfile.plan`.
 
     Raises:
-        ValueError: see these two.
+        ValueError: see `profile_unet` and `PruningProfile.plan`.
     """
     repeats = 10 if by == "milliseconds" else 0
     profile = profile_unet(unet, inputs, repeats=repeats, score=score)

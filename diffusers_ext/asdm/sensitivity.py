@@ -1,4 +1,4 @@
-"""How much a UNet's output changes when a part of it is missing, on latents that it meets when it samples."""
+"""Sensitivity: how much the output of a UNet changes without a part, on latents from sampling."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Score = Callable[[Any], float]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What goes wrong without a part.
+    """The loss without each part, and the loss of each cut.
 
     Attributes:
-        parts: by module path, for blocks, layers and attentions: the loss if it alone is skipped; None where nothing
-            can be skipped, since the channels change. Of a block, all of its parts that can be are skipped together.
-        cuts: by cut, or by ("layer.S", "layer.S") for two layers: the loss if it alone is made.
+        parts: {path of a block, layer or attention: the loss if it alone is skipped}. None if it cannot be
+            skipped because its number of channels changes. For a block, all of its parts that can be skipped
+            are skipped together.
+        cuts: {cut: the loss if it alone is made}. The key of two layers is ("layer.S", "layer.S").
     """
 
     parts: dict[str, float | None]
@@ -35,7 +36,7 @@ class Sensitivity:
 
 @torch.no_grad()
 def predict(unet: Any, inputs: Sequence[CalibrationInput]) -> list[Tensor]:
-    """The UNet's output (b, C, H, W) for every item, float32, with dropout off."""
+    """The output (b, C, H, W) of the UNet for every input, float32, in evaluation mode."""
     training = unet.training
     try:
         unet.eval()
@@ -45,7 +46,13 @@ def predict(unet: Any, inputs: Sequence[CalibrationInput]) -> list[Tensor]:
 
 
 def output_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Sequence[Tensor]) -> float:
-    """Mean over inputs and rows of ‖ε − ε₀‖²/‖ε₀‖², where ε₀ is the whole UNet's output; see `predict`."""
+    """Mean over inputs and rows of ‖ε − ε₀‖²/‖ε₀‖², where ε₀ is the output of the full UNet.
+
+    Args:
+        unet: the UNet to compare.
+        inputs: calibration inputs.
+        reference: the outputs of the full UNet, from `predict`.
+    """
     errors = []
     for found, wanted in zip(predict(unet, inputs), reference):
         errors.append((found - wanted).flatten(1).square().sum(1) / wanted.flatten(1).square().sum(1))
@@ -55,21 +62,22 @@ def output_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Sequ
 def measure_sensitivity(
     unet: Any, inputs: Sequence[CalibrationInput], score: Score | None = None, progress: bool = False
 ) -> Sensitivity:
-    """The loss of every part and every cut alone.
+    """Measures the loss of every part and every cut alone.
 
     Args:
-        unet: with weights.
+        unet: the UNet, with weights.
         inputs: see `record_calibration_inputs` and `noised_calibration_inputs`.
-        score: what to measure instead of the change of the output: a function of a UNet, such as a Fréchet distance
-            after a short run of the sampler, less being better. It is called for the whole UNet and about 80 times
-            for Stable Diffusion's parts; the loss is the difference. The UNet's modules may be hooked in the call.
-        progress: show a bar.
+        score: a function of a UNet to use in place of the change of the output, such as a Fréchet distance
+            after a short sampling run; lower is better. The loss is the difference from the score of the full
+            UNet. It is called about 80 times for Stable Diffusion. The UNet may have forward hooks during the
+            call.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: no inputs and no score, or a UNet that cannot be pruned.
+        ValueError: there are neither inputs nor a score, or the UNet cannot be pruned.
     """
     if not inputs and score is None:
-        raise ValueError("Give inputs, which record_calibration_inputs takes from a pipeline, or a score.")
+        raise ValueError("Expected inputs (see record_calibration_inputs) or a score, got neither.")
     shape = UNetShape(unet_config(unet))
     reference = predict(unet, inputs) if score is None else []
     whole = 0.0 if score is None else score(unet)
@@ -93,7 +101,7 @@ def measure_sensitivity(
 
 
 def _parts(shape: UNetShape) -> list[str]:
-    """Blocks, each before its layers and attentions."""
+    """The blocks, each followed by its layers and attentions."""
     found: list[str] = []
     for path in shape.units():
         block = "mid_block" if path.startswith("mid_block") else ".".join(path.split(".")[:2])
@@ -105,7 +113,7 @@ def _parts(shape: UNetShape) -> list[str]:
 
 
 def _groups(shape: UNetShape) -> list[tuple[str, ...]]:
-    """Single cuts, and two, three, … layers of one resolution."""
+    """The single cuts, and groups of two or more layers of one resolution."""
     found: list[tuple[str, ...]] = []
     for name in possible_cuts(shape.base):
         group = (name,)
@@ -126,7 +134,10 @@ def _possible(shape: UNetShape, cuts: tuple[str, ...]) -> bool:
 
 
 def can_skip(shape: UNetShape, unit: str) -> bool:
-    """Whether a unit of the original UNet could pass its input on: a layer of an up block drops the skip's channels."""
+    """Whether a unit of the original UNet can be replaced by its input.
+
+    A layer of an up block then drops the channels of the skip connection.
+    """
     if "samplers." in unit:
         return False
     if ".attentions." in unit or unit.startswith("mid_block"):
@@ -143,7 +154,10 @@ def can_skip(shape: UNetShape, unit: str) -> bool:
 
 @contextmanager
 def skipped(unet: Any, paths: Sequence[str]) -> Iterator[None]:
-    """Within it, these attentions, layers or the mid block pass their input on; see `can_skip`."""
+    """Replaces attentions, layers or the mid block by their inputs within the `with` block.
+
+    See `can_skip` for the layers that this works for.
+    """
     handles: list[Any] = []
     for path in paths:
 

@@ -1,14 +1,16 @@
-"""Which modules a UNet keeps after a list of cuts, what it is called afterwards, and how its config says so.
+"""The modules that a UNet keeps after a list of cuts, their new names, and the matching config.
 
-Pure bookkeeping on configs, no tensors. A cut is a string, and every path in one is the *original* UNet's:
+This works on configs only, without tensors. A cut is a string. Paths in it are those of the *original* UNet:
 
-    "layer.S"           one layer less at resolution S (0 is the finest): one in the down, one in the up block
-    "attention.down.S"  a plain down block at resolution S instead of one with attention; "attention.up.S" likewise
-    "attention:PATH"    one attention, such as "attention:up_blocks.1.attentions.2"; needs `ASDMUNet2DConditionModel`
-    "mid.attention"     the mid block's attention, and the second of its two layers, which diffusers ties to it
-    "mid"               the whole mid block
+    "layer.S"           one layer of the down block and one of the up block at resolution S (0 is the finest)
+    "attention.down.S"  all attentions of the down block at resolution S; "attention.up.S" likewise
+    "attention:PATH"    one attention, such as "attention:up_blocks.1.attentions.2"
+    "mid.attention"     the attention of the mid block and its second layer, which diffusers ties to it
+    "mid"               the mid block
     "stage.S"           the innermost resolution with its down, mid and up block
-    "gri.S"             GRI attention in the place of self-attention at resolution S; needs `ASDMUNet2DConditionModel`
+    "gri.S"             replaces self-attention with GRI attention at resolution S
+
+"attention:PATH" and "gri.S" need an `ASDMUNet2DConditionModel`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ..core.storage import digest
 
 Config = dict[str, Any]
 
-# Of a down and of an up block.
+# Block types, each for a down and an up block.
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 MID_CROSS, MID_PLAIN = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 _EXTRAS = ("removed_attentions", "gri_attention")
@@ -36,7 +38,7 @@ GRI_WINDOW, GRI_POOL = 8, 4
 _CUT = re.compile(
     r"(layer|attention\.down|attention\.up|stage|gri)\.(\d+)|(mid\.attention|mid)|attention:(.+)"
 )
-# With a value for every resolution, from the finest on, if they are lists.
+# Keys with one value per resolution, from the finest, if they are lists.
 _PER_STAGE = (
     "down_block_types",
     "block_out_channels",
@@ -46,18 +48,19 @@ _PER_STAGE = (
     "only_cross_attention",
     "transformer_layers_per_block",
 )
-# The same, from the coarsest on.
+# The same, from the coarsest.
 _REVERSED = ("up_block_types", "reverse_transformer_layers_per_block")
 
 
 def architecture_config(config: Mapping[str, Any]) -> Config:
-    """What fixes a UNet's modules, in one spelling: every argument of diffusers' class but `sample_size`, and ours.
+    """The config entries that determine a UNet's modules, in a normalized form.
 
-    The number of layers is a list, tuples are lists, and a missing key has its default. CLME-CondConv layers are left
-    out: they replace convolutions, and no cut depends on them.
+    These are all arguments of `UNet2DConditionModel` except `sample_size`, and those of this package. The
+    number of layers is a list, tuples are lists, and missing keys have their defaults. CLME-CondConv layers
+    are omitted: they replace convolutions, and no cut depends on them.
 
     Raises:
-        ValueError: block types that the cuts don't know.
+        ValueError: the UNet has block types that are not supported.
     """
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
     known = {name: p.default for name, p in parameters.items() if name not in ("self", "sample_size")}
@@ -70,7 +73,7 @@ def architecture_config(config: Mapping[str, Any]) -> Config:
     unknown |= {found["mid_block_type"]} - {MID_CROSS, MID_PLAIN, None}
     if unknown:
         raise ValueError(
-            f"Pruning knows the blocks {', '.join((*CROSS, *PLAIN, MID_CROSS, MID_PLAIN))}; this UNet has"
+            f"Pruning supports the blocks {', '.join((*CROSS, *PLAIN, MID_CROSS, MID_PLAIN))}; this UNet has"
             f" {', '.join(sorted(unknown))}."
         )
     return found
@@ -78,7 +81,7 @@ def architecture_config(config: Mapping[str, Any]) -> Config:
 
 @dataclass
 class _Stage:
-    """One resolution: layers of its down and up block by their original index, and whether attentions follow them."""
+    """One resolution: the original indices of its layers, and whether attentions follow them."""
 
     down: list[int]
     up: list[int]
@@ -87,16 +90,16 @@ class _Stage:
 
 
 class UNetShape:
-    """A UNet's modules, as cuts take some away.
+    """The modules of a UNet after cuts.
 
     Args:
-        config: of a `UNet2DConditionModel` or an `ASDMUNet2DConditionModel`: the original UNet.
+        config: config of the original UNet, a `UNet2DConditionModel` or an `ASDMUNet2DConditionModel`.
 
     Attributes:
         base: its `architecture_config`.
 
     Raises:
-        ValueError: blocks that are not known here.
+        ValueError: see `architecture_config`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -117,10 +120,10 @@ class UNetShape:
         self._removed: set[str] = set(base["removed_attentions"] or [])
         given = (base["gri_attention"] or {}).get("paths", [])
         self._gri = {a for a in self.attentions() if any(f"{a}.".startswith(f"{p}.") for p in given)}
-        # Paths inside an attention stay as fine as they are.
+        # Paths inside an attention are not extended to the whole attention.
         self._gri |= {p for p in given if any(p.startswith(f"{a}.") for a in self.attentions())}
 
-    # --- what is there ---
+    # --- modules ---
 
     @property
     def num_stages(self) -> int:
@@ -129,18 +132,18 @@ class UNetShape:
 
     @property
     def mid(self) -> str | None:
-        """The mid block's type; None if there is none."""
+        """The type of the mid block, or None if there is none."""
         return self._mid
 
     def layers(self, stage: int) -> int:
-        """Layers of the down block at a resolution; its up block has one more."""
+        """Number of layers of the down block at a resolution; the up block has one more."""
         return len(self._stages[stage].down)
 
     def units(self) -> dict[str, str]:
-        """{module's path now: its path in the original UNet}, in the order they run.
+        """{current path of a module: its path in the original UNet}, in the order in which they run.
 
-        The modules are those that cuts can take away or that change their number: resnets, attentions, down- and
-        upsamplers. All else has the same path in both.
+        These are the modules that cuts can remove or renumber: resnets, attentions, down- and upsamplers. All
+        other modules have the same path in both.
         """
         last, found = len(self._stages) - 1, {}
         for s, stage in enumerate(self._stages):
@@ -169,9 +172,10 @@ class UNetShape:
         return found
 
     def blocks(self) -> dict[str, str]:
-        """{block's path now: its path in the original UNet}, of blocks whose output has its original shape.
+        """{current path of a block: its path in the original UNet}.
 
-        After a "stage.S" cut that leaves out the innermost down block, whose downsampler is gone.
+        Only blocks whose output has its original shape are included. After a "stage.S" cut, this excludes the
+        innermost down block, which has lost its downsampler.
         """
         last = len(self._stages) - 1
         lost = len(self._stages) < self._count
@@ -189,12 +193,12 @@ class UNetShape:
         return [old for old in self.units().values() if ".attentions." in old and old.startswith(sides)]
 
     def gri(self) -> list[str]:
-        """Original paths under which self-attention is GRI attention, in the order they run."""
+        """Original paths under which self-attention is GRI attention, in the order in which they run."""
         kept = list(self.units().values())
         return [p for a in kept for p in sorted(self._gri) if f"{p}.".startswith(f"{a}.")]
 
     def current(self, path: str) -> str | None:
-        """The present path of an original module or of anything inside one; None if it is gone."""
+        """The current path of an original module or of anything inside one, or None if it was removed."""
         for now, old in self.units().items():
             if f"{path}.".startswith(f"{old}."):
                 return now + path[len(old) :]
@@ -203,10 +207,10 @@ class UNetShape:
     # --- cutting ---
 
     def cut(self, *cuts: str) -> UNetShape:
-        """A copy with further cuts made.
+        """A copy with further cuts.
 
         Raises:
-            ValueError: an unknown cut, or one that takes away what is not there or cannot go.
+            ValueError: a cut is unknown or not possible.
         """
         found = copy.copy(self)
         found._stages = copy.deepcopy(self._stages)
@@ -226,7 +230,7 @@ class UNetShape:
         if path is not None:
             if path not in self.units().values() or ".attentions." not in path:
                 raise ValueError(
-                    f"Cut {name!r}: there is no such attention (any more). Left are:"
+                    f"Cut {name!r}: there is no such attention in what is left of the UNet, only:"
                     f" {', '.join(self._all_attentions()) or 'none'}."
                 )
             self._removed.add(path)
@@ -236,7 +240,7 @@ class UNetShape:
             stage = int(number)
             if stage >= len(self._stages):
                 raise ValueError(
-                    f"Cut {name!r}: the UNet has the resolutions 0 to {len(self._stages) - 1} (any more)."
+                    f"Cut {name!r}: the UNet has the resolutions 0 to {len(self._stages) - 1} at this point."
                 )
             {"layer": self._cut_layer, "stage": self._cut_stage, "gri": self._put_gri}.get(
                 kind, self._cut_attentions
@@ -251,13 +255,15 @@ class UNetShape:
             raise ValueError(f"Cut {name!r}: resolution {stage} has no layers left in its down block.")
         if len(layers.down) == 1 and stage > 0 and channels[stage - 1] != channels[stage]:
             raise ValueError(
-                f"Cut {name!r}: the last layer of down_blocks.{stage} takes {channels[stage - 1]} channels to"
-                f" {channels[stage]}, so it cannot go. Remove layers of other resolutions, or attentions."
+                f"Cut {name!r}: the last layer of down_blocks.{stage} maps {channels[stage - 1]} channels to"
+                f" {channels[stage]} and cannot be removed. Remove other layers, or attentions."
             )
-        # The down block's first layer changes the channels; the up block's first layer takes what comes from below and
-        # its last one the skip from above: none of these fits elsewhere. What is left is the down block's last and, for
-        # it, the up block's second layer. That is BK-SDM's choice too (up layer 2 becomes the student's layer 1). Without
-        # any layer in the down block, the up block's first layer takes the skip from above, which has its width.
+        # Three layers have input channels that fit nowhere else: the first layer of the down block, which
+        # changes the number of channels, and the first and the last layer of the up block, which take the
+        # output of the lower resolution and the skip connection from above. So the last layer of the down
+        # block is removed, and with it the second layer of the up block. BK-SDM does the same (layer 2 of the
+        # up block becomes layer 1 of the student). If the down block has no layers left, the first layer of
+        # the up block takes the skip connection from above, which has the same width.
         layers.down.pop()
         layers.up.pop(1)
 
@@ -265,16 +271,16 @@ class UNetShape:
         down = name.startswith("attention.down")
         block = f"down_blocks.{stage}." if down else f"up_blocks.{self._count - 1 - stage}."
         if not any(path.startswith(block) for path in self.attentions(stage)):
-            raise ValueError(f"Cut {name!r}: {block[:-1]} of the original UNet has no attention (any more).")
+            raise ValueError(f"Cut {name!r}: {block[:-1]} of the original UNet has no attention left.")
         setattr(self._stages[stage], "down_attention" if down else "up_attention", False)
 
     def _cut_mid(self, name: str) -> None:
         if self._mid is None:
-            raise ValueError(f"Cut {name!r}: the UNet has no mid block (any more): leave this cut out.")
+            raise ValueError(f"Cut {name!r}: the UNet has no mid block left: omit this cut.")
         if name == "mid":
             self._mid = None
         elif self._mid == MID_PLAIN or "mid_block.attentions.0" in self._removed:
-            raise ValueError(f"Cut {name!r}: the mid block has no attention (any more): leave this cut out.")
+            raise ValueError(f"Cut {name!r}: the mid block has no attention left: omit this cut.")
         else:
             self._mid = MID_PLAIN
 
@@ -282,13 +288,13 @@ class UNetShape:
         channels, last = self.base["block_out_channels"], len(self._stages) - 1
         if stage != last or last == 0:
             raise ValueError(
-                f"Cut {name!r}: only the innermost of two or more resolutions can go, which is"
-                f" {f'stage.{last}' if last else 'none here'}."
+                f"Cut {name!r}: only the innermost of two or more resolutions can be removed, here"
+                f" {f'stage.{last}' if last else 'none'}."
             )
         if channels[stage] != channels[stage - 1]:
             raise ValueError(
                 f"Cut {name!r}: resolution {stage} has {channels[stage]} channels and the one above"
-                f" {channels[stage - 1]}, so that the up block above would not fit. Remove its layers or attentions."
+                f" {channels[stage - 1]}, so the up block above would not fit. Remove layers or attentions."
             )
         self._stages.pop()
         self._mid = None
@@ -296,7 +302,7 @@ class UNetShape:
     def _put_gri(self, name: str, stage: int) -> None:
         found = set(self.attentions(stage))
         if not found:
-            raise ValueError(f"Cut {name!r}: resolution {stage} has no attention (any more).")
+            raise ValueError(f"Cut {name!r}: resolution {stage} has no attention left.")
         if found <= self._gri:
             raise ValueError(f"Cut {name!r}: resolution {stage} has GRI attention already.")
         self._gri |= found
@@ -304,7 +310,7 @@ class UNetShape:
     # --- the config ---
 
     def config(self) -> Config:
-        """`architecture_config` of the present UNet."""
+        """`architecture_config` of the UNet after the cuts."""
         found, gone = copy.deepcopy(self.base), self._count - len(self._stages)
         for name in _PER_STAGE:
             if isinstance(found[name], list):
@@ -330,14 +336,14 @@ class UNetShape:
         return found
 
     def _removed_now(self) -> list[str]:
-        """Present paths of singly removed attentions whose layer and block are still there."""
+        """Current paths of single removed attentions whose layer and block still exist."""
         whole = self.cut()
         whole._removed = set()
         return sorted(now for path in self._removed if (now := whole.current(path)) is not None)
 
 
 def _keep_depths(config: Config, key: str, index: int, kept: Iterable[int]) -> None:
-    """Where transformers have a depth for every single layer, drops those of the layers that are gone."""
+    """If transformers have one depth per layer, removes the depths of removed layers."""
     depths = "transformer_layers_per_block"
     depths = depths if key == "down_block_types" else f"reverse_{depths}"
     if isinstance(config[depths], list) and isinstance(config[depths][index], list):
@@ -345,12 +351,12 @@ def _keep_depths(config: Config, key: str, index: int, kept: Iterable[int]) -> N
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that two UNets share only if they have the same modules."""
+    """Sixteen hexadecimal digits that are equal for two UNets only if they have the same modules."""
     return digest(UNetShape(config).config())
 
 
 def possible_cuts(config: Mapping[str, Any], stock_only: bool = False) -> list[str]:
-    """Every single cut that this UNet allows by itself; with `stock_only` those whose result is a stock UNet."""
+    """All single cuts that a UNet allows; with `stock_only`, those whose result is a stock UNet."""
     shape = UNetShape(config)
     stages = range(shape.num_stages)
     tried = [f"layer.{s}" for s in stages]

@@ -1,4 +1,4 @@
-"""Progressive incubation of A-SDM (arXiv:2312.15516), as rebuilt here: the students of a plan and what they train on."""
+"""Progressive incubation of A-SDM (arXiv:2312.15516), as rebuilt here: students, objective and records."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ RECIPE_NAME = "incubation.json"
 
 
 class StageObjective(nn.Module):
-    """The loss of one stage's student against the whole UNet, of tensors alone; see `DistillObjective`.
+    """The loss of a stage's student compared with the full UNet, with tensors as its only arguments.
 
     Args:
-        student: trained.
+        student: the trained UNet.
         teacher: the UNet that the plan is for.
-        blocks: {student's block: the teacher's}.
-        scheduler, weights, snr_gamma: of `DistillObjective`.
+        blocks: {block of the student: block of the teacher}.
+        scheduler, weights, snr_gamma: see `DistillObjective`.
 
     Raises:
         ValueError: see `DistillObjective`.
@@ -48,15 +48,15 @@ class StageObjective(nn.Module):
         self.distill = DistillObjective(student, teacher, scheduler, weights, snr_gamma, blocks)
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """The loss of one batch, see `losses`."""
+        """The loss of one batch; see `losses` for the arguments."""
         return self.distill(**_conditioned(**batch))
 
     def losses(self, **batch: Tensor) -> dict[str, Tensor]:
-        """The losses by name, unweighted.
+        """The losses by name, without weights.
 
         Args:
-            batch: latents, noise (b, C, H, W), timesteps (b,), prompt_embeds (b, tokens, width), and for SDXL
-                pooled_prompt_embeds (b, width) and time_ids (b, 6).
+            batch: latents and noise (b, C, H, W), timesteps (b,), prompt_embeds (b, tokens, width), and for
+                SDXL pooled_prompt_embeds (b, width) and time_ids (b, 6).
         """
         return self.distill.losses(**_conditioned(**batch))
 
@@ -81,13 +81,13 @@ def _conditioned(
 
 
 def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = True) -> UNet2DConditionModel:
-    """The untrained student of a stage, counted from 1.
+    """The untrained student of a stage.
 
     Args:
-        source: the student of the stage before, for stage 1 the whole UNet; left alone.
+        source: the student of the previous stage, or the full UNet for stage 1. It is not changed.
         plan: see `PruningPlan`.
-        stage: which.
-        cond_convs: the removed convolutions live on as experts (CLME-CondConv).
+        stage: number of the stage, from 1.
+        cond_convs: keep the removed convolutions as experts (CLME-CondConv).
 
     Raises:
         ValueError: see `prune_unet`.
@@ -98,14 +98,17 @@ def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = 
 
 
 def random_unet(unet: Any, seed: int) -> UNet2DConditionModel:
-    """An untrained UNet of the same config; it depends on the seed alone, and nothing else on it."""
+    """An untrained UNet with the same config.
+
+    It depends on the seed only, and the global random state does not change.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return empty_unet(unet_config(unet))
 
 
 def load_student(folder: str | Path) -> UNet2DConditionModel:
-    """What `save_pretrained` of a student wrote, in float32."""
+    """Loads a saved student in float32."""
     kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
     ours = kind == ASDMUNet2DConditionModel.__name__
     loader: Any = ASDMUNet2DConditionModel if ours else UNet2DConditionModel
@@ -113,46 +116,53 @@ def load_student(folder: str | Path) -> UNet2DConditionModel:
 
 
 def in_one_go(plan: PruningPlan) -> PruningPlan:
-    """The same cuts as a plan of one stage: the control for making them in several."""
+    """The same cuts as a plan with one stage, the control for training in stages."""
     predictions = (plan.predictions[0], plan.predictions[-1]) if plan.predictions else ()
     return PruningPlan(plan.config, (plan.cuts,), predictions, plan.height, plan.width, plan.tokens)
 
 
 def stage_steps(steps: Sequence[int], num_stages: int, one_shot: bool = False) -> list[int]:
-    """Optimisation steps by stage.
+    """The number of optimization steps of every stage.
 
     Args:
-        steps: one number for all stages or one for each.
-        num_stages: of the plan as it was made.
-        one_shot: all stages' steps go to a single one.
+        steps: one number for all stages, or one per stage.
+        num_stages: number of stages of the original plan.
+        one_shot: add up the steps of all stages for a single stage.
 
     Raises:
-        ValueError: another number of numbers, steps below 1, or a plan without stages.
+        ValueError: the number of values does not match the stages, a value is below 1, or the plan has no
+            stages.
     """
     if num_stages == 0:
         raise ValueError("The plan has no stages, so there is nothing to train.")
     if len(steps) not in (1, num_stages) or min(steps) < 1:
         raise ValueError(
-            f"--steps_per_stage takes one number for all stages or one for each of the plan's {num_stages}, each 1 or"
-            f" more; got {len(steps)}: {' '.join(map(str, steps))}."
+            f"--steps_per_stage takes one number for all stages or one for each of the plan's {num_stages},"
+            f" each 1 or more; got {len(steps)}: {' '.join(map(str, steps))}."
         )
     each = list(steps) * (num_stages if len(steps) == 1 else 1)
     return [sum(each)] if one_shot else each
 
 
 def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
-    """Refuses a folder whose students were made otherwise than `recipe` says, or that nobody asked to go on with.
+    """Checks that an output folder is empty, or that a run with the same recipe is to be resumed.
+
+    Args:
+        output: the output folder.
+        recipe: everything that the students depend on.
+        resumed: whether --resume_from_checkpoint was given.
 
     Raises:
-        ValueError: names what differs.
+        ValueError: the folder contains a run that is not resumed, or that has another recipe. The message
+            names the differences.
     """
     begun = [p for p in sorted(output.glob("stage-*")) if list_checkpoints(p) or (p / "unet").is_dir()]
     if not begun:
         return
     if not resumed:
         raise ValueError(
-            f"{output} holds {begun[-1].name} of an earlier run: continue it with --resume_from_checkpoint latest,"
-            " delete its stages, or choose another --output_dir."
+            f"{output} contains {begun[-1].name} of an earlier run: resume it with --resume_from_checkpoint"
+            " latest, delete its stages, or choose another --output_dir."
         )
     check_recipe(
         output / RECIPE_NAME, recipe, "resume it with its own arguments, or choose another --output_dir"
@@ -160,12 +170,12 @@ def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
 
 
 def write_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
-    """Writes what `check_run` reads."""
+    """Writes the recipe that `check_run` reads."""
     write_json(output / RECIPE_NAME, recipe)
 
 
 def cost_figures(unet: Any, height: int, width: int, tokens: int) -> dict[str, int]:
-    """Parameters, and multiply-accumulates of one call for one picture, CLME-CondConv layers included."""
+    """Parameters, and MACs of one call for one image, including CLME-CondConv layers."""
     macs = count_macs(unet_config(unet), height, width, tokens)[""]
     return {"parameters": unet.num_parameters(), "MACs": macs}
 
@@ -173,12 +183,12 @@ def cost_figures(unet: Any, height: int, width: int, tokens: int) -> dict[str, i
 def summarise(
     teacher: Mapping[str, int], records: Sequence[Mapping[str, Any]], pictures: int
 ) -> dict[str, Any]:
-    """One record of all stages, as `publish` takes it.
+    """One record of all stages, for `publish`.
 
     Args:
-        teacher: see `cost_figures`.
-        records: of the stages, what `train` returned and `cost_figures`.
-        pictures: trained on.
+        teacher: `cost_figures` of the teacher.
+        records: one per stage, from `train` and `cost_figures`.
+        pictures: number of training images.
     """
     found: dict[str, Any] = {name: sum(r[name] for r in records) for name in ("steps", "images", "seconds")}
     found |= {"hardware": records[-1]["hardware"], "pictures": pictures}

@@ -1,4 +1,4 @@
-"""What every method needs of diffusers; knows no method."""
+"""Code that all methods share. It does not depend on any method."""
 
 from .methods import register
 

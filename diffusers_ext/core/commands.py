@@ -1,4 +1,7 @@
-"""What the commands of all methods share. Nothing heavy is imported here, so that `--help` answers at once."""
+"""Options and helpers that the commands of all methods share.
+
+Heavy packages are imported inside the functions, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ from .extras import MissingExtraError
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-Model = Annotated[str, typer.Argument(help="Pipeline: a folder or a Hub repository.")]
-Dtype = Annotated[str, typer.Option(help=f"Of the pipeline: {', '.join(DTYPES)}.")]
-Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
-Seed = Annotated[int, typer.Option(help="Of all noise.")]
-Steps = Annotated[int, typer.Option(min=1, help="Number of inference steps of every image.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale of every image.")]
-Height = Annotated[int | None, typer.Option(min=1, help="Of the images in pixels; default: the pipeline's.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Of the images in pixels; default: the pipeline's.")]
-Push = Annotated[str | None, typer.Option(metavar="REPO", help="Upload to this Hub repository too.")]
+Model = Annotated[str, typer.Argument(help="Folder or Hub repository of the pipeline.")]
+Dtype = Annotated[str, typer.Option(help=f"Data type of the pipeline: {', '.join(DTYPES)}.")]
+Device = Annotated[str | None, typer.Option(help="Device to run on; default: cuda if available, else cpu.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random noise.")]
+Steps = Annotated[int, typer.Option(min=1, help="Number of inference steps.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Image height in pixels; default: the pipeline's.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Image width in pixels; default: the pipeline's.")]
+Push = Annotated[str | None, typer.Option(metavar="REPO", help="Also upload to this Hub repository.")]
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Every error is one red line and exit code 1; DIFFUSERS_EXT_DEBUG=1 shows tracebacks instead."""
+    """Prints every error as one red line and exits with code 1; DIFFUSERS_EXT_DEBUG=1 shows the traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -41,8 +44,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             text = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, ValueError | OSError | MissingExtraError):
-                # Not foreseen: its type helps whoever reports it.
-                text = f"{type(error).__name__}: {text} (DIFFUSERS_EXT_DEBUG=1 shows where)"
+                # An unexpected error: its type helps in a bug report.
+                text = f"{type(error).__name__}: {text} (DIFFUSERS_EXT_DEBUG=1 shows the traceback)"
             Console(stderr=True, soft_wrap=True).print(f"[red]Error: {escape(text)}[/red]", highlight=False)
             raise typer.Exit(1) from None
 
@@ -50,34 +53,39 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(text: str) -> None:
-    """Prints one line as it is, without wrapping or colours."""
+    """Prints one line without wrapping or colours."""
     Console().print(escape(text), highlight=False, soft_wrap=True)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """The non-empty lines of a text file.
 
     Raises:
-        ValueError: there are none.
-        OSError: no such file.
+        ValueError: the file contains no prompts.
+        OSError: the file cannot be read.
     """
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line]
     if not prompts:
-        raise ValueError(f"{path} holds no prompts: write one a line.")
+        raise ValueError(f"{path} holds no prompts: write one prompt per line.")
     return prompts
 
 
 def image_options(**options: Any) -> dict[str, Any]:
-    """Arguments of a pipeline's call: those that are not None."""
+    """Keyword arguments for the call of a pipeline, without those that are None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def load_pipeline(model: str, dtype: str = "float32", device: str | None = None) -> Any:
-    """The pipeline in a folder or a Hub repository, where it is to run.
+    """Loads a pipeline from a folder or a Hub repository and moves it to the device.
+
+    Args:
+        model: the folder or the repository.
+        dtype: one of `DTYPES`.
+        device: None for cuda if it is available, else cpu.
 
     Raises:
-        ValueError: an unknown dtype, or a device that is not there.
+        ValueError: an unknown dtype, or a CUDA device where PyTorch finds none.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -86,13 +94,13 @@ def load_pipeline(model: str, dtype: str = "float32", device: str | None = None)
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this PyTorch sees no CUDA device. Use --device cpu.")
+        raise ValueError(f"--device {device}: PyTorch finds no CUDA device. Use --device cpu.")
     pipe: Any = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     return pipe.to(device)
 
 
 def require_prompts(pipe: Any) -> None:
-    """ValueError for a pipeline that takes no prompt."""
+    """Raises a ValueError if the pipeline takes no prompt."""
     import inspect
 
     if "prompt" not in inspect.signature(pipe.__call__).parameters:

@@ -1,4 +1,4 @@
-"""Code from outside: optional dependencies, and functions that a user names on the command line."""
+"""Optional dependencies, and functions that a user names on the command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """A package of an optional extra is not installed; the message says which `pip install` brings it."""
+    """A package of an optional extra is not installed. The message contains the `pip install` command."""
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """The module `package` (dotted names too), which belongs to the extra `extra` of this distribution.
+    """Imports the module `package` (dotted names are allowed), which belongs to the optional extra `extra`.
 
     Raises:
-        MissingExtraError: it is not installed. An import that fails inside the package is passed on as it is.
+        MissingExtraError: the package is not installed. Import errors inside the package are raised
+            unchanged.
     """
     try:
         return import_module(package)
@@ -28,12 +29,12 @@ def require(package: str, extra: str) -> ModuleType:
             raise
         raise MissingExtraError(
             f"This needs the package {top!r}, which is not installed: "
-            f'pip install "diffusers-ext[{extra}]" brings it.',
+            f'pip install "diffusers-ext[{extra}]" installs it.',
             name=top,
         ) from error
 
 
-# The testbed's own data, prompts and scorer, by the names in the commands of its trained models' cards.
+# Short names of the testbed's data, prompts and scorer. The commands on the model cards use them.
 SHORT_NAMES = {
     "fashion-grader": "diffusers_ext.testbed.grader:score",
     "fashion-mnist": "diffusers_ext.testbed.fashion_scenes:garments_dataset",
@@ -43,19 +44,19 @@ SHORT_NAMES = {
 
 
 def load_function(reference: str, what: str) -> Callable[..., Any]:
-    """The function that "package.module:function" or "path/to/file.py:function" names.
+    """Loads the function that "package.module:function" or "path/to/file.py:function" names.
 
     Args:
-        reference: see above.
-        what: what error messages call it.
+        reference: the name of the function.
+        what: what the function is for, for error messages.
 
     Raises:
-        ValueError: no such file or module, or no such function in it.
+        ValueError: the file, the module or the function does not exist.
     """
     where, _, attribute = reference.rpartition(":")
     if where.endswith(".py"):
         if not Path(where).is_file():
-            raise ValueError(f"The {what}'s file {where} does not exist.")
+            raise ValueError(f"The {what} file {where} does not exist.")
         spec: Any = spec_from_file_location(Path(where).stem, where)
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -63,7 +64,7 @@ def load_function(reference: str, what: str) -> Callable[..., Any]:
         try:
             module = import_module(where)
         except ModuleNotFoundError as error:
-            raise ValueError(f"The {what}'s module {where!r} cannot be imported: {error}.") from error
+            raise ValueError(f"The {what} module {where!r} cannot be imported: {error}.") from error
     if not callable(getattr(module, attribute, None)):
         raise ValueError(f"{where} has no function {attribute!r} for the {what}.")
     return getattr(module, attribute)

@@ -1,4 +1,4 @@
-"""Facts that differ between pipelines and cannot be read off a call: how latents are laid out and scaled."""
+"""Facts about pipelines that cannot be read from a call: the layout and the scale of their latents."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# --- packed latents: Flux keeps them as a row of tokens, each a 2 × 2 patch: (B, H/2·W/2, 4C) ---
+# --- packed latents: Flux stores latents as tokens, one for each 2 × 2 patch: (B, H/2·W/2, 4C) ---
 
 
 def is_packed(rows: torch.Size, shape: tuple[int, ...]) -> bool:
-    """Whether latents of row shape `rows` are `shape` = (C, H, W) packed as Flux does: (H/2·W/2, 4C)."""
+    """Whether `rows`, the shape of one sample, is `shape` = (C, H, W) packed as in Flux: (H/2·W/2, 4C)."""
     if len(rows) != 2 or len(shape) != 3:
         return False
     channels, height, width = shape
@@ -20,7 +20,7 @@ def is_packed(rows: torch.Size, shape: tuple[int, ...]) -> bool:
 
 
 def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, H/2·W/2, 4C) → (B, C, H, W): every token holds a 2×2 patch, channels slowest."""
+    """(B, H/2·W/2, 4C) → (B, C, H, W). Each token is a 2 × 2 patch, with the channel as the slowest index."""
     channels, height, width = shape
     patches = x.reshape(len(x), height // 2, width // 2, channels, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, height, width)
@@ -34,7 +34,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def packs_latents(pipe: Any) -> bool:
-    """Whether the pipeline's `latents=` are packed."""
+    """Whether the `latents=` of the pipeline are packed."""
     return hasattr(pipe, "_pack_latents")
 
 
@@ -44,17 +44,17 @@ def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[in
     Args:
         pipe: the pipeline.
         packed: its latents.
-        given: arguments with the image's `height` and `width`, such as those of `prepare_latents`.
+        given: arguments that include the image's `height` and `width`, such as those of `prepare_latents`.
 
     Raises:
-        ValueError: the latents are not laid out in 2 × 2 patches.
+        ValueError: the latents are not packed in 2 × 2 patches.
     """
     step = 2 * pipe.vae_scale_factor
     shape = (packed.shape[2] // 4, 2 * (int(given["height"]) // step), 2 * (int(given["width"]) // step))
     if not is_packed(packed.shape[1:], shape):
         raise ValueError(
-            f"{type(pipe).__name__} keeps its latents as {tuple(packed.shape[1:])}, which is not {shape} packed"
-            " in 2 × 2 patches: this layout is not known here."
+            f"{type(pipe).__name__} has latents of shape {tuple(packed.shape[1:])}, which is not {shape} packed in"
+            " 2 × 2 patches: this layout is not supported."
         )
     return shape
 
@@ -63,8 +63,9 @@ def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[in
 
 
 def noise_scale(pipe: Any) -> float:
-    """The factor between unit noise, which `latents=` takes, and what `pipe.prepare_latents` returns."""
-    # Flow pipelines don't multiply, even where a scheduler has the attribute. A subclass may only wrap the method.
+    """The factor between unit-variance noise for `latents=` and the result of `prepare_latents`."""
+    # Flow pipelines do not multiply by init_noise_sigma, even if their scheduler has it. The classes are searched
+    # one by one, because a subclass may only wrap the method.
     methods = [vars(c)["prepare_latents"] for c in type(pipe).__mro__ if "prepare_latents" in vars(c)]
     scales = any("init_noise_sigma" in inspect.unwrap(method).__code__.co_names for method in methods)
     return float(pipe.scheduler.init_noise_sigma) if scales else 1.0

@@ -1,6 +1,6 @@
-"""Images in and out: reading them from anywhere, the VAE's latents and back, grids.
+"""Reading images, converting them to tensors and latents, and saving grids.
 
-Images as tensors are (n, C, h, w) float32: in [0, 1] where people see them, in [−1, 1] where models do.
+Image tensors are (n, C, h, w) float32. They are in [0, 1] for users and in [−1, 1] for models.
 """
 
 from __future__ import annotations
@@ -26,30 +26,27 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def as_tensor(images: Any, mode: str = "RGB") -> Tensor:
-    """A batch of images of one size as float32 (n, C, h, w) in [0, 1].
+    """Converts a batch of images of one size to float32 (n, C, h, w) in [0, 1].
 
     Args:
-        images: one or more PIL images, an array (n, h, w[, C]) of uint8 or of floats in [0, 1] as pipelines return it
-            (`output_type="np"`), or a tensor (n, C, h, w) in [0, 1].
-        mode: PIL's, that PIL images are converted to: "L", "RGB" or "RGBA".
+        images: one or more PIL images, an array (n, h, w[, C]) of uint8 or of floats in [0, 1] as pipelines
+            return it (`output_type="np"`), or a tensor (n, C, h, w) in [0, 1].
+        mode: the PIL mode that PIL images are converted to: "L", "RGB" or "RGBA".
 
     Raises:
-        ValueError: not a batch, sizes that differ, values outside [0, 1], or NaN.
+        ValueError: not a batch of images, images of different sizes, values outside [0, 1], or NaN.
     """
     if isinstance(images, Tensor):
-        x = images.float().contiguous()
+        given, x = images, images.float().contiguous()
     else:
-        array = images if isinstance(images, np.ndarray) else _stack(images, mode)
-        x = torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1))
+        given = images if isinstance(images, np.ndarray) else _stack(images, mode)
+        x = torch.from_numpy(given.astype(np.float32) / (255 if given.dtype == np.uint8 else 1))
         x = (x[:, None] if x.ndim == 3 else x.movedim(-1, 1)).contiguous()
-    if x.ndim != 4 or x.numel() == 0 or not torch.isfinite(x).all():
+    if x.ndim != 4 or x.numel() == 0 or not torch.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+        span = f", values from {float(x.min()):.3g} to {float(x.max()):.3g}" if x.numel() else ""
         raise ValueError(
-            "Expected images as (n, h, w[, channels]) or a tensor (n, channels, h, w), without NaN; got shape"
-            f" {tuple(x.shape)} as (n, channels, h, w)."
-        )
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(
-            f"Expected images in [0, 1] or uint8, got values from {float(x.min()):.3g} to {float(x.max()):.3g}."
+            "Expected images as (n, h, w[, channels]) in [0, 1] or uint8, or a tensor (n, channels, h, w) in [0, 1],"
+            f" without NaN; got shape {tuple(given.shape)} of {given.dtype}{span}."
         )
     return x
 
@@ -67,12 +64,12 @@ def _stack(images: Any, mode: str) -> np.ndarray:
 
 
 def prepare_image(image: Image.Image, mode: str, size: int | tuple[int, int] | None = None) -> Image.Image:
-    """`image` upright and converted to PIL's `mode`, then resized and centre-cropped.
+    """Applies the EXIF orientation, converts to PIL's `mode`, then resizes and centre-crops.
 
     Args:
         image: any PIL image.
         mode: "L", "RGB" or "RGBA".
-        size: a side of a square, or (height, width); None keeps the size.
+        size: the side of a square, or (height, width); None keeps the size.
     """
     image = ImageOps.exif_transpose(image).convert(mode)
     if size is None:
@@ -82,7 +79,7 @@ def prepare_image(image: Image.Image, mode: str, size: int | tuple[int, int] | N
 
 
 def save_grid(images: Tensor, columns: int, path: str | Path, scale: int = 2) -> None:
-    """One PNG with images (n, C, h, w) in [0, 1], `columns` side by side, `scale` times their size."""
+    """Saves images (n, C, h, w) in [0, 1] as one PNG, `columns` per row and enlarged by the factor `scale`."""
     columns = min(columns, len(images))
     whole_rows = images[: len(images) // columns * columns].split(columns)
     grid = torch.cat([torch.cat(list(row), 2) for row in whole_rows], 1)
@@ -96,18 +93,20 @@ def save_grid(images: Tensor, columns: int, path: str | Path, scale: int = 2) ->
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Any) -> Tensor:
-    """Latents of images in the scale that the pipeline denoises; the posterior's mean.
+    """Encodes images to latents in the scale that the pipeline denoises, with the mean of the posterior.
 
     Args:
-        pipe: a pipeline, or an autoencoder. A pipeline without a `vae` works on pixels, and is given them in [−1, 1].
-        images: as for `as_tensor`.
+        pipe: a pipeline or an autoencoder. A pipeline without a `vae` works on pixels; the result is then in
+            [−1, 1].
+        images: see `as_tensor`.
 
     Returns:
-        (n, C, h, w) in the autoencoder's dtype (the denoiser's without one), on its device; not packed.
+        (n, C, h, w), not packed, in the dtype and on the device of the autoencoder (without one, of the
+        denoiser).
 
     Raises:
-        ValueError: another layout, range or number of channels, a size that the autoencoder cannot halve evenly, or an
-            autoencoder whose latents' scale is not known.
+        ValueError: an unsupported layout, range or number of channels, a size that is not a multiple of the
+            downsampling factor, or an autoencoder whose latents have an unknown scale.
     """
     vae = vae_of(pipe)
     model = pipe.unet if vae is None else vae
@@ -129,12 +128,15 @@ def encode_images(pipe: Any, images: Any) -> Tensor:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-    """Latents as training scripts of diffusers scale them: by the config's factor and shift, or its mean and deviation.
+    """Encodes pixels to latents, scaled as in the training scripts of diffusers.
+
+    The scale comes from the config of the autoencoder: a factor and a shift, or a mean and a standard
+    deviation.
 
     Args:
-        vae: an autoencoder. One whose config has `force_upcast` encodes in float32 where it is stored in float16.
-        pixels: (n, C, h, w) in [−1, 1], on its device.
-        generators: one for each image to draw from the posterior with; None for the posterior's mean.
+        vae: an autoencoder. A float16 one with `force_upcast` in its config encodes in float32.
+        pixels: (n, C, h, w) in [−1, 1], on the device of `vae`.
+        generators: one per image, to sample the posterior; None for the mean of the posterior.
 
     Returns:
         (n, c, h', w') float32.
@@ -144,14 +146,15 @@ def encode_pixels(vae: Any, pixels: Tensor, generators: list[torch.Generator] | 
     """
     if hasattr(vae, "bn"):
         raise ValueError(
-            f"{type(vae).__name__} normalises packed latents by batch statistics, which is not supported here: use"
+            f"{type(vae).__name__} normalises packed latents by batch statistics, which is not supported: use"
             " pipeline_samples."
         )
     with _upcast(vae):
         encoded = vae.encode(pixels.to(vae.dtype))
         posterior = getattr(encoded, "latent_dist", None)
         if posterior is None:
-            latents = encoded.latents
+            # VQModel calls them `latents`, AutoencoderDC `latent`.
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         else:
             latents = posterior.mode() if generators is None else posterior.sample(generators)
     latents = latents.float()
@@ -161,14 +164,14 @@ def encode_pixels(vae: Any, pixels: Tensor, generators: list[torch.Generator] | 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Pixels (n, C, h, w) of latents that are scaled as `encode_pixels` scales them; about [−1, 1], not clipped."""
+    """Decodes latents in the scale of `encode_pixels` to pixels (n, C, h, w), about in [−1, 1], not clipped."""
     shift, scale = _latent_scale(vae, latents)
     with _upcast(vae):
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample
 
 
 def vae_of(pipe_or_vae: Any) -> Any:
-    """The autoencoder: of a pipeline (None where it works on pixels), or the one given.
+    """The autoencoder of a pipeline (None for a pipeline that works on pixels), or the given autoencoder.
 
     Raises:
         ValueError: neither a pipeline nor an autoencoder.
@@ -183,7 +186,7 @@ def vae_of(pipe_or_vae: Any) -> Any:
 
 
 def _latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(shift, scale) so that the scaled latents are (latents − shift) · scale."""
+    """(shift, scale), such that scaled latents are (latents − shift) · scale."""
     scale, shift, mean, std = (
         getattr(vae.config, name, None)
         for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -191,14 +194,14 @@ def _latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
     scale = 1.0 if scale is None else scale
     if mean is None or std is None:
         return shift or 0.0, scale
-    # Per-channel statistics, in place of the shift, as diffusers' training scripts use them.
+    # Per-channel statistics replace the shift, as in diffusers' training scripts.
     mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
     return mean, scale / std
 
 
 @contextmanager
 def _upcast(vae: Any) -> Iterator[None]:
-    """Half-precision VAEs that overflow say so in their config; fp16 → fp32 → fp16 loses nothing."""
+    """Runs the block in float32 if the config says that the VAE overflows in float16; no precision is lost."""
     needed = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if needed:
         vae.to(torch.float32)
@@ -209,18 +212,18 @@ def _upcast(vae: Any) -> Iterator[None]:
             vae.to(torch.float16)
 
 
-# --- many images, read when they are needed ---
+# --- many images, read when needed ---
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images that are read when they are needed.
+    """A collection of images that are read when needed.
 
     Attributes:
-        count: how many there are.
-        read: index → PIL image, or (C, H, W) float tensor in [−1, 1].
-        name: index → what error messages call that image.
-        labels: one name for each image, or None.
+        count: number of images.
+        read: maps an index to a PIL image or a (C, H, W) float tensor in [−1, 1].
+        name: maps an index to the name of the image in error messages.
+        labels: one label per image, or None.
     """
 
     count: int
@@ -232,10 +235,10 @@ class ImageSource:
 def open_images(
     source: Any, *, labels: str | Sequence[str] | None = None, image_column: str = "image"
 ) -> ImageSource:
-    """`source` as `ImageSource`; what it may be is told by `diffusers_ext.encoded_images`.
+    """Opens `source` as an `ImageSource`; see `diffusers_ext.encoded_images` for the supported sources.
 
     Raises:
-        ValueError: nothing there, an unknown column, values of another scale, or labels that do not match.
+        ValueError: no images, an unknown column, values in another range, or labels that do not match.
     """
     if isinstance(source, ImageSource):
         return source
@@ -309,7 +312,7 @@ def _tensor(values: Tensor) -> ImageSource:
     if not (-1.01 <= low < 0 and high <= 1.01):
         raise ValueError(
             f"A float tensor of images must be in [-1, 1]; these values span [{low:g}, {high:g}]. "
-            "Bring [0, 1] to that scale with 2 * x - 1."
+            "Convert from [0, 1] with 2 * x - 1."
         )
     return ImageSource(len(values), lambda i: values[i].float(), lambda i: f"image {i}")
 
@@ -330,10 +333,11 @@ def _array(values: np.ndarray) -> ImageSource:
 def image_batches(
     images: ImageSource, batch_size: int, channels: int, resolution: int | tuple[int, int] | None
 ) -> Iterator[tuple[Tensor, list[str] | None]]:
-    """Batches ((b, C, H, W) float32 in [−1, 1], b labels or None), in order; the last may be smaller.
+    """Yields batches ((b, C, H, W) float32 in [−1, 1], b labels or None) in order; the last may be smaller.
 
     Raises:
-        ValueError: an image that cannot be read, named, or images of different sizes in one batch.
+        ValueError: an image that cannot be read (the message names it), or images of different sizes in one
+            batch.
     """
     for start in range(0, images.count, batch_size):
         indices = range(start, min(start + batch_size, images.count))
@@ -342,7 +346,7 @@ def image_batches(
             if row.shape != rows[0].shape:
                 raise ValueError(
                     f"{images.name(i)} is {row.shape[1]}×{row.shape[2]}, {images.name(start)} "
-                    f"{rows[0].shape[1]}×{rows[0].shape[2]}: pass resolution= to bring all to one size."
+                    f"{rows[0].shape[1]}×{rows[0].shape[2]}: pass resolution= to resize all to one size."
                 )
         yield torch.stack(rows), images.labels and images.labels[start : start + len(rows)]
 
@@ -363,12 +367,12 @@ def _load(images: ImageSource, index: int, channels: int, resolution: int | tupl
             "and uint8 arrays only."
         )
     if image.shape[0] != channels:
-        raise ValueError(f"{images.name(index)} has {image.shape[0]} channels, the model {channels}.")
+        raise ValueError(f"{images.name(index)} has {image.shape[0]} channels, but the model takes {channels}.")
     return image
 
 
 def _to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None) -> Tensor:
-    """(C, H, W) float32 in [−1, 1]: upright, resized and centre-cropped to `size` = (height, width)."""
+    """(C, H, W) float32 in [−1, 1]: EXIF-oriented, resized and centre-cropped to `size` = (height, width)."""
     if channels not in _MODES:
         raise ValueError(f"The model takes {channels} channels: pass a float tensor (N, {channels}, H, W).")
     image = prepare_image(image, _MODES[channels], size)

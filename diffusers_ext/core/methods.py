@@ -1,7 +1,7 @@
-"""What the rest of the package needs to know of a method, said by the method's own room.
+"""The registry of methods: their public names, commands and `dx.summary` lines.
 
-A room's `__init__.py` calls `register`. Its public names stand in `__init__.pyi`, from which `lazy_loader` takes them
-at run time and type checkers take them always. Nothing is imported before it is asked for.
+The `__init__.py` of each method's package calls `register`. Its public names are listed in `__init__.pyi`,
+which `lazy_loader` reads at run time and type checkers read directly. Nothing is imported before it is used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import lazy_loader
 
 @dataclass(frozen=True)
 class Room:
-    """A package with public names.
+    """A registered package with public names.
 
     Attributes:
-        package: its dotted name.
-        names: what it exports.
-        title: of the method in `dx.summary`; None for a package that is not a method.
-        describe: "module:function" in the room, of a pipeline: one line about the method on it, or None.
-        commands: "module:function" in the room, which adds its commands to a typer app; None for none.
+        package: dotted name of the package.
+        names: names that the package exports.
+        title: title of the method in `dx.summary`; None for a package that is not a method.
+        describe: "module:function" in the package. The function takes a pipeline and returns one line about
+            the method for `dx.summary`, or None if the method is not applied.
+        commands: "module:function" in the package. The function adds the commands of the package to a typer
+            app. None for a package without commands.
     """
 
     package: str
@@ -33,7 +35,7 @@ class Room:
     commands: str | None = None
 
     def load(self, reference: str) -> Callable[..., Any]:
-        """The function that "module:function" names."""
+        """Imports the function that "module:function" names."""
         module, _, function = reference.partition(":")
         return getattr(import_module(f"{self.package}.{module}"), function)
 
@@ -42,11 +44,11 @@ ROOMS: list[Room] = []
 
 
 def register(package: str, file: str, **options: Any) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Makes a room known; returns its `__getattr__` and `__dir__`.
+    """Registers a package and returns its `__getattr__` and `__dir__`.
 
     Args:
-        package, file: the room's `__name__` and `__file__`.
-        options: the further attributes of `Room`.
+        package, file: `__name__` and `__file__` of the package.
+        options: the other attributes of `Room`.
     """
     getter, lister, names = lazy_loader.attach_stub(package, file)
     ROOMS.append(Room(package, tuple(names), **options))

@@ -1,4 +1,4 @@
-"""Spherical interpolation between noises: its midpoint has the length of its ends, that of a straight line does not."""
+"""Spherical interpolation between noises. Unlike linear interpolation, it preserves their norm."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _PARALLEL = 0.9995
 
 
 def slerp(a: Tensor, b: Tensor, eta: float | Tensor) -> Tensor:
-    """The point at share `eta` of the arc from a to b.
+    """Spherical interpolation: the point at the fraction `eta` of the arc from a to b.
 
     Args:
-        a, b: (B, ...) noises; each row is one vector. Nearly parallel rows are interpolated in a straight line.
-        eta: a share in [0, 1], or (B,) of them.
+        a, b: (B, ...) noises; each row is one vector. Nearly parallel rows are interpolated linearly.
+        eta: a fraction in [0, 1], or one per row, (B,).
 
     Returns:
-        (B, ...) in a's dtype; computed in float64, and exactly a at 0 and b at 1.
+        (B, ...) in a's dtype. Computed in float64; exactly a at 0 and exactly b at 1.
 
     Raises:
-        ValueError: shapes that differ, a share outside [0, 1], or a row of zeros.
+        ValueError: different shapes, a fraction outside [0, 1], or a row of zeros.
     """
     share = torch.as_tensor(eta, dtype=torch.float64, device=a.device)
     if a.shape != b.shape or a.ndim < 2 or share.ndim > 1 or (share.ndim == 1 and len(share) != len(a)):
         raise ValueError(
-            f"Expected two batches of one shape and one share or one a row, got {tuple(a.shape)},"
+            f"Expected two batches of one shape and one eta or one per row, got {tuple(a.shape)},"
             f" {tuple(b.shape)} and {tuple(share.shape)}."
         )
     if not ((share >= 0) & (share <= 1)).all():
@@ -46,14 +46,14 @@ def slerp(a: Tensor, b: Tensor, eta: float | Tensor) -> Tensor:
 
 
 def noise_path(ends: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-    """Noises at equal steps of the arc between two, and their shares.
+    """Noises at equal steps along the arc between two noises, and their fractions of the arc.
 
     Args:
-        ends: (2, ...) the first and the last noise.
-        num_frames: noises, 2 or more, both ends included.
+        ends: (2, ...), the first and the last noise.
+        num_frames: number of noises including both ends, 2 or more.
 
     Returns:
-        (num_frames, ...) and (num_frames,) float64 from 0 to 1.
+        (num_frames, ...) noises, and (num_frames,) float64 fractions from 0 to 1.
     """
     shares = torch.linspace(0, 1, num_frames, dtype=torch.float64, device=ends.device)
     first, last = (end[None].expand(num_frames, *end.shape) for end in ends)

@@ -1,4 +1,4 @@
-"""One pipeline object: hooks on its methods, and what it does within one call, without a word about its class."""
+"""Tools for one pipeline object of any class: method hooks, temporary settings, and values read from a call."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from .families import noise_scale
 
-# --- hooks, which several plug-ins may add and remove in any order ---
+# --- hooks; several plug-ins may add and remove them in any order ---
 
 Hook = Callable[[dict[str, Any], Any], Any]
 
 
 class HookHandle:
-    """`remove()` takes one hook off again; with the last one the pipeline has its own method back."""
+    """Removes one hook. When the last hook is removed, the pipeline has its own method back."""
 
     def __init__(self, pipe: Any, name: str, hook: Hook) -> None:
         self._pipe, self._name, self._hook = pipe, name, hook
 
     def remove(self) -> None:
-        """Takes the hook off."""
+        """Removes the hook."""
         hooks = self._pipe.__dict__[self._name].hooks
         hooks.remove(self._hook)
         if not hooks:
@@ -35,13 +35,13 @@ class HookHandle:
 
 
 def add_hook(pipe: Any, name: str, hook: Hook) -> HookHandle:
-    """Calls `hook(arguments, result)` after each `pipe.<name>(...)`, on this one pipeline object.
+    """Calls `hook(arguments, result)` after each `pipe.<name>(...)`, on this pipeline object only.
 
     Args:
         pipe: any object with that method.
-        name: of the method.
-        hook: given the call's arguments by name and its result, returns the result to use instead. Hooks run in
-            the order in which they were added.
+        name: name of the method.
+        hook: takes the arguments of the call by name and its result, and returns the result to use instead.
+            Hooks run in the order in which they were added.
 
     Raises:
         AttributeError: the pipeline has no such method.
@@ -70,12 +70,12 @@ def _hooked(original: Callable[..., Any], own: Any) -> Any:
     return wrapper
 
 
-# --- for the time of a block ---
+# --- temporary settings ---
 
 
 @contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own progress bar off."""
+    """Turns off the pipeline's progress bar within the block."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -86,7 +86,7 @@ def quiet(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def scheduler_of(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """`scheduler` in the place of the pipeline's own."""
+    """Replaces the pipeline's scheduler with `scheduler` within the block."""
     original, pipe.scheduler = pipe.scheduler, scheduler
     try:
         yield
@@ -98,12 +98,12 @@ def scheduler_of(pipe: Any, scheduler: Any) -> Iterator[None]:
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The pipeline's `unet` or `transformer`; None where it has neither."""
+    """The pipeline's `unet` or `transformer`; None if it has neither."""
     parts = (getattr(pipe, name, None) for name in ("unet", "transformer"))
     return next((part for part in parts if isinstance(part, nn.Module)), None)
 
 
-# --- a call whose signature is a base class's with one more argument ---
+# --- an additional argument for the call of a pipeline class ---
 
 
 def adds_argument(
@@ -111,11 +111,11 @@ def adds_argument(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a `__call__` the signature and docstring of `base`'s, plus the keyword argument `name`.
 
-    diffusers and this package read a pipeline's abilities off `inspect.signature(pipe.__call__)`.
+    diffusers and this package inspect the signature of `pipe.__call__` to find out what a pipeline supports.
 
     Args:
         base: the pipeline class that is extended.
-        name, default: of the new argument.
+        name, default: name and default value of the new argument.
         doc: its line in the docstring.
     """
     original: Any = base.__call__
@@ -127,7 +127,7 @@ def adds_argument(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default)
         )
         *named, rest = signature.parameters.values()
-        # A call that takes no further keyword arguments ends with an ordinary one.
+        # Without **kwargs, the last parameter is an ordinary one that the new one follows.
         ordered = [*named, extra, rest] if rest.kind is rest.VAR_KEYWORD else [*named, rest, extra]
         wrapper.__dict__["__signature__"] = signature.replace(parameters=ordered)
         wrapper.__doc__ = f"{original.__doc__}\n\n        {doc}\n"
@@ -137,20 +137,24 @@ def adds_argument(
 
 
 def named_arguments(base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `base` by name; a wrong call is left for `base` to refuse."""
+    """The arguments of a call of `base` by name. They are not checked: `base` raises the errors."""
     names = list(inspect.signature(base.__call__).parameters)[1:]
     return {**dict(zip(names, args)), **kwargs}
 
 
-# --- one call, read ---
+# --- values read from one call ---
 
 
 class _Stop(Exception):
-    """Ends a call of the pipeline once what it was made for is known."""
+    """Ends a call of the pipeline when the wanted value has been read."""
 
 
 def initial_noise(pipe: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """The noise that `pipe(**call)` would start from, with unit variance, and the arguments that it was drawn by."""
+    """The unit-variance noise that `pipe(**call)` would start from, and the arguments of `prepare_latents`.
+
+    Raises:
+        RuntimeError: the pipeline does not call `prepare_latents`.
+    """
     found: list[tuple[Tensor, dict[str, Any]]] = []
 
     def stop(given: dict[str, Any], prepared: Any) -> Any:
@@ -165,11 +169,15 @@ def initial_noise(pipe: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, An
         return found[0]
     finally:
         handle.remove()
-    raise RuntimeError(f"{type(pipe).__name__} has generated images without calling prepare_latents.")
+    raise RuntimeError(f"{type(pipe).__name__} did not call prepare_latents.")
 
 
 def model_output(pipe: Any, latents: Tensor, call: dict[str, Any]) -> Tensor:
-    """The output of the pipeline's denoiser for `latents` at the first timestep of a call, guidance done, float32."""
+    """The denoiser's guided output for `latents` at the first timestep of a call, float32.
+
+    Raises:
+        RuntimeError: the pipeline does not call its scheduler's `step`.
+    """
     found: list[Tensor] = []
 
     def read(given: dict[str, Any], result: Any) -> Any:
@@ -184,12 +192,12 @@ def model_output(pipe: Any, latents: Tensor, call: dict[str, Any]) -> Tensor:
         return found[0]
     finally:
         handle.remove()
-    raise RuntimeError(f"{type(pipe).__name__} has not called its scheduler's step.")
+    raise RuntimeError(f"{type(pipe).__name__} did not call its scheduler's step.")
 
 
 # --- prompts ---
 
-# What a call takes for each part of what encode_prompt returns, by their number.
+# Call arguments for the values that encode_prompt returns, by the number of values.
 _ENCODED = {
     2: ("prompt_embeds", "negative_prompt_embeds"),
     3: ("prompt_embeds", "pooled_prompt_embeds"),
@@ -204,32 +212,36 @@ _ENCODED = {
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True) -> dict[str, Tensor]:
-    """Prompts as keyword arguments of the pipeline's call, a row each.
+    """Encodes prompts to keyword arguments of the pipeline's call, with one row per prompt.
 
     Args:
-        pipe: SD, SDXL, SD3, Flux or a pipeline whose `encode_prompt` returns the same parts.
+        pipe: SD, SDXL, SD3, Flux or a pipeline whose `encode_prompt` returns the same values.
         prompts: texts.
-        guidance: encode the empty negative prompt too, which calls with guidance need.
+        guidance: also encode the empty negative prompt, which calls with guidance need.
 
     Raises:
-        ValueError: the pipeline has no `encode_prompt`, or it returns other parts.
+        ValueError: the pipeline has no `encode_prompt`, or it returns other values.
     """
     encoded = _encode(pipe, prompts, guidance)
     if not isinstance(encoded, tuple | list) or len(encoded) not in _ENCODED:
-        raise ValueError(f"{type(pipe).__name__}.encode_prompt returns a layout that is not known here.")
+        raise ValueError(f"{type(pipe).__name__}.encode_prompt returns values in an unknown layout.")
     return {name: value for name, value in zip(_ENCODED[len(encoded)], encoded) if value is not None}
 
 
 @torch.no_grad()
 def prompt_embeddings(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """(n, tokens, width): the first part of what any pipeline's `encode_prompt` returns for prompts, unguided."""
+    """Prompt embeddings (n, tokens, width) without guidance: the first value that `encode_prompt` returns.
+
+    Raises:
+        ValueError: the pipeline has no `encode_prompt`.
+    """
     encoded = _encode(pipe, prompts, guidance=False)
     return encoded[0] if isinstance(encoded, tuple | list) else encoded
 
 
 def _encode(pipe: Any, prompts: Sequence[str], guidance: bool) -> Any:
     if not hasattr(pipe, "encode_prompt"):
-        raise ValueError(f"{type(pipe).__name__} has no encode_prompt, so its prompts have no embeddings.")
+        raise ValueError(f"{type(pipe).__name__} has no encode_prompt, so its prompts cannot be encoded.")
     given: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "device": pipe._execution_device}
     given |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": guidance}
     names = inspect.signature(pipe.encode_prompt).parameters
@@ -238,12 +250,12 @@ def _encode(pipe: Any, prompts: Sequence[str], guidance: bool) -> Any:
 
 
 def prompt_per_row(prompt: str | Sequence[str], latents: Tensor) -> list[str]:
-    """A prompt for every row of `latents`.
+    """One prompt for each row of `latents`.
 
     Raises:
-        ValueError: neither one prompt nor as many as rows.
+        ValueError: the number of prompts is neither 1 nor the number of rows.
     """
     prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(latents):
-        raise ValueError(f"{len(latents)} latents need one prompt or as many; got {len(prompts)}.")
+        raise ValueError(f"{len(latents)} latents need 1 or {len(latents)} prompts, got {len(prompts)}.")
     return prompts

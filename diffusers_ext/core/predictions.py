@@ -1,8 +1,8 @@
-"""Noise levels, what a denoiser's output says about the clean sample and the noise, and the loss it is trained with.
+"""Noise levels, conversions of a denoiser's output, and the training loss.
 
-A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε: (1, σ) for variance-exploding states, (√ᾱ, √(1−ᾱ)) for
-variance-preserving ones, (1−t, t) for flow matching. The functions take a and s as floats, or as tensors that
-broadcast with the samples.
+A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε: (1, σ) for variance-exploding states, (√ᾱ, √(1−ᾱ))
+for variance-preserving ones, (1−t, t) for flow matching. The functions take a and s as floats, or as tensors
+that broadcast with the samples.
 """
 
 from __future__ import annotations
@@ -24,12 +24,20 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 def ve_level(sigma: float | Tensor) -> Level:
-    """(1, σ): variance-exploding states x = x₀ + σε, as Euler and Heun keep them. σ ≥ 0."""
+    """(1, σ): variance-exploding states x = x₀ + σε, as in Euler and Heun.
+
+    Raises:
+        ValueError: a negative or infinite σ.
+    """
     return check_level((1.0, float(sigma)), "ve_level")
 
 
 def vp_level(alpha_bar: float | Tensor) -> Level:
-    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as DDIM and DPM++ keep them. ᾱ lies in [0, 1]."""
+    """(√ᾱ, √(1−ᾱ)): variance-preserving states, as in DDIM and DPM++.
+
+    Raises:
+        ValueError: ᾱ outside [0, 1].
+    """
     alpha_bar = float(alpha_bar)
     if not 0.0 <= alpha_bar <= 1.0:
         raise ValueError(f"vp_level: alpha_bar must lie in [0, 1], got {alpha_bar}.")
@@ -37,7 +45,11 @@ def vp_level(alpha_bar: float | Tensor) -> Level:
 
 
 def flow_level(t: float | Tensor) -> Level:
-    """(1−t, t): flow-matching states, t = 1 pure noise and t = 0 data. t in [0, 1]."""
+    """(1−t, t): flow-matching states, where t = 1 is pure noise and t = 0 is data.
+
+    Raises:
+        ValueError: t outside [0, 1].
+    """
     t = float(t)
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"flow_level: t must lie in [0, 1], got {t}.")
@@ -45,7 +57,11 @@ def flow_level(t: float | Tensor) -> Level:
 
 
 def check_level(level: Sequence[float], name: str = "level") -> Level:
-    """`level` as two floats; ValueError unless both are finite, neither is negative and one is positive."""
+    """Returns `level` as two floats; `name` is its name in error messages.
+
+    Raises:
+        ValueError: not a pair of finite numbers, a negative number, or two zeros.
+    """
     if len(level) != 2:
         raise ValueError(f"{name} must be a pair (a, s), got {level!r}.")
     a, s = float(level[0]), float(level[1])
@@ -57,7 +73,7 @@ def check_level(level: Sequence[float], name: str = "level") -> Level:
 
 
 def noise_to_signal(level: Level) -> float:
-    """σ in variance-exploding units, s/a; infinite where no signal is left (zero-SNR ᾱ, flow t = 1)."""
+    """The noise-to-signal ratio s/a, which is σ in variance-exploding units; infinite at a = 0 (zero SNR)."""
     a, s = level
     return s / a if a > 0 else math.inf
 
@@ -69,11 +85,14 @@ def clean_prediction(output: Tensor, sample: Tensor, a: Any, s: Any, prediction_
     """The clean sample x₀ that a denoiser's output implies.
 
     Args:
-        output: (B, ...), what the denoiser predicts.
-        sample: (B, ...), the noisy state a·x₀ + s·ε it was given, in the scheduler's scaling.
+        output: (B, ...), the output of the denoiser.
+        sample: (B, ...), its input, the noisy state a·x₀ + s·ε in the scheduler's scaling.
         a, s: the level of `sample`: floats, or tensors that broadcast with it.
         prediction_type: one of `PREDICTION_TYPES`. A velocity is that of the unit-variance state x/√(a² + s²)
-            (Salimans and Ho, arXiv:2202.00512), a flow prediction is ε − x₀ at a + s = 1.
+            (Salimans and Ho, arXiv:2202.00512). A flow prediction is ε − x₀, at a + s = 1.
+
+    Returns:
+        (B, ...).
 
     Raises:
         ValueError: an unknown `prediction_type`.
@@ -114,10 +133,10 @@ def _unknown(prediction_type: Any) -> ValueError:
 
 
 def training_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a denoiser should predict at `timesteps` (B,): the noise, the clean sample or the velocity.
+    """The training target of a denoiser at `timesteps` (B,): the noise, the clean sample or the velocity.
 
     Args:
-        scheduler: a `DDPMScheduler` or `DDIMScheduler`; its `prediction_type` decides.
+        scheduler: a `DDPMScheduler` or `DDIMScheduler`. Its `prediction_type` selects the target.
         clean, noise: (B, ...).
 
     Raises:
@@ -136,8 +155,8 @@ def training_target(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Ten
 def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     """(B,) weights of the squared errors at `timesteps`: min(SNR, γ), converted to the prediction's units.
 
-    Hang et al. 2023, arXiv:2303.09556. min(SNR, γ) weights the error of the clean sample. The error of the noise is
-    SNR times as large and that of the velocity SNR + 1 times.
+    Hang et al. 2023, arXiv:2303.09556. min(SNR, γ) weights the error of the clean sample. The error of the
+    noise is SNR times as large, and that of the velocity SNR + 1 times.
     """
     snr = compute_snr(scheduler, timesteps)
     units = {"epsilon": snr, "v_prediction": snr + 1}.get(scheduler.config.prediction_type, 1)
@@ -145,7 +164,7 @@ def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
 
 
 def weighted_mse(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean over rows of `weights` (B,) times the row's mean squared error; in float32 at least."""
+    """Mean over rows of `weights` (B,) times the row's mean squared error, in float32 or float64."""
     precise = torch.promote_types(output.dtype, torch.float32)  # squares of half-precision numbers overflow
     rows = (output.to(precise) - target.to(precise)).square().flatten(1).mean(1)
     return (rows if weights is None else weights * rows).mean()

@@ -1,6 +1,7 @@
-"""What is read off a diffusers scheduler: the noise levels of its grid, its x₀-prediction, its counterparts.
+"""Properties of a diffusers scheduler: the noise levels of its grid, its x₀-prediction and its counterparts.
 
-An *outer step* is one interval of the grid; second-order schedulers spend two model calls on it (`order == 2`).
+An *outer step* is one interval of the grid. Second-order schedulers (`order == 2`) make two model calls per
+outer step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from .predictions import Level, clean_prediction
 
-# ᾱ looked up by timestep · a multistep VP solver's own σ → (α, σ) · VE latents · EDM preconditioning · flow
+# alphas: ᾱ looked up by timestep; solver: VP latents with the solver's own σ → (α, σ); ve: VE latents;
+# edm: VE latents with EDM preconditioning; flow: flow matching
 _SCALINGS = {
     "DDIMScheduler": "alphas",
     "DDPMScheduler": "alphas",
@@ -39,7 +41,7 @@ _SCALINGS = {
 
 SUPPORTED = tuple(_SCALINGS)
 
-# A noisy solver has no reference trajectory; its deterministic counterpart has, on the same grid.
+# A stochastic solver has no reference trajectory, unlike its deterministic counterpart on the same grid.
 _DETERMINISTIC = {
     "DDPMScheduler": "DDIMScheduler",
     "EulerAncestralDiscreteScheduler": "EulerDiscreteScheduler",
@@ -53,10 +55,10 @@ _DETERMINISTIC = {
 def scaling(scheduler: Any) -> str:
     """The latent scaling of `scheduler`: "alphas", "solver", "ve", "edm" or "flow".
 
-    The class must match exactly: a subclass may change the grid or the scaling.
+    The class must match exactly, because a subclass may change the grid or the scaling.
 
     Raises:
-        ValueError: a class whose noise levels are not known here, or a grid that runs from data to noise.
+        ValueError: a class whose noise levels are not known, or a grid that runs from data to noise.
     """
     name = type(scheduler).__name__
     if name not in _SCALINGS or type(scheduler) is not getattr(diffusers, name):
@@ -79,7 +81,7 @@ def scheduler_class(name: str) -> Any:
 
 
 def is_pndm(scheduler: Any) -> bool:
-    """Whether `scheduler` keeps its own call counter instead of a step index."""
+    """Whether `scheduler` is PNDM, which counts its calls instead of keeping a step index."""
     return type(scheduler) is diffusers.PNDMScheduler
 
 
@@ -94,7 +96,7 @@ def grid_levels(scheduler: Any) -> list[Level]:
     count = (len(scheduler.timesteps) + scheduler.order - 1) // scheduler.order
     sigmas = [scheduler.sigmas[i * scheduler.order] for i in range(count)]
     if kind == "solver":
-        # VP latents even on a Karras grid; (1−σ, σ) when `use_flow_sigmas` is set: the solver itself knows.
+        # VP latents, also on a Karras grid, or (1−σ, σ) with `use_flow_sigmas`: the solver converts them itself.
         pairs = [scheduler._sigma_to_alpha_sigma_t(sigma) for sigma in sigmas]
         return [(float(a), float(s)) for a, s in pairs]
     if kind == "flow":
@@ -103,7 +105,7 @@ def grid_levels(scheduler: Any) -> list[Level]:
 
 
 def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, s) of timesteps (B,) of a scheduler with ᾱ, float32, shaped to multiply `like` (B, ...)."""
+    """(a, s) at `timesteps` (B,) of a scheduler with `alphas_cumprod`, float32, shaped to multiply `like`."""
     cumulative = scheduler.alphas_cumprod.to(like.device, torch.float32)[timesteps]
     cumulative = cumulative.reshape(-1, *[1] * (like.ndim - 1))
     return cumulative.sqrt(), (1 - cumulative).sqrt()
@@ -113,7 +115,7 @@ def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, 
 
 
 def prediction_type(scheduler: Any) -> str | None:
-    """What a denoiser with this scheduler predicts, as in `PREDICTION_TYPES`; None where the config does not say."""
+    """What a denoiser with this scheduler predicts, as in `PREDICTION_TYPES`; None if unknown."""
     if "FlowMatch" in type(scheduler).__name__:
         return "flow_prediction"
     kind = scheduler.config.get("prediction_type")
@@ -121,12 +123,12 @@ def prediction_type(scheduler: Any) -> str | None:
 
 
 def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
-    """The scheduler's own x₀-prediction at `level`, in float32, clipped as its config asks.
+    """The scheduler's x₀-prediction at `level`, in float32, clipped or thresholded as its config says.
 
     Args:
         scheduler: a supported scheduler; its `prediction_type` says what the model predicts.
         model_output: (B, C, ...), after guidance; a learned variance in the second half of C is dropped.
-        sample: (B, C, ...), the latents the model was shown, in the scheduler's scaling (unscaled input).
+        sample: (B, C, ...), the noisy latents in the scheduler's scaling, before `scale_model_input`.
         level: (a, s) of `sample`.
     """
     kind, config, (a, s) = scaling(scheduler), scheduler.config, level
@@ -148,7 +150,7 @@ def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, l
 
 
 def same_grid_deterministic(scheduler: Any) -> Any:
-    """The deterministic solver on the same grid where `scheduler` adds noise at every step, else `scheduler` itself."""
+    """The deterministic solver on the same grid if `scheduler` is stochastic, else `scheduler` itself."""
     name = _DETERMINISTIC.get(type(scheduler).__name__)
     return getattr(diffusers, name).from_config(scheduler.config) if name else scheduler
 
@@ -156,14 +158,14 @@ def same_grid_deterministic(scheduler: Any) -> Any:
 def first_order_scheduler(scheduler: Any) -> Any:
     """The deterministic first-order solver with the noise schedule of `scheduler`: DDIM, or Euler for a flow.
 
-    Clipping is off, so that its steps can be inverted. Inversion, editing and re-denoising sample with it.
+    Clipping is off, so that its steps can be inverted. Inversion, editing and re-denoising use this solver.
 
     Raises:
-        ValueError: neither a noise schedule like Stable Diffusion's nor a flow.
+        ValueError: the scheduler has no `alphas_cumprod` and is not a flow.
     """
     config = scheduler.config
     if prediction_type(scheduler) == "flow_prediction":
-        # Solvers of other families that run on a flow's levels call its shift so.
+        # Solvers of other families name the shift of flow sigmas `flow_shift`.
         shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}
         return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False, **shift)
     if getattr(scheduler, "alphas_cumprod", None) is None:
@@ -175,7 +177,7 @@ def first_order_scheduler(scheduler: Any) -> Any:
 
 
 def inverse_scheduler(scheduler: Any) -> Any:
-    """The scheduler whose steps lead from the image back to the noise, through the levels of `first_order_scheduler`.
+    """The scheduler that steps from the image back to the noise, on the levels of `first_order_scheduler`.
 
     Raises:
         ValueError: see `first_order_scheduler`.
@@ -189,13 +191,13 @@ def inverse_scheduler(scheduler: Any) -> Any:
 class FlowMatchEulerInverseScheduler(FlowMatchEulerDiscreteScheduler):
     """The Euler steps of `FlowMatchEulerDiscreteScheduler` in reverse, from the image to the noise.
 
-    Every step takes the model's prediction at the level that it goes to, as `DDIMInverseScheduler` does, so that the
-    model is called at the same levels in both directions.
+    Every step uses the model's prediction at the level that it goes to, as in `DDIMInverseScheduler`. The
+    model is therefore called at the same levels in both directions.
     """
 
-    # Pipelines read off the signature which arguments they may give.
+    # Pipelines inspect this signature to decide which arguments to pass.
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """As the base class's, from the lowest level up."""
+        """Same as in the base class, but from the lowest level up."""
         super().set_timesteps(*args, **kwargs)
         self.sigmas, self.timesteps = self.sigmas.flip(0), self.timesteps.flip(0)

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, digests, and folders that remember what made them.
+"""Atomic file writes, digests, and folders that record how their content was made.
 
-A killed run never leaves half a file under its final name, and what was made by something else is never taken for
-one's own: a folder keeps one *recipe*, everything that its content depends on.
+An interrupted run leaves no incomplete file under a final name. A folder stores a *recipe*, everything that
+its content depends on, so content that was made with other settings is not reused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# --- whole files ---
+# --- atomic writes ---
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which gets the name `path` once the block has ended well, and is gone if it has not.
+    """Yields a temporary path, which is renamed to `path` if the block succeeds and deleted if it fails.
 
-    Several processes may write the same file: each has a neighbour of its own, the last one's stays.
+    Several processes may write the same file. Each has a temporary path of its own, and the last one to
+    finish replaces the others.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -39,7 +40,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes `content` as JSON, whole or not at all; the folder is made if need be."""
+    """Writes `content` as JSON, atomically; creates the folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
@@ -48,7 +49,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which gets the name `folder` only once everything is in it."""
+    """Yields a new temporary folder, which replaces `folder` if the block succeeds."""
     partial = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -61,7 +62,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def digest(content: bytes | str | Any) -> str:
-    """Sixteen hexadecimal digits of SHA-256: of bytes, of a text, or of anything else as JSON with sorted keys."""
+    """The first 16 hexadecimal digits of SHA-256.
+
+    Args:
+        content: bytes, a text, or any other value, which is serialised as JSON with sorted keys.
+    """
     if not isinstance(content, bytes):
         text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=repr)
         content = text.encode()
@@ -69,7 +74,7 @@ def digest(content: bytes | str | Any) -> str:
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """`digest` of the names, shapes and values of all weights and buffers, in float32."""
+    """`digest` of the names, shapes and values of all parameters and buffers, in float32."""
     found = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
@@ -82,18 +87,18 @@ def weights_digest(*modules: nn.Module) -> str:
 
 
 def check_recipe(path: str | Path, recipe: Mapping[str, Any], advice: str) -> bool:
-    """Compares a recipe file with what would make the same content now.
+    """Compares the recipe in a file with the current one.
 
     Args:
-        path: of the JSON file.
-        recipe: JSON-serialisable.
-        advice: the end of the error message: what to do.
+        path: the JSON file.
+        recipe: the current recipe, JSON-serialisable.
+        advice: the end of the error message, which says what to do.
 
     Returns:
-        Whether the file is there.
+        Whether the file exists.
 
     Raises:
-        ValueError: it is not whole, or it says otherwise; the message names what differs.
+        ValueError: the file is corrupted, or its recipe differs; the message names the differences.
     """
     path, wanted = Path(path), json.loads(json.dumps(recipe))
     if not path.is_file():
@@ -101,23 +106,23 @@ def check_recipe(path: str | Path, recipe: Mapping[str, Any], advice: str) -> bo
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not whole ({error}): {advice}.") from error
+        raise ValueError(f"{path} is corrupted ({error}): {advice}.") from error
     differ = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
     if differ:
         shown = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differ)
-        raise ValueError(f"The content of {path.parent} was made otherwise ({shown}): {advice}.")
+        raise ValueError(f"The content of {path.parent} was made with other settings ({shown}): {advice}.")
     return True
 
 
 class ShardStore:
-    """A folder of safetensors shards with one recipe; a killed collection goes on where it stopped.
+    """A folder of safetensors shards with one recipe. An interrupted collection can be resumed.
 
     Args:
-        folder: created if need be.
-        recipe: what the shards depend on, JSON-serialisable.
+        folder: created if needed.
+        recipe: everything that the shards depend on, JSON-serialisable.
 
     Raises:
-        ValueError: the folder's shards were made by another recipe; the message names what differs.
+        ValueError: the shards in the folder were made with another recipe; the message names the differences.
     """
 
     RECIPE = "recipe.json"
@@ -132,52 +137,52 @@ class ShardStore:
         """The recipe of a folder of shards.
 
         Raises:
-            ValueError: there is none, or it is not whole.
+            ValueError: the recipe is missing or corrupted.
         """
         path = Path(folder) / cls.RECIPE
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{folder} holds no shards: {path.name} is missing or not whole ({error})."
+                f"{folder} holds no shards: {path.name} is missing or corrupted ({error})."
             ) from error
 
     @staticmethod
     def paths(folder: str | Path) -> list[Path]:
-        """The whole shards of a folder in order."""
+        """The complete shards of a folder, in order."""
         return sorted(Path(folder).glob("shard-*.safetensors"))
 
     def path(self, number: int) -> Path:
-        """Where shard `number` is, or will be."""
+        """The path of shard `number`, whether or not it exists."""
         return self.folder / f"shard-{number:06d}.safetensors"
 
     def write(
         self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Writes a shard, whole or not at all."""
+        """Writes a shard, atomically."""
         write_tensors(self.path(number), tensors, metadata)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes a safetensors file, atomically."""
     content = {name: value.contiguous() for name, value in tensors.items()}
     with whole_file(path) as partial:
         save_file(content, partial, dict(metadata or {}))
 
 
 def open_tensors(path: Path) -> Any:
-    """A safetensors file, as from `safe_open`.
+    """Opens a safetensors file with `safe_open`.
 
     Raises:
-        ValueError: it is missing or not whole.
+        ValueError: the file is missing or corrupted.
     """
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): delete it and make it again."
+            f"{path} is missing or corrupted ({error}): delete it and create it again."
         ) from error
 
 
@@ -185,14 +190,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        ValueError: it is missing or not whole.
+        ValueError: the file is missing or corrupted.
     """
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError where a tensor of a file holds NaN or infinite values."""
+    """Raises a ValueError if a tensor of the file contains NaN or infinite values."""
     bad = [
         name
         for name, value in tensors.items()
@@ -200,5 +205,5 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     ]
     if bad:
         raise ValueError(
-            f"{path} holds values that are not finite in {', '.join(bad)}: delete it and make it again."
+            f"{path} contains values that are not finite in {', '.join(bad)}: delete it and create it again."
         )

@@ -1,6 +1,6 @@
-"""Golden noise: a small network (NPNet) turns random noise into noise that suits the prompt.
+"""Golden noise: a small network (NPNet) maps random noise to noise that matches the prompt better.
 
-Zhou et al., *Golden Noise for Diffusion Models: A Learning Framework*, arXiv:2411.09502. On and off:
+Zhou et al., *Golden Noise for Diffusion Models: A Learning Framework*, arXiv:2411.09502. Entry points:
 `apply_golden_noise`, `remove_golden_noise`.
 """
 

@@ -1,7 +1,8 @@
-"""Golden noise on a whole pipeline: `apply_golden_noise`, `remove_golden_noise` and `golden_latents`.
+"""Golden noise for a whole pipeline: `apply_golden_noise`, `remove_golden_noise` and `golden_latents`.
 
-A pipeline encodes its prompt and draws its noise in two methods that nearly all of diffusers' pipelines have,
-`encode_prompt` and `prepare_latents`. What the first returns conditions what the second returns.
+A pipeline encodes its prompt and draws its noise in two methods that nearly all diffusers pipelines have,
+`encode_prompt` and `prepare_latents`. Golden noise uses the result of the first to change the result of the
+second.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ _ON: WeakKeyDictionary[Any, GoldenNoise] = WeakKeyDictionary()
 
 
 class GoldenNoise:
-    """What happens to the noise of one pipeline; the pipeline's three methods call the three of this.
+    """The golden noise of one pipeline. Three methods of the pipeline call `start`, `remember` and `replace`.
 
     Args:
         npnet: the network.
-        strength: 0 for the random noise, 1 for the network's, between and beyond in a straight line.
+        strength: 0 for random noise, 1 for golden noise; other values interpolate or extrapolate linearly.
     """
 
     def __init__(self, npnet: NPNetModel, strength: float = 1.0) -> None:
@@ -34,26 +35,31 @@ class GoldenNoise:
         self.handles: list[HookHandle] = []
 
     def start(self) -> None:
-        """A call of the pipeline begins: what an interrupted one has left is void."""
+        """Called at the start of a pipeline call; clears the state of an interrupted one."""
         self._prompt_embeds = None
 
     def remember(self, encoded: Any) -> None:
-        """Keeps the embeddings of the prompt, the first that a call encodes; Flux encodes the negative one after."""
+        """Stores the first embeddings that a call encodes, the prompt's; Flux encodes the negative prompt
+        after.
+        """
         if self._prompt_embeds is None:
             self._prompt_embeds = encoded[0] if isinstance(encoded, tuple | list) else encoded
 
     def replace(self, pipe: Any, given: dict[str, Any], prepared: Any) -> Any:
         """`prepared`, the result of `prepare_latents(**given)`, with golden noise in place of random noise.
 
-        Latents that the caller has passed are left as they are.
+        Latents that the caller has passed are used as they are.
+
+        Raises:
+            ValueError: the pipeline draws its noise before it encodes the prompt, or see `mix`.
         """
         embeds, self._prompt_embeds = self._prompt_embeds, None
         if self.strength == 0 or given.get("latents") is not None:
             return prepared
         if embeds is None:
             raise ValueError(
-                f"{type(pipe).__name__} has drawn its noise before it encoded a prompt, so the noise cannot suit"
-                " it. Give it golden_latents(...) of a pipeline with the same text encoder as latents=."
+                f"{type(pipe).__name__} drew its noise before it encoded a prompt, so golden noise cannot use"
+                " the prompt. Pass latents=golden_latents(...) of a pipeline with the same text encoder."
             )
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
         golden = self._golden(pipe, latents, embeds, given)
@@ -73,25 +79,25 @@ class GoldenNoise:
 
 
 def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float = 1.0) -> Tensor:
-    """noise + strength · (golden − noise), for `NPNetModel`'s inputs.
+    """noise + strength · (golden − noise), with golden = `npnet(noise, prompt_embeds)`.
 
     Raises:
-        ValueError: the network refuses a shape, or has made something that is not finite of the noise.
+        ValueError: a shape that the network does not support, or an output that is not finite.
     """
     golden = npnet(noise, prompt_embeds)
     if not torch.isfinite(golden).all():
         raise ValueError(
-            "NPNet's noise holds values that are not finite: its weights are broken, or overflow in"
+            "The output of NPNet has values that are not finite: its weights are corrupted, or overflow in"
             f" {npnet.dtype}; load it with torch.float32."
         )
     return golden if strength == 1 else noise + strength * (golden - noise)
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Refuses pipelines whose latents are not pure noise that follows a prompt.
+    """Rejects pipelines that take no prompt or do not start from pure noise.
 
     Raises:
-        ValueError: no `encode_prompt` or `prepare_latents`, or one that starts from a picture.
+        ValueError: no `encode_prompt` or `prepare_latents`, or a pipeline that starts from an image.
     """
     missing = [name for name in ("encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
     if missing:
@@ -101,13 +107,13 @@ def check_pipeline(pipe: Any) -> None:
         )
     if "image" in inspect.signature(pipe.prepare_latents).parameters:
         raise ValueError(
-            f"{type(pipe).__name__} starts from a picture: its noise is mixed with it and starts at a lower level"
-            " than the one golden noise is made for. Use the text-to-image pipeline."
+            f"{type(pipe).__name__} starts from an image, which is mixed with the noise, and at a lower noise"
+            " level than golden noise is made for. Use the text-to-image pipeline."
         )
 
 
 def check_npnet(npnet: Any) -> None:
-    """ValueError unless `npnet` is an `NPNetModel`."""
+    """Raises a ValueError unless `npnet` is an `NPNetModel`."""
     if not isinstance(npnet, NPNetModel):
         raise ValueError(
             f"npnet must be an NPNetModel, got {type(npnet).__name__}: NPNetModel.from_pretrained(path) loads one,"
@@ -116,26 +122,26 @@ def check_npnet(npnet: Any) -> None:
 
 
 def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> Any:
-    """Makes `pipe` start from golden noise; for every text-to-image pipeline, packed latents (Flux) included.
+    """Makes `pipe` start from golden noise. Works with every text-to-image pipeline, including Flux.
 
-    The random noise is drawn as ever, so one seed gives a pair of pictures, without and with. `latents=` of a call
-    are used as they are given.
+    The random noise is drawn as before. The same seed without and with golden noise therefore gives a pair of
+    images. `latents=` of a call are used as they are.
 
     Args:
         pipe: a `DiffusionPipeline` that starts from pure noise.
         npnet: a network for the pipeline's latents and prompt embeddings.
-        strength: 0 for the random noise, 1 for the network's, between and beyond in a straight line.
+        strength: 0 for random noise, 1 for golden noise; other values interpolate or extrapolate linearly.
 
     Returns:
         `pipe` itself.
 
     Raises:
-        ValueError: golden noise is on this pipeline already, it is of a kind that cannot have it, or `npnet` is
-            no `NPNetModel`. Sizes that don't go together are refused by the pipeline's call.
+        ValueError: golden noise is on this pipeline already, the pipeline is not supported, or `npnet` is not
+            an `NPNetModel`. Sizes that do not match raise an error when the pipeline is called.
     """
     if pipe in _ON or getattr(pipe, "npnet", None) is not None:
         raise ValueError(
-            "Golden noise is on this pipeline already: the same noise cannot be made golden twice. Call"
+            "Golden noise is on this pipeline already: it cannot be applied twice. Call"
             " dx.remove_golden_noise(pipe) first, or set pipe.npnet = None where it is a component."
         )
     check_npnet(npnet)
@@ -145,7 +151,7 @@ def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> A
 
 
 def remove_golden_noise(pipe: Any) -> Any:
-    """Takes golden noise off again, without a trace; no-op where none is on. Returns `pipe`."""
+    """Removes golden noise and all its hooks; no-op if it is off. Returns `pipe`."""
     golden = _ON.pop(pipe, None)
     for handle in golden.handles if golden else ():
         handle.remove()
@@ -153,7 +159,7 @@ def remove_golden_noise(pipe: Any) -> Any:
 
 
 def golden_noise_of(pipe: Any) -> GoldenNoise | None:
-    """What `apply_golden_noise` has put on `pipe`."""
+    """The `GoldenNoise` that `apply_golden_noise` has added to `pipe`, or None."""
     return _ON.get(pipe)
 
 
@@ -169,7 +175,7 @@ def _hook(pipe: Any, golden: GoldenNoise) -> GoldenNoise:
     def replace(given: dict[str, Any], prepared: Any) -> Any:
         return golden.replace(pipe, given, prepared)
 
-    # Every pipeline checks its inputs first, and only once a call.
+    # Every pipeline checks its inputs first, and only once per call.
     begin = [add_hook(pipe, "check_inputs", start)] if hasattr(pipe, "check_inputs") else []
     golden.handles = [
         *begin,
@@ -182,26 +188,27 @@ def _hook(pipe: Any, golden: GoldenNoise) -> GoldenNoise:
 def golden_latents(
     pipe: Any, npnet: NPNetModel, prompt: Any = None, *, strength: float = 1.0, **call_kwargs: Any
 ) -> Tensor:
-    """Golden noise for any text-to-image pipeline, for its `latents=`.
+    """Golden noise for the `latents=` of any text-to-image pipeline.
 
         latents = golden_latents(pipe, npnet, prompt, generator=torch.Generator().manual_seed(0))
         image = pipe(prompt, latents=latents).images[0]
 
-    The noise is the one that `pipe(prompt, generator=...)` would draw, made golden.
+    It is computed from the random noise that `pipe(prompt, generator=...)` would draw.
 
     Args:
-        pipe: as for `apply_golden_noise`. It is left as it was.
+        pipe: see `apply_golden_noise`. It is not changed.
         npnet: the network.
         prompt: one or more texts; None with `prompt_embeds=`.
         strength: see `apply_golden_noise`.
-        call_kwargs: what the picture's call will be given: `generator`, `height`, `width`,
+        call_kwargs: the arguments of the call that generates the image: `generator`, `height`, `width`,
             `num_images_per_prompt`, `prompt_2`, `prompt_embeds`, ...
 
     Returns:
-        Latents of unit variance as the pipeline keeps them, (B, C, H, W) or packed (B, tokens, 4C).
+        Unit-variance latents in the pipeline's layout, (B, C, H, W) or packed (B, tokens, 4C).
 
     Raises:
-        ValueError: the pipeline cannot have golden noise, has it already, or its sizes are not the network's.
+        ValueError: the pipeline is not supported or has golden noise already, or its sizes do not match the
+            network.
     """
     if prompt is not None:
         call_kwargs["prompt"] = prompt
@@ -213,7 +220,7 @@ def golden_latents(
 
 
 def describe(pipe: Any) -> str | None:
-    """The line of `dx.summary` about golden noise on `pipe`; None where it is off."""
+    """The line of `dx.summary` about golden noise on `pipe`; None if it is off."""
     applied = golden_noise_of(pipe)
     npnet = applied.npnet if applied else getattr(pipe, "npnet", None)
     if npnet is None:

@@ -11,18 +11,20 @@ from ..core.commands import Push, one_line_errors, say
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the method's commands."""
-    convert = typer.Typer(no_args_is_help=True, help="Converts published weights to this package's layout.")
+    """Adds the commands of the method."""
+    convert = typer.Typer(no_args_is_help=True, help="Converts published weights to the format of this package.")
     convert.command("npnet")(one_line_errors(npnet))
     app.add_typer(convert, name="convert")
 
 
 def npnet(
-    checkpoint: Annotated[Path, typer.Argument(help="The released .pth, or its .safetensors port.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The released .pth file, or its .safetensors port.")],
+    output: Annotated[Path, typer.Argument(help="Output folder.")],
     svd_attention: Annotated[
         bool,
-        typer.Option(help="As the official inference code runs them; the SDXL weights were trained without."),
+        typer.Option(
+            help="Apply SVD attention, as the official inference code does. The SDXL weights were trained without it."
+        ),
     ] = True,
     push_to_hub: Push = None,
 ) -> None:

@@ -1,11 +1,11 @@
-"""Golden noise as blocks of Modular Diffusers, for SDXL.
+"""Golden noise as Modular Diffusers blocks, for SDXL.
 
     pipe = golden_noise_blocks().init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
     pipe.load_components()
     pipe.update_components(npnet=NPNetModel.from_pretrained("path/or/repo"))
     pipe(prompt="a red bag", output="images")[0]
 
-The method is Zhou et al., *Golden Noise for Diffusion Models*, arXiv:2411.09502.
+Method: Zhou et al., *Golden Noise for Diffusion Models*, arXiv:2411.09502.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _MODEL_NAME = "stable-diffusion-xl"
 
 
 class GivenLatentsStep(ModularPipelineBlocks):
-    """Right before `prepare_latents`: records for `GoldenNoiseStep` whether the caller has passed latents.
+    """Records for `GoldenNoiseStep` whether the caller has passed latents. Goes right before
+    `prepare_latents`.
 
-    `prepare_latents` writes its result over its input, so afterwards the two cases look alike.
+    `prepare_latents` overwrites its input, so the two cases look the same afterwards.
 
     Inputs:
         latents: (B, 4, H, W) or None.
@@ -47,11 +48,11 @@ class GivenLatentsStep(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return "Records whether `latents` were passed, which golden noise leaves as they are."
+        return "Records whether the caller has passed `latents`, which golden noise does not change."
 
     @property
     def inputs(self) -> list[InputParam]:
-        return [InputParam("latents", type_hint=Tensor, description="Noise of unit variance to start from.")]
+        return [InputParam("latents", type_hint=Tensor, description="Unit-variance noise to start from.")]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -65,28 +66,29 @@ class GivenLatentsStep(ModularPipelineBlocks):
 
 
 class GoldenNoiseStep(ModularPipelineBlocks):
-    """Right after `prepare_latents`: turns the noise golden, in float32, before the scheduler's scale.
+    """Replaces the random noise with golden noise, in float32. Goes right after `prepare_latents`.
 
-    Alone it cannot tell latents that the caller has passed from random ones (see `GivenLatentsStep`) and makes both
-    golden, unless the call says `latents_given=True` or `golden_strength=0.0`. With `golden_noise_blocks` it can.
+    On its own it cannot distinguish latents passed by the caller from random ones (see `GivenLatentsStep`)
+    and replaces both, unless the call passes `latents_given=True` or `golden_strength=0.0`.
+    `golden_noise_blocks` adds both steps.
 
     Components:
         npnet: an `NPNetModel` for the pipeline's latents and prompt embeddings.
-        scheduler: whose `init_noise_sigma` the latents have been multiplied by.
+        scheduler: its `init_noise_sigma` is the scale of the latents.
 
     Inputs:
-        golden_strength: 0 for the random noise, bit by bit, 1 for the network's, between and beyond in a
-            straight line.
-        latents_given: whether the latents are the caller's, which are left as they are.
+        golden_strength: 0 for exactly the random noise, 1 for golden noise; other values interpolate or
+            extrapolate linearly.
+        latents_given: whether the latents were passed by the caller. They are then not changed.
         latents: (B, 4, H, W), the output of `prepare_latents`; any floating dtype, which is kept.
-        prompt_embeds: (B, tokens, dim), a row for each picture: the output of the `input` block.
+        prompt_embeds: (B, tokens, dim), one row for each image: the output of the `input` block.
 
     Outputs:
         latents: of the same shape, dtype and device.
 
     Raises (when called):
-        ValueError: golden noise is on and the pipeline has no `npnet`, it is no `NPNetModel`, its sizes are not
-            the pipeline's, or its weights are broken.
+        ValueError: the pipeline has no `npnet`, it is not an `NPNetModel`, its sizes do not match the
+            pipeline, or its output is not finite. Nothing is checked if golden noise is off.
     """
 
     model_name = _MODEL_NAME
@@ -94,14 +96,14 @@ class GoldenNoiseStep(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return (
-            "Golden noise step (arXiv:2411.09502) that turns the random noise into noise that suits the prompt. It"
-            " goes right after prepare_latents of a text-to-image workflow."
+            "Golden noise step (arXiv:2411.09502) that maps the random noise to noise that matches the prompt better."
+            " It goes right after prepare_latents of a text-to-image workflow."
         )
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
         return [
-            ComponentSpec("npnet", NPNetModel, description="The network that makes the noise golden."),
+            ComponentSpec("npnet", NPNetModel, description="The network that predicts golden noise."),
             ComponentSpec("scheduler", EulerDiscreteScheduler),
         ]
 
@@ -112,14 +114,14 @@ class GoldenNoiseStep(ModularPipelineBlocks):
                 "golden_strength",
                 type_hint=float,
                 default=1.0,
-                description="0 starts from the random noise, 1 from the golden noise, between and beyond in a"
-                " straight line.",
+                description="0 starts from the random noise, 1 from the golden noise; other values interpolate or"
+                " extrapolate linearly.",
             ),
             InputParam(
                 "latents_given",
                 type_hint=bool,
                 default=False,
-                description="Whether the latents are the caller's, which are left as they are.",
+                description="Whether the latents were passed by the caller. They are then not changed.",
             ),
             InputParam(
                 "latents",
@@ -131,7 +133,7 @@ class GoldenNoiseStep(ModularPipelineBlocks):
                 "prompt_embeds",
                 type_hint=Tensor,
                 required=True,
-                description="Text embeddings, a row for each picture. Can be generated in input step.",
+                description="Text embeddings, one row for each image. Can be generated in input step.",
             ),
         ]
 
@@ -146,9 +148,9 @@ class GoldenNoiseStep(ModularPipelineBlocks):
             return components, state
         if components.npnet is None:
             raise ValueError(
-                "Golden noise needs the component npnet, which this pipeline does not have yet:"
-                ' pipe.update_components(npnet=NPNetModel.from_pretrained("path")), or call with'
-                " golden_strength=0.0 to go without."
+                "Golden noise needs the component npnet, which this pipeline does not have yet. Call"
+                ' pipe.update_components(npnet=NPNetModel.from_pretrained("path")), or pass'
+                " golden_strength=0.0 to turn golden noise off."
             )
         check_npnet(components.npnet)
         scale = float(components.scheduler.init_noise_sigma)
@@ -164,16 +166,16 @@ def golden_noise_blocks(workflow: str = "text2image") -> SequentialPipelineBlock
     """SDXL's blocks with golden noise.
 
     Args:
-        workflow: one of `StableDiffusionXLAutoBlocks` that ends in "text2image", such as
+        workflow: a workflow of `StableDiffusionXLAutoBlocks` that ends in "text2image", such as
             "controlnet_text2image".
 
     Returns:
         Blocks with `GivenLatentsStep` as "given_latents" before `prepare_latents` and `GoldenNoiseStep` as
-        "golden_noise" after it. `init_pipeline()` makes them a pipeline; saved pipelines need it as well
-        (`golden_noise_blocks().init_pipeline(path)`), since diffusers saves no list of blocks.
+        "golden_noise" after it. `init_pipeline()` makes a pipeline of them. Saved pipelines need it too
+        (`golden_noise_blocks().init_pipeline(path)`), because diffusers does not save the list of blocks.
 
     Raises:
-        ValueError: no such workflow, or one that starts from a picture, whose noise is mixed with it.
+        ValueError: an unknown workflow, or one that starts from an image.
     """
     blocks: dict[str, ModularPipelineBlocks] = {}
     found = False

@@ -1,4 +1,4 @@
-"""`NPNetModel`: a network that turns random noise into noise that suits the prompt.
+"""`NPNetModel`: a network that maps random noise to noise that matches the prompt better.
 
 Zhou et al., *Golden Noise for Diffusion Models: A Learning Framework*, arXiv:2411.09502.
 """
@@ -25,23 +25,23 @@ _FREQUENCIES = 4
 class NPNetModel(ModelMixin, ConfigMixin):
     """Noise (B, C, H, W) and prompt embeddings (B, tokens, text_dim) → golden noise (B, C, H, W).
 
-    The default is a small network of our own (`CompactNPNet`): any H and W, any prompt length up to `max_tokens`,
-    the identity before training. `legacy=True` is the released architecture, for the released weights only; see
-    `from_original`.
+    The default is a small network of our own (`CompactNPNet`). It takes any H and W and any prompt length up
+    to `max_tokens`, and is the identity before training. `legacy=True` is the released architecture, for the
+    released weights only; see `from_original`.
 
     Args:
         latent_channels: C; 4 with `legacy`.
         text_dim: width of the prompt embeddings: 768 for SD 1.5, 2048 for SDXL, 4096 for SD3 and Flux.
-        max_tokens: the longest prompt; with `legacy` the only length.
-        width: features of a patch, a multiple of 32; not used with `legacy`.
-        depth: number of blocks; not used with `legacy`.
-        legacy: the released architecture.
-        sample_size: with `legacy`, S of its only latent size S × S; else not used.
-        svd_attention: with `legacy`, whether the singular values go through attention: what the released
-            inference code does, though its SDXL weights were trained without.
+        max_tokens: the longest prompt; with `legacy` the only supported length.
+        width: features per patch, a multiple of 32; unused with `legacy`.
+        depth: number of blocks; unused with `legacy`.
+        legacy: use the released architecture.
+        sample_size: with `legacy`, S of the only supported latent size S × S; otherwise unused.
+        svd_attention: with `legacy`, whether the singular values go through attention. The released inference
+            code does this, although its SDXL weights were trained without it.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: invalid sizes.
     """
 
     @register_to_config
@@ -65,7 +65,7 @@ class NPNetModel(ModelMixin, ConfigMixin):
             if latent_channels != 4 or sample_size % 4:
                 raise ValueError(
                     f"legacy=True lays four channels out as one square for eight heads: {latent_channels} channels"
-                    f" of {sample_size} × {sample_size} do not allow it. Leave legacy out."
+                    f" of {sample_size} × {sample_size} do not allow it. Use legacy=False."
                 )
             self.released = ReleasedNPNet(latent_channels, text_dim, max_tokens, sample_size, svd_attention)
         else:
@@ -74,27 +74,27 @@ class NPNetModel(ModelMixin, ConfigMixin):
             self.compact = CompactNPNet(latent_channels, text_dim, max_tokens, width, depth)
 
     def forward(self, noise: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Golden noise.
+        """Computes golden noise.
 
         Args:
-            noise: (B, C, H, W), of unit variance: as `latents=` takes it, before the scheduler's
+            noise: (B, C, H, W), unit-variance noise as passed in `latents=`, before the scheduler's
                 `init_noise_sigma`.
             prompt_embeds: (B, tokens, text_dim), the positive prompts' embeddings, one row for each noise.
 
         Returns:
-            Like `noise` in shape, dtype and device.
+            Golden noise with the shape, dtype and device of `noise`.
 
         Raises:
-            ValueError: a shape that the network was not made for; the message names both.
+            ValueError: a shape that the network does not support; the message names both shapes.
         """
         self._check(noise, prompt_embeds)
-        # Offloading moves the inputs by itself; elsewhere the network may live on another device.
+        # Offloading moves the inputs itself; otherwise the network may be on another device.
         device = next(self.parameters()).device
         x, text = noise.to(device), prompt_embeds.to(device)
         if self.config.legacy:  # type: ignore[union-attr]
             golden = self.released(x, text)
         else:
-            # The sum in float32: a small residual would be lost to half precision's rounding.
+            # The sum is in float32, because half precision would round a small residual away.
             golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype)).float()
         return golden.to(noise)
 
@@ -108,8 +108,8 @@ class NPNetModel(ModelMixin, ConfigMixin):
         if config.legacy and noise.shape[2:] != size:
             raise ValueError(
                 f"The released NPNet works at {size[0]} × {size[1]} latents only, got"
-                f" {noise.shape[2]} × {noise.shape[3]}. Generate at that size, or train a network of our own"
-                " (training/train_npnet.py), which takes any."
+                f" {noise.shape[2]} × {noise.shape[3]}. Generate at that size, or train a compact network"
+                " (training/train_npnet.py), which takes any size."
             )
         if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(noise):
             raise ValueError(
@@ -119,8 +119,8 @@ class NPNetModel(ModelMixin, ConfigMixin):
         tokens, width = prompt_embeds.shape[1:]
         if width != config.text_dim:
             raise ValueError(
-                f"NPNet was made for prompt embeddings of width {config.text_dim}, got {width}: it belongs to"
-                " another model's text encoder."
+                f"NPNet was made for prompt embeddings of width {config.text_dim}, got {width}: it was"
+                " trained for another text encoder."
             )
         if tokens > config.max_tokens or (config.legacy and tokens != config.max_tokens):
             least = "" if config.legacy else "at most "
@@ -133,19 +133,19 @@ class NPNetModel(ModelMixin, ConfigMixin):
     def from_original(
         cls, path: str | os.PathLike[str], *, svd_attention: bool = True, sample_size: int = 128
     ) -> NPNetModel:
-        """Released weights: the official `.pth` file or the flat safetensors port of it.
+        """Loads released weights: the official `.pth` file or its flat safetensors port.
 
-        The network is in evaluation mode. The official script leaves it in training mode, where Swin drops paths at
-        random, so its golden noise is not the same twice.
+        The network is in evaluation mode. The official script leaves it in training mode, where Swin drops
+        paths at random, so its golden noise is not reproducible.
 
         Args:
             path: the file.
-            svd_attention: see the class. True gives what the official inference code gives; False what the
-                SDXL weights were trained as.
-            sample_size: latents' height and width that the weights are for.
+            svd_attention: see the class. True matches the official inference code, False the training of the
+                SDXL weights.
+            sample_size: latent height and width that the weights are for.
 
         Raises:
-            ValueError: not one of the two layouts, keys missing or unknown, or weights of other sizes.
+            ValueError: an unknown layout, missing or unknown keys, or weights of other sizes.
             OSError: no such file.
         """
         weights, sizes = read_original(path, svd_attention)
@@ -166,7 +166,7 @@ class NPNetModel(ModelMixin, ConfigMixin):
         if wrong or missing or unknown:
             faults = [("missing", missing), ("not expected", unknown), ("of another shape", wrong)]
             text = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in faults if keys)
-            raise ValueError(f"{path} does not hold a whole NPNet. Keys {text}.")
+            raise ValueError(f"{path} does not hold a complete NPNet. Keys {text}.")
         model.released.load_state_dict(weights)
         return model.eval()
 
@@ -174,16 +174,16 @@ class NPNetModel(ModelMixin, ConfigMixin):
 class CompactNPNet(nn.Module):
     """The residual that is added to the noise, for any latent size and any number of channels.
 
-    It keeps the idea of NPNet (arXiv:2411.09502, equation 4: the golden noise is the random one plus a residual that
-    depends on noise and prompt) and none of its sizes: 2 × 2 patches of the noise attend to the prompt's tokens, and
-    depthwise convolutions mix the patches. Every row has its own prompt. The last layer starts at zero, so an
-    untrained network is the identity.
+    It follows the idea of NPNet (arXiv:2411.09502, equation 4: golden noise is the random noise plus a
+    residual that depends on the noise and the prompt), with an architecture of our own: 2 × 2 patches of the
+    noise attend to the prompt's tokens, and depthwise convolutions mix the patches. Every row has its own
+    prompt. The last layer starts at zero, so an untrained network is the identity.
 
     Args:
         latent_channels: C.
         text_dim: width of the prompt embeddings.
-        max_tokens: the most tokens of a prompt; each has a position embedding.
-        width: features of a patch, a multiple of 64.
+        max_tokens: largest number of tokens of a prompt; each has a position embedding.
+        width: features per patch, a multiple of 32.
         depth: number of blocks.
     """
 
@@ -200,7 +200,7 @@ class CompactNPNet(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, noise: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(B, C, H, W) noise and (B, tokens, text_dim) prompts; returns the residual (B, C, H, W)."""
+        """(B, C, H, W) noise and (B, tokens, text_dim) embeddings → the residual (B, C, H, W)."""
         height, width = noise.shape[2:]
         padded = F.pad(noise, (0, width % PATCH, 0, height % PATCH))
         patches = F.pixel_unshuffle(padded, PATCH)
@@ -235,7 +235,7 @@ class _Block(nn.Module):
 def _coordinates(patches: Tensor) -> Tensor:
     """Sines and cosines of the relative position of every patch, (B, 4 · frequencies, h, w).
 
-    Relative, so that "left of" means the same at every size.
+    The positions are relative to the size, so that "left of" is encoded in the same way at every size.
     """
     batch, _, height, width = patches.shape
     features = []

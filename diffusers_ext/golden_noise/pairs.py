@@ -1,11 +1,11 @@
-"""Pairs of random and golden noise, what NPNet is trained on: collected from a pipeline, kept in shards, loaded.
+"""Pairs of random and golden noise, the training data of NPNet: collection, storage in shards, and loading.
 
-Attempt i has prompt i (round the list) and its own seed, so the pairs don't depend on the batch size's remainder,
-on how many processes share the work, or on how often they were killed.
+Attempt i has prompt i (modulo the number of prompts) and its own seed. The pairs therefore do not depend on
+the size of the last batch, on the number of processes, or on interruptions.
 
-A shard holds one batch of attempts: `noise` and `golden` (n, C, H, W) float16, `index` (n,) int64, which attempt
-each row is, `scores` (n, 2) float32 where there was a scorer, and the prompts in its metadata. Its being there means
-that the whole batch was tried, kept or not.
+A shard contains one batch of attempts: `noise` and `golden` (n, C, H, W) float16, `index` (n,) int64 with the
+number of each attempt, `scores` (n, 2) float32 if there was a scorer, and the prompts in its metadata. If a
+shard exists, its whole batch was tried, including the pairs that were not kept.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class PairSettings:
     Attributes:
         num_inference_steps, guidance_scale, inversion_guidance_scale, num_rounds, legacy_inversion: see
             `redenoise`.
-        sampling_steps, sampling_guidance_scale: of the pictures that a scorer compares.
-        margin: a pair is kept if the golden picture's score exceeds the other's by more than this.
+        sampling_steps, sampling_guidance_scale: settings of the images that a scorer compares.
+        margin: a pair is kept if the score of the golden noise's image exceeds that of the other by more than
+            this.
     """
 
     num_inference_steps: int = 50
@@ -66,28 +67,28 @@ def collect_pairs(
     progress: bool = True,
     **call_kwargs: Any,
 ) -> ShardSummary:
-    """Tries `num_pairs` pairs, keeps those that the scorer prefers, and goes on where an earlier run stopped.
+    """Tries `num_pairs` pairs and keeps those that the scorer prefers. Resumes an interrupted run.
 
     Args:
         pipe: a text-to-image pipeline.
-        prompts: attempt i has prompt i, round the list.
-        num_pairs: attempts in all, over all processes.
-        output_dir: of the shards and the manifest.
+        prompts: attempt i has prompt i, modulo their number.
+        num_pairs: total number of attempts of all processes.
+        output_dir: folder of the shards and their recipe.
         settings: how pairs are made.
         seed: attempt i's noise depends on `(seed, i)`.
-        batch_size: attempts a shard; it belongs to the folder, like the settings.
+        batch_size: attempts per shard. Like the settings, it must stay the same for one folder.
         scorer: None keeps every pair.
-        scorer_name: for the manifest.
+        scorer_name: name of the scorer in the recipe.
         rank, world: this process makes batches rank, rank + world, ...
-        progress: show a bar that says kept and tried.
-        call_kwargs: of the pipeline, such as `height` and `width`.
+        progress: show a progress bar with the numbers of pairs kept and tried.
+        call_kwargs: passed to the pipeline, such as `height` and `width`.
 
     Returns:
-        Kept and tried, of this process's batches, earlier runs included.
+        Numbers of pairs kept and tried in this process's batches, including earlier runs.
 
     Raises:
-        ValueError: no prompts, counts below 1, a folder whose pairs were made otherwise, a broken shard, or a
-            scorer that returns something not finite.
+        ValueError: no prompts, counts below 1, a folder whose pairs were made with other settings, a
+            corrupted shard, or scores that are not finite.
     """
     prompts = list(prompts)
     if not prompts or num_pairs < 1 or batch_size < 1:
@@ -139,7 +140,7 @@ def _pairs(
     call = {"prompt": prompts, **call_kwargs}
     with quiet(pipe):
         drawn, given = initial_noise(pipe, {**call, "generator": generators})
-    # As it will be stored, so that the target belongs to exactly this noise.
+    # Rounded as in the file, so that the target belongs to exactly this noise.
     noise = drawn.half().to(drawn.dtype)
     golden = redenoise(
         pipe,
@@ -190,7 +191,7 @@ def _score(
 
 
 def describe_model(pipe: Any) -> dict[str, str]:
-    """Class, noise schedule and a digest of the denoiser's weights: what the pairs belong to."""
+    """The pipeline's class, its noise schedule and a digest of the denoiser's weights, which pairs depend on."""
     config = {
         key: value
         for key, value in first_order_scheduler(pipe.scheduler).config.items()
@@ -208,14 +209,14 @@ def describe_model(pipe: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """Pairs kept and tried in one shard."""
+    """Numbers of pairs kept and tried."""
 
     kept: int
     tried: int
 
 
 def read_summary(path: Path) -> ShardSummary:
-    """Of a shard, from its header alone."""
+    """The summary of a shard, read from its header only."""
     with open_tensors(path) as file:
         return ShardSummary(file.get_slice("index").get_shape()[0], int(file.metadata()["tried"]))
 
@@ -225,10 +226,10 @@ class NoisePairs:
     """Pairs in memory.
 
     Attributes:
-        noise: (n, C, H, W) float16, random.
+        noise: (n, C, H, W) float16, random noise.
         golden: like `noise`, the target.
         prompts: n texts.
-        index: (n,) int64, the attempt's number.
+        index: (n,) int64, numbers of the attempts.
     """
 
     noise: Tensor
@@ -241,13 +242,18 @@ class NoisePairs:
 
     @classmethod
     def load(cls, folder: str | Path) -> NoisePairs:
-        """All shards of a folder.
+        """Loads all shards of a folder.
 
         Raises:
-            ValueError: no recipe, no pairs, or a shard that is not whole, does not belong, or holds a value
-                that is not finite; it is named.
+            ValueError: no recipe, no pairs, or a shard that is corrupted, has another layout, or contains
+                values that are not finite; the message names it.
         """
-        ShardStore.recipe_of(folder)
+        try:
+            ShardStore.recipe_of(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"No noise pairs: {error} Collect pairs with training/collect_noise_pairs.py."
+            ) from error
         parts = [_read(path) for path in ShardStore.paths(folder)]
         parts = [part for part in parts if len(part)]
         if not parts:
@@ -265,7 +271,7 @@ class NoisePairs:
         )
 
     def subset(self, rows: Tensor) -> NoisePairs:
-        """The given rows (m,) int64."""
+        """The pairs of the given rows (m,) int64."""
         chosen = [self.prompts[i] for i in rows.tolist()]
         return NoisePairs(self.noise[rows], self.golden[rows], chosen, self.index[rows])
 

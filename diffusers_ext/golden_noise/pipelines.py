@@ -1,6 +1,6 @@
 """Stable Diffusion and SDXL pipelines with golden noise built in.
 
-The folders `pipelines/golden_noise_*` import these classes, so they are what `custom_pipeline=` gives:
+The folders `pipelines/golden_noise_*` import these classes, for use with `custom_pipeline=`:
 
     npnet = NPNetModel.from_pretrained("path/or/repo")
     pipe = DiffusionPipeline.from_pretrained(
@@ -8,8 +8,8 @@ The folders `pipelines/golden_noise_*` import these classes, so they are what `c
     )
     pipe("a red bag").images[0]
 
-`npnet` is an optional component: it is saved and loaded with the pipeline, and without it the pipeline is its base
-class, bit by bit.
+`npnet` is an optional component, which is saved and loaded with the pipeline. Without it, the results are
+bit-identical to those of the base class.
 """
 
 from typing import Any, ClassVar
@@ -34,34 +34,34 @@ from ..core.pipeline import adds_argument, named_arguments
 from .apply import GoldenNoise
 from .npnet import NPNetModel
 
-_DOC = """golden_strength (`float`, defaults to 1.0): 0 starts from the random noise, 1 from the
-        network's golden noise, between and beyond in a straight line. `latents` are used as given."""
+_DOC = """golden_strength (`float`, defaults to 1.0): 0 starts from the random noise, 1 from golden
+        noise; other values interpolate or extrapolate linearly. `latents` are used as given."""
 
 
 class GoldenNoiseMixin:
-    """Makes the noise golden between a pipeline's own `prepare_latents` and its first step."""
+    """Replaces the noise with golden noise after a pipeline's own `prepare_latents`."""
 
     npnet: NPNetModel | None
     _golden: GoldenNoise | None = None
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class's."""
+        """Same as in the base class."""
         encoded = super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
         if self._golden is not None:
             self._golden.remember(encoded)
         return encoded
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class's, but golden in a call of a pipeline that has its network."""
+        """Same as in the base class, but with golden noise in a call of a pipeline that has an `npnet`."""
         prepared = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
         if self._golden is None:
             return prepared
-        # The one argument that matters here; both base classes have it last.
+        # The only argument that is needed here; it is the last one of both base classes.
         given = {"latents": kwargs.get("latents", args[7] if len(args) > 7 else None)}
         return self._golden.replace(self, given, prepared)
 
     def _call_golden(self, call: Any, strength: float, kwargs: dict[str, Any]) -> Any:
-        # Only within a call: encode_prompt and prepare_latents called by hand do what they always do.
+        # Only within a call: encode_prompt and prepare_latents called directly work as in the base class.
         self._golden = None if self.npnet is None else GoldenNoise(self.npnet, strength)
         try:
             return call(**kwargs)
@@ -70,7 +70,7 @@ class GoldenNoiseMixin:
 
 
 class GoldenNoiseStableDiffusionPipeline(GoldenNoiseMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` with an optional `npnet` that turns its noise golden."""
+    """`StableDiffusionPipeline` with an optional `npnet` that predicts golden noise."""
 
     model_cpu_offload_seq = "text_encoder->image_encoder->npnet->unet->vae"
     _optional_components: ClassVar[list[str]] = [*StableDiffusionPipeline._optional_components, "npnet"]
@@ -108,7 +108,7 @@ class GoldenNoiseStableDiffusionPipeline(GoldenNoiseMixin, StableDiffusionPipeli
 
 
 class GoldenNoiseStableDiffusionXLPipeline(GoldenNoiseMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` with an optional `npnet` that turns its noise golden."""
+    """`StableDiffusionXLPipeline` with an optional `npnet` that predicts golden noise."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->npnet->unet->vae"
     _optional_components: ClassVar[list[str]] = [*StableDiffusionXLPipeline._optional_components, "npnet"]

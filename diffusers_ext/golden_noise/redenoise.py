@@ -1,11 +1,13 @@
-"""Re-denoising: golden noise from the model itself, the target that NPNet learns (arXiv:2411.09502, section 3.1).
+"""Re-denoising: golden noise from the model itself, the target that NPNet learns (arXiv:2411.09502, section
+3.1).
 
-One step down from the highest level with much guidance, one step back up with little: what the prompt's guidance
-adds stays in the noise. For a noise prediction ε both steps together are
+One step goes down from the highest noise level with a large guidance scale, and one step goes back up with a
+small one. The difference stays in the noise. For a noise prediction ε both steps together are
 
     x'_T = x_T + k (ε_inv − ε_l),    k = σ_T − (α_T / α_s) σ_s,
 
-with ε_l the guided prediction and ε_inv the one for the way back; for a flow x'_T = x_T + (σ_T − σ_s)(v_inv − v_l).
+where ε_l is the guided prediction of the step down and ε_inv the prediction of the step up. For a flow it is
+x'_T = x_T + (σ_T − σ_s)(v_inv − v_l).
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from ..core.schedules import first_order_scheduler, grid_levels, prediction_type
 
 
 def move(output: Tensor, sample: Tensor, here: Level, there: Level, prediction_type: str) -> Tensor:
-    """The deterministic (DDIM, Euler) step from one level to another, up or down.
+    """The deterministic (DDIM, Euler) step from the level `here` to the level `there`, up or down.
 
-    A sample at `here`, and the model's output for it. On the way up `output` is the model's at the level `there`,
-    but is read as a prediction for a sample `here`, as `DDIMInverseScheduler` does.
+    `output` is the model's output for `sample` at `here`. On the way up it is evaluated at the level `there`,
+    but interpreted as a prediction for a sample at `here`, as in `DDIMInverseScheduler`.
     """
     clean = clean_prediction(output, sample, *here, prediction_type)
     noise = noise_prediction(output, sample, *here, prediction_type)
@@ -33,7 +35,7 @@ def move(output: Tensor, sample: Tensor, here: Level, there: Level, prediction_t
 
 
 def displacement_factor(top: Level, below: Level) -> float:
-    """k of the module's formula: how far a difference of noise predictions moves the noise."""
+    """k of the module's formula: the factor from a difference of noise predictions to a change of the noise."""
     return top[1] - top[0] / below[0] * below[1]
 
 
@@ -49,27 +51,29 @@ def redenoise(
     legacy_inversion: bool = False,
     **call_kwargs: Any,
 ) -> Tensor:
-    """Golden noise by re-denoising; two model calls a round, and no training.
+    """Golden noise by re-denoising, with two model calls per round and without training.
 
-    Both model calls of a round are made at the first timestep, as the paper's.
+    Both model calls of a round are made at the first timestep, as in the paper.
 
     Args:
-        pipe: a text-to-image pipeline; its noise schedule is used with DDIM's steps, or Euler's for a flow.
-        noise: unit noise as `latents=` takes it, (B, C, H, W) or packed.
-        num_inference_steps: of the schedule, so its first two levels are the step's ends: 10 for the paper's jump.
-        guidance_scale: w_l, of the step down.
-        inversion_guidance_scale: w_inv, of the step up.
-        num_rounds: how often, each from the last round's result. Ours: small steps repeated go further along the
-            prompt's direction than one large step does.
-        legacy_inversion: step up between the second and the third level instead, as the official code did with
-            diffusers 0.22 and later. With equal predictions it does not return to where it began.
-        call_kwargs: of the pipeline: `prompt`, `height`, `width`, ...
+        pipe: a text-to-image pipeline; its noise schedule is used with DDIM steps, or Euler steps for a flow.
+        noise: unit-variance noise as passed in `latents=`, (B, C, H, W) or packed.
+        num_inference_steps: number of steps of the schedule, whose first two levels are the ends of the step;
+            10 gives the step size of the paper.
+        guidance_scale: w_l, guidance scale of the step down.
+        inversion_guidance_scale: w_inv, guidance scale of the step up.
+        num_rounds: number of rounds, each of which starts from the result of the last. This is our addition:
+            repeated small steps go further along the prompt's direction than one large step.
+        legacy_inversion: step up between the second and the third level instead, as the official code did
+            with diffusers 0.22 and later. With equal predictions it does not return to its start.
+        call_kwargs: passed to the pipeline: `prompt`, `height`, `width`, ...
 
     Returns:
-        Like `noise`, float32.
+        Golden noise in the shape of `noise`, float32.
 
     Raises:
-        ValueError: an unknown noise schedule, too few steps, fewer than one round, or a result that is not finite.
+        ValueError: an unknown noise schedule, too few steps, fewer than one round, a pipeline without
+            guidance, or a result that is not finite.
     """
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be 1 or more, got {num_rounds}.")
@@ -90,8 +94,8 @@ def redenoise(
             x = move(back, lower, below, above, kind)
     if not torch.isfinite(x).all():
         raise ValueError(
-            "Re-denoising has given values that are not finite: the model overflows, or its noise schedule ends in"
-            " zero signal (rescale_betas_zero_snr), where a noise prediction says nothing."
+            "Re-denoising gave values that are not finite: the model overflows, or its noise schedule ends at zero SNR"
+            " (rescale_betas_zero_snr), where a noise prediction contains no information."
         )
     return x
 

@@ -1,10 +1,11 @@
-"""The released NPNet: its checkpoints and the network they are for, from the formulas of arXiv:2411.09502 and what the weights expect.
+"""The released NPNet: its architecture, and a reader of its checkpoints.
 
     golden = SVD(x) + (2 · sigmoid(α) − 1) · e + β · Swin(x + e),    e = AdaGroupNorm(x, prompt)
 
-Three things follow the released code and not the paper, because the weights were trained that way: the Swin
-features are read with their axes in the wrong order (`_SwinBranch`), the number of latents is fixed, and without
-attention the rows are averaged in another place (`_SVDBranch`).
+Implemented from the formulas of arXiv:2411.09502 and the layout of the weights. Three things follow the
+released code and not the paper, because the weights were trained that way: the Swin features are read with
+their axes in the wrong order (`_SwinBranch`), the latent size is fixed, and without attention the rows are
+averaged at another place (`_SVDBranch`).
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ _HIDDEN = 64
 
 
 class ReleasedNPNet(nn.Module):
-    """Released architecture; the names of its parts are those of the weights.
+    """The released architecture; its parameters have the names of the released weights.
 
     Args:
-        latent_channels: C: 4, the only number whose latents fold into a square.
-        text_dim, max_tokens: prompts are (B, max_tokens, text_dim), flattened: no other length will do.
-        sample_size: S: noise is (B, C, S, S).
-        svd_attention: whether the singular values go through attention. The released SDXL weights were trained
-            without it and hold untrained attention weights, which the released inference code applies.
+        latent_channels: C; must be 4, so that the latents form a square.
+        text_dim, max_tokens: prompts are (B, max_tokens, text_dim) and flattened, so no other length is
+            possible.
+        sample_size: S of the noise (B, C, S, S).
+        svd_attention: whether the singular values go through attention. The released SDXL weights were
+            trained without it. They contain untrained attention weights, which the released inference code
+            applies.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class _SVDBranch(nn.Module):
     """Predicts new singular values for the noise, laid out as one square matrix.
 
     The paper's figure and formula: U diag(s + MLP(attention(φ(U, s, V)))) Vᵀ. φ has one row for each singular
-    vector; the mean over them is taken before the MLP, but in the network without attention after it.
+    vector. The mean over the rows is taken before the MLP, or after it in the network without attention.
     """
 
     def __init__(self, size: int, attention: bool) -> None:
@@ -110,8 +113,8 @@ class _SelfAttention(nn.Module):
 class _SwinBranch(nn.Module):
     """Swin-Tiny between two nearest-neighbour resizings.
 
-    Swin gives 7 × 7 positions of 768 features, channels last. The released network reads them as seven channels
-    of 7 × 768 pixels, so that the residual has no more than seven distinct rows. The weights know no other way.
+    Swin outputs 7 × 7 positions of 768 features, channels last. The released network reads them as seven
+    channels of 7 × 768 pixels, so the residual has at most seven distinct rows. The weights require this.
     """
 
     def __init__(self, channels: int) -> None:
@@ -122,19 +125,19 @@ class _SwinBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, S, S) → the same."""
-        picture = self.downconv(F.interpolate(x, [SIZE, SIZE]))
-        return self.upconv(F.interpolate(self.swin(picture), x.shape[2:]))
+        image = self.downconv(F.interpolate(x, [SIZE, SIZE]))
+        return self.upconv(F.interpolate(self.swin(image), x.shape[2:]))
 
 
 # --- the checkpoints ---
 
 Weights = dict[str, Tensor]
 
-# The two layouts: one dictionary a module, whose text part is misspelt, or one flat dictionary.
+# The two layouts: one dictionary per module, with a misspelt key for the text part, or one flat dictionary.
 _NESTED = {"unet_svd": "unet_svd", "unet_embedding": "unet_embedding", "embeeding": "text_embedding"}
 _SCALARS = ("alpha", "beta")
 _CHANNELS = 4
-# Stored but never used: a batch norm, the classifier's head, and tables that follow from the window's size.
+# Stored but not used: a batch norm, the classifier's head, and tables that follow from the window size.
 _UNUSED = re.compile(r"unet_svd\.bn\.|\.swin\.head\.|\.attn_mask$|\.relative_position_index$")
 _UNUSED_ATTENTION = re.compile(r"unet_svd\.attention\.")
 # Layers that read the folded latents, a matrix of 2S × 2S.
@@ -145,9 +148,9 @@ def read_original(path: str | os.PathLike[str], svd_attention: bool = True) -> t
     """The weights of a released file in the flat layout, and the sizes they imply.
 
     Args:
-        path: `.safetensors` for the flat port, anything else for the official layout, which is read without
-            running any code in it.
-        svd_attention: drop the attention's weights if it is off.
+        path: `.safetensors` for the flat port, any other suffix for the official layout, which is read
+            without executing code from the file.
+        svd_attention: False drops the weights of the attention.
 
     Returns:
         Weights for `ReleasedNPNet`, float32, and `latent_channels`, `text_dim` and `max_tokens`.
@@ -167,7 +170,7 @@ def read_original(path: str | os.PathLike[str], svd_attention: bool = True) -> t
 
 
 def latent_size(weights: Weights) -> int | None:
-    """S of the S × S latents that the weights are for; None if they do not agree on one."""
+    """S of the S × S latents that the weights are for; None if they disagree."""
     shapes = [weights[key].shape for key in _ON_MATRIX if key in weights]
     sides = {shape[-1] // 2 for shape in shapes if shape}
     return sides.pop() if len(sides) == 1 else None
@@ -177,7 +180,7 @@ def _read_flat(path: str | os.PathLike[str]) -> Weights:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again.") from error
+        raise ValueError(f"{path} is not a valid safetensors file ({error}): download it again.") from error
 
 
 def _read_nested(path: str | os.PathLike[str]) -> Weights:
@@ -187,7 +190,7 @@ def _read_nested(path: str | os.PathLike[str]) -> Weights:
         given: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file makes the unpickler raise nearly anything
         raise ValueError(
-            f"{path} was not loaded: it holds more than tensors, which could run code, or is not whole. Expected"
+            f"{path} was not loaded: it holds more than tensors, which could run code, or is corrupted. Expected"
             f" the official NPNet checkpoint or its safetensors port. ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
     expected = {*_NESTED, *_SCALARS}
@@ -201,7 +204,7 @@ def _read_nested(path: str | os.PathLike[str]) -> Weights:
     flat = {name: torch.tensor(x) if isinstance(x, float) else x for name, x in scalars.items()}
     for name, ours in _NESTED.items():
         part = given[name]
-        # A part that is no dictionary is refused by its own name.
+        # A part that is not a dictionary keeps its name, which the error below shows.
         flat |= {f"{ours}.{k}": v for k, v in part.items()} if isinstance(part, dict) else {name: part}
     other = sorted(key for key, value in flat.items() if not isinstance(value, Tensor))
     if other:

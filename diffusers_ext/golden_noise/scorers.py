@@ -1,7 +1,7 @@
-"""What decides whether a pair of noises is worth learning from: a score of pictures for their prompts.
+"""Scorers of images for their prompts, which decide whether a pair of noises is kept.
 
-A scorer is any callable `scorer(images, prompts)`: float32 pictures (n, h, w, 3) in [0, 1] and n texts, to n
-numbers, more being better.
+A scorer is any callable `scorer(images, prompts)` that takes float32 images (n, h, w, 3) in [0, 1] and n
+texts and returns n numbers. Higher is better.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ CLIP_SCORE, PICK_SCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickSco
 
 
 def load_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
-    """The scorer of a name.
+    """Loads a scorer by its name.
 
     Args:
-        name: `clip` or `clip:MODEL` (cosine of a CLIP model, by default OpenAI's ViT-L/14), `pickscore`, or your own
-            function as `package.module:function` or `path/to/file.py:function`. `fashion-grader` is short for the
-            testbed's own.
-        device: for the models of `clip` and `pickscore`; your own function chooses for itself.
+        name: `clip` or `clip:MODEL` (cosine of a CLIP model, by default OpenAI's ViT-L/14), `pickscore`, or
+            your own function as `package.module:function` or `path/to/file.py:function`. `fashion-grader` is
+            short for the testbed's grader.
+        device: device of the models of `clip` and `pickscore`; your own function chooses its device itself.
 
     Raises:
-        ValueError: an unknown name, or a path without such a function.
+        ValueError: an unknown name, or a file or module without such a function.
     """
     kind, _, rest = name.partition(":")
     if kind == "clip" or name == "pickscore":
@@ -41,9 +41,9 @@ def load_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
         return load_function(name, "scorer")
     if name in _GONE:
         raise ValueError(
-            f"The scorer {name!r} is not built in: its package cannot be installed beside current versions of"
-            " transformers and pytest. Score in a function of your own, package.module:function or file.py:function,"
-            " or use pickscore."
+            f"The scorer {name!r} is not built in: its package cannot be installed together with current"
+            " versions of transformers and pytest. Use a function of your own, package.module:function or"
+            " file.py:function, or pickscore."
         )
     raise ValueError(
         f"No scorer is called {name!r}: expected clip[:MODEL], pickscore, package.module:function or"
@@ -52,27 +52,28 @@ def load_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
 
 
 def checked_scores(scorer: Scorer, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """float64 scores (n,) of n pictures.
+    """float64 scores (n,) of n images.
 
     Raises:
-        ValueError: another number of scores, or one that is not finite.
+        ValueError: another number of scores, or a score that is not finite.
     """
     scores = np.asarray(scorer(images, list(prompts)), dtype=np.float64).reshape(-1)
     if len(scores) != len(prompts) or not np.isfinite(scores).all():
         bad = [prompt for prompt, score in zip(prompts, scores) if not np.isfinite(score)][:3]
         raise ValueError(
-            f"The scorer returned {len(scores)} scores for {len(prompts)} pictures, {len(bad)} of the first ones"
-            f" not finite {bad}: it must give one finite number a picture."
+            f"The scorer returned {len(scores)} scores for {len(prompts)} images; the first prompts with"
+            f" scores that are not finite {bad}: it must return one finite number per image."
         )
     return scores
 
 
 class ClipScorer:
-    """Cosine of a CLIP model's embeddings of picture and prompt, times 100 (CLIPScore; PickScore's formula too).
+    """Cosine of a CLIP model's embeddings of image and prompt, times 100 (CLIPScore; also PickScore's
+    formula).
 
     Args:
         model: folder or Hub repository of a `CLIPModel` with its processor.
-        device: where to run it.
+        device: device to run it on.
     """
 
     def __init__(self, model: str, device: str | torch.device = "cpu") -> None:

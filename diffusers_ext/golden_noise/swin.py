@@ -1,7 +1,8 @@
-"""Swin-Tiny (Liu et al., arXiv:2103.14030) for 224 × 224 pictures, under the names that the NPNet weights have.
+"""Swin-Tiny (Liu et al., arXiv:2103.14030) for 224 × 224 images, with the parameter names of the NPNet
+weights.
 
-`transformers.SwinModel` computes the same, but its parameters' names change between releases, and a saved NPNet
-would then no longer load.
+`transformers.SwinModel` computes the same, but its parameter names change between releases, and a saved NPNet
+would then fail to load.
 """
 
 import torch
@@ -14,7 +15,7 @@ _DEPTHS, _HEADS, _WIDTH, _PATCH = (2, 2, 6, 2), (3, 6, 12, 24), 96, 4
 
 
 class SwinTiny(nn.Module):
-    """Pictures (B, 3, 224, 224) → normalised features (B, 7, 7, 768), channels last."""
+    """Images (B, 3, 224, 224) → normalised features (B, 7, 7, 768), channels last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class _Stage(nn.Module):
 
 
 class _Merge(nn.Module):
-    """Each 2 × 2 patches become one of twice the width."""
+    """Merges each 2 × 2 patches into one of twice the width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How NPNet is trained: the objective, the held-out split, and a validation with its controls."""
+"""Training of NPNet: the objective, the held-out split, and a validation with controls."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from .scorers import Scorer, checked_scores
 
 
 class NPNetObjective(nn.Module):
-    """The squared error to the golden noise, arXiv:2411.09502 equation 6."""
+    """The squared error to the golden noise, arXiv:2411.09502, equation 6."""
 
     def __init__(self, npnet: NPNetModel) -> None:
         super().__init__()
         self.npnet = npnet
 
     def forward(self, noise: Tensor, golden: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) prompts, each row its own."""
+        """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) embeddings, one row per noise → the
+        loss.
+        """
         return F.mse_loss(self.npnet(noise, prompt_embeds), golden)
 
 
 def split_by_prompt(pairs: NoisePairs, share: float) -> tuple[NoisePairs, NoisePairs]:
-    """(training, held-out) pairs; a prompt is on one side only, always the same one.
+    """(training, held-out) pairs. All pairs of a prompt are on one side, and the split is deterministic.
 
     Raises:
         ValueError: one side is empty.
@@ -51,7 +53,7 @@ def _fraction(text: str) -> float:
 
 @torch.no_grad()
 def relative_error(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, batch_size: int = 64) -> float:
-    """Mean squared error on pairs over that of the identity: below 1, or the network has learnt nothing."""
+    """Mean squared error on pairs over that of the identity; 1 or more means that nothing was learned."""
     error = identity = 0.0
     for rows in torch.arange(len(pairs)).split(batch_size):
         part = pairs.subset(rows)
@@ -64,10 +66,11 @@ def relative_error(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, batch_size: 
 
 @torch.no_grad()
 def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs) -> dict[str, Tensor]:
-    """Noise to start from, (n, C, H, W) float32 each: without, with, the target, and the controls.
+    """Initial noises to compare, (n, C, H, W) float32 each.
 
-    `random` is a random perturbation with each row's norm of change, `shuffled` the network with the next row's
-    prompt, `rescaled` the random noise with the golden noise's mean and variance.
+    `plain` is the random noise, `npnet` the golden noise, `re-denoised` the target. The controls are
+    `random`, a random perturbation with the norm of each row's change, `shuffled`, the network with another
+    row's prompt, and `rescaled`, the random noise with the golden noise's mean and variance.
     """
     noise, golden = (x.float().to(npnet.device) for x in (pairs.noise, pairs.golden))
     embeds = prompt_embeddings(pipe, pairs.prompts)
@@ -83,7 +86,7 @@ def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs) -> dict[str, Tenso
 
 
 def equal_norm(change: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction for every row of `change`, with that row's norm."""
+    """A random direction for every row of `change`, scaled to the norm of that row."""
     draw = torch.randn(change.shape, generator=generator).to(change)
     factor = change.flatten(1).norm(dim=1) / draw.flatten(1).norm(dim=1)
     return draw * factor[:, None, None, None]
@@ -100,31 +103,33 @@ def rescaled(noise: Tensor, like: Tensor) -> Tensor:
 def sample(
     pipe: Any, prompts: Sequence[str], latents: Tensor, batch_size: int = 32, **call_kwargs: Any
 ) -> np.ndarray:
-    """Pictures float32 (n, h, w, 3) in [0, 1] from given unit noise (n, C, H, W), packed here if need be."""
+    """Images float32 (n, h, w, 3) in [0, 1] from unit-variance noise (n, C, H, W), packed here if needed."""
     packs = packs_latents(pipe)
-    pictures = []
+    parts = []
     for rows in torch.arange(len(prompts)).split(batch_size):
         x = latents[rows].to(pipe._execution_device, pipe.dtype)
         chosen = [prompts[i] for i in rows.tolist()]
         with quiet(pipe):
             result = pipe(chosen, latents=pack(x) if packs else x, output_type="np", **call_kwargs)
-        pictures.append(np.asarray(result.images, dtype=np.float32))
-    return np.concatenate(pictures)
+        parts.append(np.asarray(result.images, dtype=np.float32))
+    return np.concatenate(parts)
 
 
 def compare(
     npnet: NPNetModel, pipe: Any, pairs: NoisePairs, scorer: Scorer | None, **call_kwargs: Any
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Mean scores of all `variants` on held-out pairs, and their pictures; without a scorer only the pictures of the
-    first three."""
+    """Mean scores of all `variants` on held-out pairs, and their images.
+
+    Without a scorer, there are no scores and only the images of the first three variants.
+    """
     starts = variants(npnet, pipe, pairs)
     if scorer is None:
         starts = {name: starts[name] for name in ("plain", "npnet", "re-denoised")}
-    pictures = {name: sample(pipe, pairs.prompts, x, **call_kwargs) for name, x in starts.items()}
+    images = {name: sample(pipe, pairs.prompts, x, **call_kwargs) for name, x in starts.items()}
     if scorer is None:
-        return {}, pictures
+        return {}, images
     scores = {
-        f"score, {name}": float(checked_scores(scorer, images, pairs.prompts).mean())
-        for name, images in pictures.items()
+        f"score, {name}": float(checked_scores(scorer, part, pairs.prompts).mean())
+        for name, part in images.items()
     }
-    return scores, pictures
+    return scores, images

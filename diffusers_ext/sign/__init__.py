@@ -1,6 +1,7 @@
-"""SIGN: an idempotent one- or few-step projector distilled from a diffusion model.
+"""SIGN: a one- or few-step generator and projector, distilled from a diffusion model.
 
-Zaman, Liu and Chiu, *Score-based Idempotent Distillation of Diffusion Models*, arXiv:2509.21470. Use: `SIGNPipeline`.
+Zaman, Liu and Chiu, *Score-based Idempotent Distillation of Diffusion Models*, arXiv:2509.21470. The entry
+point is `SIGNPipeline`.
 """
 
 from ..core.methods import register

@@ -1,11 +1,12 @@
-"""The losses of SIGN, each a function of tensors.
+"""The losses of SIGN as functions of tensors.
 
-Zaman, Liu and Chiu, *SIGN*, arXiv:2509.21470, distil a projector f from a diffusion model's scores. The paper names its
-losses and gives few of their formulas; where a reading is ours, the function says so. Idempotent generation is Shocher
-et al., *Idempotent Generative Network*, ICLR 2024, arXiv:2311.01462.
+Zaman, Liu and Chiu, *SIGN*, arXiv:2509.21470, distill a projector f from the scores of a diffusion model. The
+paper names its losses but gives few formulas. Where a formula is our reading, the docstring says so.
+Idempotent generation is from Shocher et al., *Idempotent Generative Network* (IGN), ICLR 2024,
+arXiv:2311.01462.
 
-All distances are L1, the mean over a row's elements, and every loss is a mean over rows (b, ...): the loss of a
-batch is the mean of its parts' losses.
+All distances are L1: the mean absolute difference over the elements of a row. Every loss is a mean over rows
+(b, ...), so the loss of a batch is the mean of the losses of equal parts.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The weight of every loss; 0 leaves it out, and its cost with it.
+    """The weight of every loss. A loss with weight 0 is not computed.
 
-    The default is our recommendation: in runs of equal time the scores (`dmd`), which the paper is named after, changed
-    nothing, and they cost two networks more (benchmarks/sign.py). `rec` and `idem` alone are minimised by the identity,
-    so one of the others, which look at what noise becomes, must be there.
+    The defaults are our recommendation. In our ablation at equal training time the score loss (`dmd`), which
+    gives the paper its name, changed nothing, and it needs two more networks in memory (benchmarks/sign.py).
+    The identity minimizes `rec` and `idem`, so at least one other loss is required.
 
     Raises:
-        ValueError: a negative weight, or nothing that tells where noise shall go.
+        ValueError: a weight is negative, or all weights except `rec` and `idem` are 0.
     """
 
     rec: float = 1.0
@@ -46,8 +47,8 @@ class LossWeights:
             raise ValueError(f"The weight of a loss must be 0 or more, got {', '.join(negative)}.")
         if not any(given[name] for name in ("dmd", "reg", "flow", "denoise", "tight")):
             raise ValueError(
-                "The identity is the best projector under these weights: give one of dmd, reg, flow, denoise and"
-                " tight a weight above 0."
+                "The identity is the best projector under these weights: set at least one of dmd, reg, flow,"
+                " denoise and tight above 0."
             )
 
 
@@ -57,31 +58,39 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def reconstruction_loss(projected: Tensor, data: Tensor) -> Tensor:
-    """d(f(x), x) on data: what is on the manifold stays. IGN equation 2; SIGN's L_rec."""
+    """d(f(x), x) for data x: the projector should not change data. IGN equation 2; SIGN's L_rec.
+
+    Args:
+        projected: (b, ...) f(x).
+        data: (b, ...) x.
+    """
     return distance(projected, data).mean()
 
 
 def idempotence_loss(frozen: Network, made: Tensor) -> Tensor:
-    """d(f'(f(z)), f(z)): what was projected stays. IGN equation 7; SIGN's L_idem.
+    """d(f'(f(z)), f(z)): a second projection should change nothing. IGN equation 7; SIGN's L_idem.
 
     Args:
-        frozen: f' with constant weights, so that f(z) moves to where f is the identity rather than the reverse.
-        made: f(z), with its gradient.
+        frozen: f' with constant weights. The gradient then changes f(z) instead of making f closer to the
+            identity at f(z).
+        made: (b, ...) f(z), with its gradient.
     """
     return distance(frozen(made), made).mean()
 
 
 def distribution_matching_loss(made: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """A loss whose gradient in `made` follows the difference of two scores: SIGN's L_dmd.
+    """A loss whose gradient with respect to `made` is the difference of two scores: SIGN's L_dmd.
 
-    Yin et al., *One-step Diffusion with Distribution Matching Distillation*, CVPR 2024, arXiv:2311.18828, equations 7
-    and 8: the gradient of a row is (D_fake − D_real) / mean|f(z) − D_real| at a re-noised f(z), as the noise level's
-    factor σ²/α undoes what a score has more than a clean prediction; the remaining α is left out, as in the authors'
-    practice. Divided by the number of elements of the batch, as a mean's gradient is.
+    Yin et al., *One-step Diffusion with Distribution Matching Distillation* (DMD), CVPR 2024,
+    arXiv:2311.18828, equations 7 and 8. The gradient of a row is (D_fake − D_real) / mean|f(z) − D_real| at a
+    re-noised f(z), in terms of clean predictions D. The weight of equation 8 cancels the factor between
+    scores and clean predictions up to α, which is left out, as in the code of the authors. The gradient is
+    divided by the number of elements of the batch, like that of a mean.
 
     Args:
-        made: f(z), (b, ...), with its gradient.
-        real, fake: clean predictions of the re-noised f(z) by the teacher and by the network that has learnt f's outputs.
+        made: (b, ...) f(z), with its gradient.
+        real, fake: (b, ...) clean predictions for the re-noised f(z), by the teacher and by the network that
+            is trained on the outputs of f.
     """
     with torch.no_grad():
         scale = distance(made, real).clamp_min(1e-6).reshape(-1, *[1] * (made.ndim - 1))
@@ -90,21 +99,28 @@ def distribution_matching_loss(made: Tensor, real: Tensor, fake: Tensor) -> Tens
 
 
 def regression_loss(made: Tensor, drawn: Tensor) -> Tensor:
-    """d(f(z), the teacher's own picture from that noise): SIGN's L_reg; equation 9 of arXiv:2311.18828 with L1."""
+    """d(f(z), y), where y is the image that the teacher generates from z: SIGN's L_reg.
+
+    Equation 9 of arXiv:2311.18828 with L1.
+
+    Args:
+        made: (b, ...) f(z), with its gradient.
+        drawn: (b, ...) y.
+    """
     return distance(made, drawn).mean()
 
 
 def consistency_loss(projected: Tensor, frozen: Network, nearer: Tensor) -> Tensor:
-    """d(f(x_n), f'(x_{n−1})), x_{n−1} one teacher step along the flow from x_n: SIGN's L_flow in our reading.
+    """d(f(x_n), f'(x_{n−1})), where x_{n−1} is one teacher step from x_n: our reading of SIGN's L_flow.
 
     Song et al., *Consistency Models*, ICML 2023, arXiv:2303.01469, algorithm 2, with the current weights held
-    constant as the target network (Song and Dhariwal, arXiv:2310.14189). What anchors the chain is the
-    reconstruction loss at level 0.
+    constant as the target network (Song and Dhariwal, arXiv:2310.14189). The reconstruction loss provides the
+    boundary condition at level 0.
 
     Args:
-        projected: f(x_n), with its gradient.
+        projected: (b, ...) f(x_n), with its gradient.
         frozen: f'.
-        nearer: x_{n−1}, without gradient.
+        nearer: (b, ...) x_{n−1}, without gradient.
     """
     with torch.no_grad():
         target = frozen(nearer)
@@ -112,22 +128,30 @@ def consistency_loss(projected: Tensor, frozen: Network, nearer: Tensor) -> Tens
 
 
 def denoising_loss(projected: Tensor, data: Tensor) -> Tensor:
-    """d(f(x + σε), x): L_denoise read as a loss of f, ours. Pulls towards the middle of what a noisy x may have been."""
+    """d(f(x + σε), x): L_denoise, read here as a loss of f.
+
+    This reading is ours. The loss favors the median of all clean x that fit the input.
+
+    Args:
+        projected: (b, ...) f(x + σε), with its gradient.
+        data: (b, ...) x.
+    """
     return distance(projected, data).mean()
 
 
 def score_matching_loss(
     clean: Tensor, made: Tensor, alpha: Tensor, sigma: Tensor, snr_gamma: float = 5.0
 ) -> Tensor:
-    """min((α/σ)², γ) ‖D_fake(x_t) − f(z)‖²: L_denoise read as the fake score's loss, as in DMD.
+    """min((α/σ)², γ) ‖D_fake(x_t) − f(z)‖²: L_denoise read as the loss of the fake score, as in DMD.
 
-    DMD has the noise prediction's error, (α/σ)² without a limit. What f makes is not noise-free, so at the lowest levels
-    that error is many times 1 and drowns all others; hence min-SNR weights (Hang et al. 2023, arXiv:2303.09556).
+    DMD uses the error of the noise prediction, which is (α/σ)² without the limit γ. The outputs of f are not
+    free of noise, so at the lowest noise levels that error would dominate the loss. We therefore use min-SNR
+    weights (Hang et al. 2023, arXiv:2303.09556).
 
     Args:
-        clean: D_fake's clean prediction at αf(z) + σε.
-        made: f(z), without gradient.
-        alpha, sigma: (b, 1, ...), the level's.
+        clean: (b, ...) clean prediction of D_fake at αf(z) + σε.
+        made: (b, ...) f(z), without gradient.
+        alpha, sigma: (b, 1, ...) α and σ.
         snr_gamma: γ.
     """
     weight = (alpha / sigma).square().clamp(max=snr_gamma)
@@ -135,12 +159,13 @@ def score_matching_loss(
 
 
 def tightness_loss(reprojected: Tensor, made: Tensor, reconstruction: Tensor, ratio: float = 1.5) -> Tensor:
-    """−d(f(f'(z)), f'(z)): the manifold shall be no larger than it must. IGN equations 9 and 17; replaced in SIGN.
+    """−d(f(f'(z)), f'(z)): keeps the manifold as small as possible. IGN equations 9 and 17; SIGN replaces it.
 
     Args:
-        reprojected: f(f'(z)), with the gradient of the outer f alone.
-        made: f'(z), without gradient.
-        reconstruction: (b,) d(f(x), x) of as many data rows, which bounds the loss smoothly to `ratio` times it.
+        reprojected: (b, ...) f(f'(z)), with the gradient of the outer f only.
+        made: (b, ...) f'(z), without gradient.
+        reconstruction: (b,) d(f(x), x) for as many rows of data. A smooth bound keeps the loss within `ratio`
+            times this value.
         ratio: a in IGN.
     """
     bound = ratio * reconstruction.detach().clamp_min(1e-6)

@@ -1,4 +1,4 @@
-"""Noise and what the teacher draws from it, computed once and kept."""
+"""Pairs of noise and the images that the teacher generates from it, computed once and stored in a folder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,19 @@ def teacher_flow(
     guidance_scale: float = 1.0,
     timestep: int | None = None,
 ) -> Tensor:
-    """The teacher's pictures (or latents), by DPM-Solver++.
+    """The images (or latents) that the teacher generates with DPM-Solver++.
 
     Args:
-        noise: (b, C, H, W): unit noise, or α · data + σ · noise at `timestep`.
-        num_inference_steps: evaluations of the network, fewer where there are not as many timesteps.
-        conditions, negative: arguments of the network for the guided and for the unguided prediction.
-        timestep: where the flow begins; None: at the end of the schedule.
+        unet: the network of the teacher.
+        scheduler: the scheduler of the teacher.
+        noise: (b, C, H, W) unit-variance noise, or α · data + σ · noise at `timestep`.
+        num_inference_steps: number of network evaluations; fewer if there are fewer timesteps.
+        conditions, negative: arguments of the network for the conditional and the unconditional prediction.
+        guidance_scale: 1 uses the conditional prediction only.
+        timestep: where sampling begins. None is the end of the schedule.
+
+    Returns:
+        (b, C, H, W).
     """
     solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     if timestep is None:
@@ -55,15 +61,15 @@ def teacher_flow(
 
 
 class TeacherPairs:
-    """Pairs in a folder of shards; a killed collection goes on where it stopped.
+    """Pairs in a folder of shards. An interrupted collection resumes with the missing shards.
 
     Args:
-        folder: created if need be.
+        folder: created if it does not exist.
         num_pairs: rounded up to whole shards.
-        recipe: what the pairs depend on, JSON-serialisable. A folder made by another one is refused.
+        recipe: everything that the pairs depend on, JSON-serializable. It is stored in the folder.
 
     Raises:
-        ValueError: the folder holds pairs made in another way.
+        ValueError: the folder contains pairs of another recipe.
     """
 
     def __init__(self, folder: str | Path, num_pairs: int, recipe: dict[str, Any]) -> None:
@@ -79,19 +85,26 @@ class TeacherPairs:
         conditions_of: Any = None,
         guidance_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(noise, drawn), each (n, *shape) float32; makes the shards that are not there, shared among the processes.
+        """Generates the missing shards, divided among the processes, and loads all pairs.
 
-        A source has the distribution of noisy data at the projector's level, so the teacher goes on from there; without
-        one, unit noise has it at the end of the schedule alone.
+        With a source, sampling starts at the timestep of the projector, because the source has the
+        distribution of noisy data there. Without one, it starts from unit-variance noise at the end of the
+        schedule.
 
         Args:
-            projector: the teacher's network, and the source.
-            shape: of one row.
-            conditions_of: for row indices (b,), the arguments of the network with and without the prompt.
+            accelerator: the processes that share the work.
+            projector: provides the network of the teacher and the source.
+            shape: (C, H, W) of one row.
+            num_inference_steps, guidance_scale: see `teacher_flow`.
+            conditions_of: maps row indices (b,) to the arguments of the network with and without the prompt.
+                None if the teacher has no prompts.
+
+        Returns:
+            (noise, images), each (n, C, H, W) float32.
         """
         mine = range(accelerator.process_index, self.num_shards, accelerator.num_processes)
         missing = [i for i in mine if not self.store.path(i).is_file()]
-        for i in tqdm(missing, desc="teacher's pictures", disable=not accelerator.is_local_main_process):
+        for i in tqdm(missing, desc="teacher images", disable=not accelerator.is_local_main_process):
             generator = torch.Generator().manual_seed(i)
             noise = torch.randn(SHARD, *shape, generator=generator).half()
             parts = []

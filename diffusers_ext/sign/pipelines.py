@@ -1,11 +1,11 @@
-"""Sampling, projecting and editing with a SIGN projector.
+"""Generation, projection and editing with a SIGN projector.
 
     sign = diffusers_ext.SIGNPipeline.from_pretrained("path/or/repo")
     sign(batch_size=8, num_inference_steps=1).images
-    sign.project(pictures, strength=0.2).images
-    sign.edit(picture, mask).images
+    sign.project(images, strength=0.2).images
+    sign.edit(image, mask).images
 
-The folder `pipelines/sign` imports the class, so it is what `custom_pipeline=` gives.
+The folder `pipelines/sign` imports the class for `custom_pipeline=`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..core.pipeline import encode_prompts
 from .projector import Projector, check_teacher
 from .source import MixtureSource
 
-# The highest level of a second step, as a share of the first one's.
+# The noise level of the second step, as a share of that of the first one.
 REFINEMENT = 0.125
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -35,15 +35,18 @@ class SIGNPipeline(DiffusionPipeline):
     """A one- or few-step generator that is also a projector onto the data (Zaman et al., arXiv:2509.21470).
 
     Args:
-        unet: a stock `UNet2DModel` or `UNet2DConditionModel` that training/train_sign.py has distilled.
-        scheduler: the teacher's: its ᾱ and prediction type say how the network's output is read.
-        vae, text_encoder, tokenizer: where the teacher is latent, and where it has prompts.
-        timestep: the one that the network is held at.
-        source: what samples start from; None: noise of the level's size.
+        unet: a stock `UNet2DModel` or `UNet2DConditionModel`, distilled with training/train_sign.py.
+        scheduler: the scheduler of the teacher. Its ᾱ and prediction type define how the output of the
+            network is read.
+        vae: the autoencoder, if the teacher works on latents.
+        text_encoder, tokenizer: the text encoder, if the teacher has prompts.
+        source: maps noise to the inputs that samples start from. With None, they start from noise of standard
+            deviation `sigma`.
+        timestep: the constant time input of the network.
 
     Raises:
-        ValueError: no timestep (a diffusion model's folder, which has none), or a network or schedule that cannot be a
-            projector.
+        ValueError: there is no timestep, as in the folder of a diffusion model, or network or schedule are
+            not supported, see `check_teacher`.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -63,7 +66,7 @@ class SIGNPipeline(DiffusionPipeline):
         if timestep is None:
             raise ValueError(
                 "This is a time-conditional diffusion model, not a projector: there is no `timestep` in its"
-                " model_index.json. Distil one with training/train_sign.py."
+                " model_index.json. Distill one with training/train_sign.py."
             )
         self.register_modules(
             unet=unet,
@@ -80,12 +83,12 @@ class SIGNPipeline(DiffusionPipeline):
 
     @property
     def projector(self) -> Projector:
-        """f of the network and the schedule that are in the pipeline now."""
+        """The projector f with the current network, scheduler and source."""
         return Projector(self.unet, self.scheduler, self.config.timestep, self.source)
 
     @property
     def sigma(self) -> float:
-        """The highest noise level, from which samples start."""
+        """The highest noise level, at which samples start."""
         return self.projector.sigma
 
     @torch.no_grad()
@@ -100,22 +103,30 @@ class SIGNPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draws pictures: x = f(z) with z the source's sample at σ₁, then x = f(x + σₖε) with falling levels.
+        """Generates images from noise.
+
+        The first step is x = f(z), where z is a sample of the source at the level σ₁. The others are x = f(x
+        + σₖε) with decreasing levels σₖ.
 
         Args:
-            prompt: one or more, where the teacher has prompts; each gives `batch_size` pictures.
-            batch_size: pictures, of every prompt if there are some.
-            num_inference_steps: evaluations of the network.
-            sigmas: the noise levels instead, the first of them `pipe.sigma` unless you know better; by default
-                `pipe.sigma`, then evenly down from an eighth of it: higher ones draw anew, and worse, what the first
-                step has drawn.
-            generator: one, or one for each picture.
-            latents: unit noise (n, C, H, W) to start from.
+            prompt: one or more prompts, if the teacher has prompts. Each gives `batch_size` images.
+            batch_size: number of images, per prompt if there are prompts.
+            num_inference_steps: number of network evaluations.
+            sigmas: noise levels, which replace `num_inference_steps`. The first one should be `pipe.sigma`.
+                By default the levels are `pipe.sigma`, followed by evenly spaced levels from an eighth of it
+                down towards 0. Higher levels after the first discard the result of the first step and give
+                worse images.
+            generator: one generator, or one per image.
+            latents: (n, C, H, W) unit-variance noise to start from.
             output_type: `pil`, `np`, `pt` or `latent`.
-            return_dict: an `ImagePipelineOutput`, or a tuple.
+            return_dict: return an `ImagePipelineOutput` instead of a tuple.
+
+        Returns:
+            An `ImagePipelineOutput`, or a tuple with the images.
 
         Raises:
-            ValueError: no steps, levels that do not fall, a prompt missing or one too many, latents of another shape.
+            ValueError: the number of steps is below 1, the levels do not decrease, a prompt is missing or not
+                supported, or the latents have the wrong shape.
         """
         levels = self._levels(num_inference_steps, sigmas)
         count = batch_size * (1 if prompt is None or isinstance(prompt, str) else len(prompt))
@@ -145,17 +156,22 @@ class SIGNPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Puts pictures back onto the manifold: f(y + strength · σ · ε), then f again without noise.
+        """Projects images onto the data: f(y + strength · σ · ε), then f again without noise.
 
         Args:
-            image: one or more PIL pictures, an array (n, h, w, C) or a tensor (n, C, h, w) in [0, 1].
-            prompt: one for all, or one for each picture, where the teacher has prompts.
-            strength: in [0, 1]; noise added first, as a share of `pipe.sigma`. More moves further.
-            num_projections: evaluations of the network.
-            generator, output_type, return_dict: as for a call.
+            image: one or more PIL images, an array (n, h, w, C) or a tensor (n, C, h, w) in [0, 1].
+            prompt: one prompt for all, or one per image, if the teacher has prompts.
+            strength: amount of noise to add first, as a share of `pipe.sigma`, in [0, 1]. Larger values
+                change the image more.
+            num_projections: number of network evaluations.
+            generator, output_type, return_dict: see `__call__`.
+
+        Returns:
+            An `ImagePipelineOutput`, or a tuple with the images.
 
         Raises:
-            ValueError: pictures of another size, channel count or range, `strength` outside [0, 1], no projections.
+            ValueError: the images have the wrong size, channel count or range, `strength` is outside [0, 1],
+                or `num_projections` is below 1.
         """
         _check_strength(strength)
         if num_projections < 1:
@@ -179,20 +195,24 @@ class SIGNPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draws a part of pictures anew, or turns strokes on them into what belongs there.
+        """Inpaints a part of images, or turns strokes on them into matching content.
 
         Args:
-            image: as for `project`, with strokes or colours in it if you like.
-            mask_image: white (1) where it shall be drawn anew, black where it stays: a PIL picture, an array (h, w)
-                or a tensor (1 or n, 1, h, w). None: everywhere.
-            prompt: what shall be there, where the teacher has prompts.
-            strength: in [0, 1]; the highest noise level as a share of `pipe.sigma`. At 1 what the mask covers is
-                forgotten; below, it guides what is drawn.
-            num_inference_steps: evaluations of the network, at falling noise levels.
-            generator, output_type, return_dict: as for a call.
+            image: see `project`. It may contain strokes or areas of color.
+            mask_image: white (1) marks the part to generate, black (0) the part to keep: a PIL image, an
+                array (h, w) or a tensor (1 or n, 1, h, w). None generates the whole image.
+            prompt: description of the result, if the teacher has prompts.
+            strength: highest noise level as a share of `pipe.sigma`, in [0, 1]. At 1, with a mask, the
+                content under the mask is discarded. Below 1, it guides the result.
+            num_inference_steps: number of network evaluations, at decreasing noise levels.
+            generator, output_type, return_dict: see `__call__`.
+
+        Returns:
+            An `ImagePipelineOutput`, or a tuple with the images.
 
         Raises:
-            ValueError: as `project`, or a mask of another size or range.
+            ValueError: see `project`; also if the mask has the wrong size or range, or the number of steps is
+                below 1.
         """
         _check_strength(strength)
         known = self._encode(image)
@@ -217,16 +237,16 @@ class SIGNPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Stable Diffusion's: the text encoder's last hidden state.
+        """Encodes prompts as Stable Diffusion does: the last hidden state of the text encoder.
 
         Args:
             prompt: one or more texts.
-            device: where to encode; by default where the pipeline runs.
-            num_images_per_prompt: rows for each prompt.
+            device: device of the encoder; default: the execution device of the pipeline.
+            num_images_per_prompt: rows per prompt.
             do_classifier_free_guidance: encode the empty prompt too.
 
         Returns:
-            (n, tokens, width) of the prompts, and of as many empty ones or None.
+            (n, tokens, width) for the prompts, and the same for the empty prompt or None.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
 
@@ -243,7 +263,7 @@ class SIGNPipeline(DiffusionPipeline):
 
         return encode(texts), encode([""] * len(texts)) if do_classifier_free_guidance else None
 
-    # --- what the three share ---
+    # --- shared by __call__, project and edit ---
 
     def _levels(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> list[float]:
         if sigmas is None:
@@ -253,7 +273,7 @@ class SIGNPipeline(DiffusionPipeline):
         levels = [float(sigma) for sigma in sigmas]
         falling = all(a > b for a, b in pairwise(levels))
         if not levels or not falling or min(levels) < 0:
-            raise ValueError(f"sigmas must be falling noise levels of 0 or more, got {levels}.")
+            raise ValueError(f"sigmas must be decreasing noise levels of 0 or more, got {levels}.")
         return levels
 
     def _sample_size(self) -> tuple[int, int]:
@@ -266,28 +286,29 @@ class SIGNPipeline(DiffusionPipeline):
         )
 
     def _conditions(self, prompt: str | Sequence[str] | None, count: int) -> dict[str, Tensor]:
-        """The network's further inputs for `count` pictures, each prompt's one after the other."""
+        """The prompt arguments for `count` images; the images of one prompt are consecutive."""
         if self.text_encoder is None:
             if prompt is not None:
                 raise ValueError("This projector has no text encoder, so it takes no prompt.")
             return {}
         if prompt is None:
-            raise ValueError('This projector draws from prompts: give one, or "".')
+            raise ValueError('This projector needs a prompt: give one, or "" for none.')
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts or count % len(texts):
-            raise ValueError(f"{count} pictures need one prompt or as many; got {len(texts)}.")
+            raise ValueError(f"{count} images need one prompt or as many; got {len(texts)}.")
         embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
         embeds = embeds.repeat_interleave(count // len(texts), 0)
         return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
 
     def _encode(self, image: Any) -> Tensor:
-        """(n, C, H, W) in the network's space, of images in any of the accepted forms and of the network's size."""
+        """(n, C, H, W) in the space of the network, from images of any accepted type."""
         x = encode_images(self, image)
         if tuple(x.shape[2:]) != self._sample_size():
             height, width = (n * self.vae_scale_factor for n in self._sample_size())
             given = tuple(n * self.vae_scale_factor for n in x.shape[2:])
             raise ValueError(
-                f"Expected images {width} wide and {height} high, got {given[1]} × {given[0]}: resize or crop."
+                f"Expected images {width} wide and {height} high, got {given[1]} × {given[0]}: resize or crop"
+                " them."
             )
         return x.to(self._execution_device, self.unet.dtype)
 
@@ -300,7 +321,7 @@ class SIGNPipeline(DiffusionPipeline):
         size = tuple(n * self.vae_scale_factor for n in like.shape[2:])
         if tuple(mask.shape[1:]) != (1, *size) or len(mask) not in (1, len(like)):
             raise ValueError(
-                f"Expected a mask {size[1]} wide and {size[0]} high, one or as many as images, got"
+                f"Expected a mask {size[1]} wide and {size[0]} high, one for all images or one per image, got"
                 f" {tuple(mask.shape)}."
             )
         mask = torch.nn.functional.max_pool2d(mask, self.vae_scale_factor)
@@ -327,7 +348,7 @@ def _check_strength(strength: float) -> None:
 
 
 def describe(pipe: Any) -> str | None:
-    """The line of `dx.summary` about a projector; None for another pipeline."""
+    """The line of `dx.summary` about a projector, or None for another pipeline."""
     if not isinstance(pipe, SIGNPipeline):
         return None
     return f"projector at timestep {pipe.config.timestep}, σ={pipe.sigma:.3g}"

@@ -1,4 +1,4 @@
-"""What a projector's samples start from."""
+"""The distribution that the samples of a projector start from."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-# More rows than these hardly change the directions.
+# More rows hardly change the principal directions.
 MOST_ROWS = 16_384
 
 
 class MixtureSource(ModelMixin, ConfigMixin):
-    """Noisy data as a mixture of Gaussians: unit noise ε becomes μₖ + (UₖΛₖUₖᵀ + σ²)^½ ε for a component k drawn by ε itself.
+    """Noisy data as a mixture of Gaussians: maps unit noise ε to μₖ + (UₖΛₖUₖᵀ + σ²)^½ ε.
 
-    At a level σ at which the strongest directions of the data are not yet drowned, σ · ε is nothing that a denoiser at
-    that level has ever seen, and noisy data's own distribution is. With one component this is where the flow of a
-    diffusion model takes ε, as far as its data are Gaussian (Wang and Vastola, arXiv:2412.09726). SIGN starts from white
-    noise; IGN (arXiv:2311.01462) fits its source to the spectrum of the data. This one is ours.
+    ε itself selects the component k. At the levels of interest, the strongest directions of the data are
+    still visible in the noise. A denoiser has never been trained on σ · ε there, but on noisy data, so
+    samples should start from noisy data. With one component, this is the point to which the flow of a
+    diffusion model takes ε, as far as the data are Gaussian (Wang and Vastola, arXiv:2412.09726). SIGN starts
+    from white noise, and IGN (arXiv:2311.01462) from noise with the spectrum of the data. This source is
+    ours.
 
     Args:
         shape: (C, H, W) of one sample.
-        rank: directions that are kept of each component; beyond them it has σ² alone.
-        num_components: of the mixture.
+        rank: number of principal directions per component. The variance in all other directions is σ².
+        num_components: number of Gaussians.
     """
 
     @register_to_config
@@ -40,26 +42,30 @@ class MixtureSource(ModelMixin, ConfigMixin):
 
     @classmethod
     def fit(cls, data: Tensor, rank: int, num_components: int = 1) -> MixtureSource:
-        """The source of data (n, C, H, W): a component is a part of the rows, see `split_rows`.
+        """Fits the source to data (n, C, H, W), one component to each part of `split_rows`.
+
+        Args:
+            data: (n, C, H, W); at most the first `MOST_ROWS` rows are used.
+            rank, num_components: see the class.
 
         Raises:
-            ValueError: a rank that is not below the number of elements, or components and a rank that the rows, shared
-                evenly, would not allow, or rows of which too few differ.
+            ValueError: the number of components is below 1, the rank is not below the number of elements and
+                of rows per component, or there are too few different rows.
         """
         rows = data[:MOST_ROWS].flatten(1).float()
         most = min(rows.shape[1] - 1, len(rows) // max(num_components, 1) - 1)
         if num_components < 1 or not 0 < rank <= most:
             raise ValueError(
-                f"{len(rows)} samples of {rows.shape[1]} elements allow a source of one component or more, each of"
-                f" rank 1 to one below the elements and its share of the samples: got {num_components} of rank"
-                f" {rank}."
+                f"{len(rows)} samples of {rows.shape[1]} elements allow a source of one or more components,"
+                " each with a rank of at least 1 and below the numbers of elements and of samples per"
+                f" component: got {num_components} of rank {rank}."
             )
         channels, height, width = data.shape[1:]
         source: Any = cls((channels, height, width), rank, num_components)
         for k, part in enumerate(split_rows(rows, num_components)):
             source.weights[k] = len(part) / len(rows)
             source.means[k] = part.mean(0)
-            own = min(rank, len(part) - 1)  # a small part has fewer directions, the others stay 0
+            own = min(rank, len(part) - 1)  # a small part has fewer directions; the rest stay 0
             if own:
                 singular, directions = principal_directions(part - source.means[k], own)
                 source.directions[k, :own] = directions
@@ -67,7 +73,10 @@ class MixtureSource(ModelMixin, ConfigMixin):
         return source.to(data.device)
 
     def forward(self, noise: Tensor, sigma: float) -> Tensor:
-        """Unit noise (n, C, H, W) as a sample of noisy data at the level `sigma`; a row depends on its own noise alone."""
+        """Maps unit noise (n, C, H, W) to samples of noisy data at the level `sigma`.
+
+        Every row depends on its own noise only.
+        """
         component, flat = self._component(noise.flatten(1).float())
         found = torch.empty_like(flat)
         for k in component.unique().tolist():
@@ -80,15 +89,16 @@ class MixtureSource(ModelMixin, ConfigMixin):
 
     @property
     def mean(self) -> Tensor:
-        """(C, H, W) of the data."""
+        """(C, H, W) mean of the data."""
         weights = self.weights.float()
         return (weights @ self.means.float() / weights.sum()).reshape(self.config["shape"])
 
     def _component(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) which component, and (n, d) unit noise that doesn't depend on it.
+        """Selects a component for every row: (n,) indices, and (n, d) unit noise that is independent of them.
 
-        The quantile of a row's first element says which; its place within that component's share is a quantile again, and
-        as uniform, so the element that has it is unit noise whatever the component.
+        The quantile of a row's first element selects the component. Its relative position within the
+        component's interval is again uniform, so the normal value with that quantile replaces the first
+        element.
         """
         weights = self.weights.double()
         ends = (weights / weights.sum()).cumsum(0)
@@ -101,13 +111,21 @@ class MixtureSource(ModelMixin, ConfigMixin):
 
 
 def split_rows(rows: Tensor, num_parts: int) -> list[Tensor]:
-    """Parts of rows (n, d) that are alike: the part with the most variance is cut in halves along its first direction."""
+    """Divides rows (n, d) into parts of similar rows.
+
+    The part with the largest total squared deviation from its mean is split repeatedly, at the mean along its
+    first principal direction.
+
+    Raises:
+        ValueError: there are fewer different rows than parts.
+    """
     parts, spreads = [rows], [0.0]
     while len(parts) < num_parts:
         widest = max(range(len(parts)), key=spreads.__getitem__)
         if not spreads[widest] and len(parts) > 1:
             raise ValueError(
-                f"The data have {len(parts)} different samples, too few for {num_parts} components."
+                f"The data have {len(parts)} different samples, too few for {num_parts} components: use fewer"
+                " components."
             )
         part = parts.pop(widest)
         spreads.pop(widest)
@@ -121,7 +139,10 @@ def split_rows(rows: Tensor, num_parts: int) -> list[Tensor]:
 
 
 def principal_directions(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(rank,) singular values and (rank, d) directions of centred rows (n, d), randomised with a fixed seed."""
+    """(rank,) singular values and (rank, d) directions of centered rows (n, d).
+
+    Uses a randomized SVD with a fixed seed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, singular, directions = torch.svd_lowrank(centred, q=min(rank + 4, *centred.shape), niter=4)

@@ -1,4 +1,4 @@
-"""What a projector is distilled from: the teacher's pipeline, data, prompts and pairs; and what a run shows of itself."""
+"""The inputs of a distillation (teacher pipeline, data, prompts and pairs) and its validation images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .projector import SIGMA, check_teacher, nearest_timestep
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
-    """The projector's pipeline, its network still the teacher's, nothing but it trained."""
+    """The pipeline of the projector with the network of the teacher, the only trainable part."""
     pipe = untrained_projector(load_pipeline(args, dtype=torch.float32), args.sigma)
     for part in (pipe.vae, pipe.text_encoder):
         if part is not None:
@@ -33,18 +33,18 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
 
 
 def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
-    """A `SIGNPipeline` of a diffusion pipeline's own network, held at the noise level `sigma`.
+    """A `SIGNPipeline` with the network of a diffusion pipeline, held at the noise level `sigma`.
 
     Raises:
-        ValueError: a pipeline without a `unet` or with parts that a projector does not have, or what `check_teacher`
-            and `nearest_timestep` refuse.
+        ValueError: the pipeline has no `unet`, or has parts that a projector does not support; see also
+            `check_teacher` and `nearest_timestep`.
     """
     there = {name for name, part in teacher.components.items() if part is not None}
     extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
     if extra or "unet" not in there:
         raise ValueError(
-            f"{type(teacher).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet and at"
-            " most one text encoder, such as DDPM or Stable Diffusion."
+            f"{type(teacher).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet"
+            " and at most one text encoder, such as DDPM or Stable Diffusion."
         )
     check_teacher(teacher.unet, teacher.scheduler)
     parts = {name: teacher.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
@@ -53,7 +53,11 @@ def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
 
 
 def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:
-    """(n, C, H, W) in the network's space, on the CPU, and the captions where there are prompts."""
+    """Loads the training data and, if the teacher has prompts, their captions.
+
+    Returns:
+        (n, C, H, W) in the space of the network, on the CPU, and n captions or None.
+    """
     channels = pipe.unet.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
     with_prompts = pipe.text_encoder is not None
     data = load_dataset(args, captions=with_prompts)
@@ -67,7 +71,7 @@ def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | 
 
 
 class Texts:
-    """Prompts as the network is shown them; each is encoded once."""
+    """Encodes prompts for the network. Every prompt is encoded once."""
 
     def __init__(self, pipe: Any, device: torch.device) -> None:
         self.pipe, self.device = pipe, device
@@ -75,7 +79,7 @@ class Texts:
 
     @torch.no_grad()
     def embeds(self, prompts: list[str]) -> Tensor:
-        """(n, tokens, width)."""
+        """The embeddings (n, tokens, width) of n prompts."""
         new = sorted(set(prompts) - self.known.keys())
         if new:
             found = encode_prompts(self.pipe, new, guidance=False)["prompt_embeds"]
@@ -83,11 +87,11 @@ class Texts:
         return torch.stack([self.known[prompt] for prompt in prompts]).to(self.device)
 
     def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The network's arguments."""
+        """The prompt arguments of the network."""
         return {"encoder_hidden_states": self.embeds(prompts)}
 
     def batch(self, prompts: list[str], guidance_scale: float) -> dict[str, Tensor]:
-        """The objective's arguments."""
+        """The prompt arguments of the objective."""
         found = {"prompt_embeds": self.embeds(prompts)}
         if guidance_scale != 1:
             found["negative_prompt_embeds"] = self.embeds([""] * len(prompts))
@@ -101,7 +105,10 @@ def collect_pairs(
     texts: Texts,
     captions: list[str] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Noise and the teacher's images from it; pair i has caption i, modulo their number."""
+    """Noise and the images that the teacher generates from it.
+
+    Pair i uses the caption i modulo the number of captions.
+    """
     recipe = {
         "teacher": weights_digest(pipe.unet),
         "source": weights_digest(pipe.source) if pipe.source else "white noise",
@@ -130,7 +137,11 @@ def collect_pairs(
 
 
 def save_samples(pipe: Any, data: Tensor, prompts: list[str] | None, path: Path) -> None:
-    """Rows: samples in 1, 2 and 4 steps; the first projected again; noisy data; the same projected."""
+    """Saves a grid of validation images.
+
+    The rows are samples with 1, 2 and 4 steps, the one-step samples projected again, noisy data, and the
+    noisy data projected.
+    """
     count = len(data)
     texts = None if prompts is None else prompts[:count]
     generators = [torch.Generator().manual_seed(i) for i in range(count)]

@@ -1,4 +1,4 @@
-"""How a projector is distilled: the three networks, the phases, and what every step computes."""
+"""The training objective of a projector: its networks, its phases and the losses of every step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ..core.schedules import levels_at
 from . import objective as losses
 from .projector import Projector, denoise, noise_levels
 
-# Of the schedule: from here on the two scores are compared (arXiv:2311.18828, section 3.2, which goes on to 0.98).
+# The two scores are compared from this share of the schedule on. arXiv:2311.18828, section 3.2, uses 0.02 to
+# 0.98.
 SCORE_START = 0.02
-# Up to this many times the projector's noise level. Beyond it little of a picture is left to compare, and a noise
-# prediction's error counts σ/α times in the clean one: near the end of the schedule the difference of two networks is
-# that of their errors.
+# The two scores are compared up to this multiple of the projector's noise level. Above it, little of the
+# image is left, and the error of a noise prediction is amplified by σ/α in the clean prediction. Near the end
+# of the schedule the difference of two networks consists mostly of their errors.
 SCORE_LEVEL = 4.0
 FLOW_LEVELS = 10
 
@@ -24,17 +25,21 @@ FLOW_LEVELS = 10
 class SIGNObjective(nn.Module):
     """The loss of one step: of the projector, of the fake score, or of both.
 
-    Every second row of a batch starts from noise, the others from noised data at one of `FLOW_LEVELS` levels up to the
-    projector's own: so f also learns the levels at which further steps and projections call it.
+    Even rows of a batch start from noise, odd rows from noisy data at one of `FLOW_LEVELS` levels up to that
+    of the projector. The projector is thus also trained at the levels of later steps and of projections.
 
     Args:
-        projector: trained; its network starts as a copy of the teacher.
+        projector: the trained projector. Its network starts as a copy of the teacher.
         teacher: the frozen network.
-        weights: of the losses.
-        warmup_steps: steps without scores, in which `reg` and `flow` bring f near.
-        fake_updates: updates of the fake score for each of the projector after that (DMD2, arXiv:2405.14867: 5; with
-            a regression loss 1 does).
-        guidance_scale: of the teacher where it has conditions.
+        weights: weights of the losses.
+        warmup_steps: number of steps without scores, in which the other losses train f.
+        fake_updates: updates of the fake score per update of the projector, after the warmup. DMD2
+            (arXiv:2405.14867) uses 5; with a regression loss 1 is enough.
+        guidance_scale: guidance scale of the teacher, if it has prompts.
+
+    Raises:
+        ValueError: `warmup_steps` or `fake_updates` is out of range, or there is a warmup without a loss for
+            it.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class SIGNObjective(nn.Module):
         warm = any(getattr(weights, name) for name in ("reg", "flow", "denoise", "tight"))
         if warmup_steps and not warm:
             raise ValueError(
-                "Without reg, flow, denoise and tight there is nothing to warm up with: set warmup_steps to 0."
+                "Without reg, flow, denoise and tight there is no loss for the warmup: set warmup_steps to 0."
             )
         self.projector = projector
         self.teacher = teacher.requires_grad_(False).eval()
@@ -64,11 +69,11 @@ class SIGNObjective(nn.Module):
         self.guidance_scale = guidance_scale
 
     def networks(self) -> list[nn.Module]:
-        """Those that are trained: they share nothing, so one's gradient says nothing of how far the other may go."""
+        """The trained networks. They share no parameters, so their gradients are clipped separately."""
         return [self.projector] if self.fake is None else [self.projector, self.fake]
 
     def train(self, mode: bool = True) -> SIGNObjective:
-        """As usual, but the teacher never drops anything out."""
+        """Sets the training mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -88,18 +93,20 @@ class SIGNObjective(nn.Module):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one batch of an even number of rows b, all (b, C, H, W) float32 unless said otherwise.
+        """The loss of one batch with an even number of rows b, a scalar.
+
+        All arguments are (b, C, H, W) float32 unless noted otherwise.
 
         Args:
-            step: of the optimisation, which decides the phase.
-            noise: unit noise of the even rows' sources.
-            drawn: the teacher's pictures from `noise`; looked at in even rows alone, and only with `reg`.
+            step: the optimization step, which determines the phase.
+            noise: unit noise for the sources of the even rows.
+            drawn: the teacher's images from `noise`. Only even rows are used, and only with `reg`.
             data: clean data.
-            data_noise: unit noise for the odd rows' data.
-            level: (b,) in [0, 1): the odd rows' noise level.
-            score_noise, score_time, fake_noise, fake_time: unit noise and (b,) in [0, 1): where the scores are
-                compared, and where the fake one is trained.
-            prompt_embeds, negative_prompt_embeds: (b, tokens, width) where the teacher has prompts.
+            data_noise: unit noise for the data of the odd rows.
+            level: (b,) in [0, 1), selects the noise level of the odd rows.
+            score_noise, score_time: unit noise and (b,) in [0, 1), where the scores are compared.
+            fake_noise, fake_time: unit noise and (b,) in [0, 1), where the fake score is trained.
+            prompt_embeds, negative_prompt_embeds: (b, tokens, width), if the teacher has prompts.
         """
         conditions = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
         negative = {} if negative_prompt_embeds is None else {"encoder_hidden_states": negative_prompt_embeds}
@@ -135,7 +142,7 @@ class SIGNObjective(nn.Module):
         conditions: dict[str, Tensor],
         negative: dict[str, Tensor],
     ) -> Tensor:
-        """All losses of the projector but the scores'."""
+        """The losses of the projector except the score loss."""
         weights, project = self.weights, self.projector
         total = made.new_zeros(())
         rows = {name: value[odd] for name, value in conditions.items()}
@@ -169,7 +176,7 @@ class SIGNObjective(nn.Module):
         return total
 
     def _flow_times(self, level: Tensor) -> Tensor:
-        """(b,) timesteps of the noised data: one of `FLOW_LEVELS` between the first and the projector's own."""
+        """(b,) timesteps of the noisy data: one of `FLOW_LEVELS` levels up to that of the projector."""
         return self._time_of(1 + (level * FLOW_LEVELS).long().clamp(max=FLOW_LEVELS - 1))
 
     def _time_of(self, index: Tensor) -> Tensor:
@@ -180,7 +187,7 @@ class SIGNObjective(nn.Module):
     def _teacher_step(
         self, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor], negative: dict[str, Tensor]
     ) -> Tensor:
-        """One DDIM step of the teacher to the next lower level, in the projector's units."""
+        """One DDIM step of the teacher to the next lower level, in the units of the projector."""
         first = int(SCORE_START * self.projector.timestep)
         index = ((times - first) * FLOW_LEVELS / (self.projector.timestep - first)).round()
         after = self._time_of(index - 1)
@@ -234,15 +241,18 @@ class SIGNObjective(nn.Module):
 def projector_figures(
     projector: Projector, noise: Tensor, data: Tensor, **conditions: Any
 ) -> dict[str, float]:
-    """What tells a projector from the identity and from a constant.
+    """Figures that distinguish a projector from the identity and from a constant.
 
     Args:
-        noise: (n, C, H, W) unit noise.
-        data: (n, C, H, W) test data.
+        projector: the projector f.
+        noise: (n, C, H, W) unit noise, the input of the source for z.
+        data: (n, C, H, W) test data x.
+        conditions: prompt arguments of the network.
 
     Returns:
-        `idempotence` ‖f(f(z)) − f(z)‖/‖f(z)‖, `motion` ‖f(z) − z‖/‖z‖ (0 for the identity), both means over rows;
-        `variance` of the samples over the data's, summed over elements; `reconstruction` mean |f(x) − x|.
+        `idempotence` ‖f(f(z)) − f(z)‖/‖f(z)‖ and `motion` ‖f(z) − z‖/‖z‖ (0 for the identity), both means
+        over rows; `variance` of the samples relative to that of the data, summed over elements;
+        `reconstruction` mean |f(x) − x|.
     """
     source = projector.start(noise)
     made = projector(source, **conditions)

@@ -1,7 +1,7 @@
-"""Smooth-LoRA: a LoRA that makes the latent space smooth, and what that is for: interpolation, inversion, editing.
+"""Smooth-LoRA: a LoRA for a smooth latent space, with interpolation, inversion and editing.
 
-Guo et al., *Smooth Diffusion: Crafting Smooth Latent Spaces in Diffusion Models*, CVPR 2024, arXiv:2312.04410. On and
-off: `apply_smooth_lora`, `remove_smooth_lora`.
+Guo et al., *Smooth Diffusion: Crafting Smooth Latent Spaces in Diffusion Models*, CVPR 2024,
+arXiv:2312.04410. `apply_smooth_lora` adds the method to a pipeline, `remove_smooth_lora` removes it.
 """
 
 from ..core.methods import register

@@ -1,7 +1,7 @@
-"""Smooth-LoRA on a whole pipeline: `apply_smooth_lora` and `remove_smooth_lora`, in any layout of the weights.
+"""`apply_smooth_lora` and `remove_smooth_lora`: Smooth-LoRA weights of any layout in a pipeline.
 
-diffusers 0.42 loads the released layout only with the right prefix on every key: without one it loads nothing and
-says nothing. Here every key must find its layer.
+diffusers 0.42 loads the released layout only if every key has the right prefix. Otherwise it loads nothing
+and gives no error. Here, every key must match a layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _SIDES = {"down": "lora_A", "up": "lora_B", "lora_A": "lora_A", "lora_B": "lora_B"}
-# Attention processors of old, today's layers, and what peft writes.
+# In this order: old attention processors, old attention layers, current layers, PEFT.
 _LAYOUTS = (
     re.compile(r"(?P<layer>.+)\.processor\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight"),
@@ -33,7 +33,7 @@ _LAYOUTS = (
     re.compile(r"(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.[^.]+)?\.weight"),
 )
 _LOADED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-# peft freezes what it is put on, and leaves it frozen when it is taken off.
+# PEFT freezes the model when an adapter is added, and does not unfreeze it when the adapter is removed.
 _WAS_TRAINABLE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 _PREFIXES = ("base_model.model.", "unet.", "transformer.")
 
@@ -46,38 +46,40 @@ def apply_smooth_lora(
     weight_name: str | None = None,
     **hub_kwargs: Any,
 ) -> Any:
-    """Puts a LoRA on the pipeline's denoiser, as one adapter beside others.
+    """Adds a LoRA to the denoiser of a pipeline, as an adapter that can be combined with others.
 
-    Afterwards diffusers' own `set_adapters`, `fuse_lora` and the like apply. `pipe.save_pretrained` is refused while an
-    adapter is on, because its layers would be saved under names that a reload fills with random weights.
+    The adapter works with the methods of diffusers, such as `set_adapters` and `fuse_lora`.
+    `pipe.save_pretrained` raises an error while an adapter is loaded, because diffusers would fill its layers
+    with random weights on reload.
 
     Args:
         pipe: a pipeline with a `unet` or `transformer`.
         path_or_repo: a safetensors file, a folder or a Hub repository.
-        adapter_name: a new name.
-        weight_name: the file in the folder or repository; by default the only safetensors file there.
-        hub_kwargs: for the download, such as `revision` and `token`.
+        adapter_name: a name that is not in use yet.
+        weight_name: the file in the folder or repository. The default in a folder is its only safetensors
+            file, in a repository `pytorch_lora_weights.safetensors`.
+        hub_kwargs: arguments of the download, such as `revision` and `token`.
 
     Returns:
         `pipe` itself.
 
     Raises:
-        ValueError: the name is taken, the file is none or another kind, a key has no layer, or shapes or ranks don't
-            fit; keys are named.
-        OSError: nothing there.
+        ValueError: the name is in use, the file is corrupted or not a safetensors file, a key has no matching
+            layer, or shapes or ranks do not match. The message names the keys.
+        OSError: the file or repository does not exist.
     """
     denoiser = _denoiser(pipe)
     taken = list(getattr(denoiser, "peft_config", {}))
     if adapter_name in taken:
         raise ValueError(
-            f"An adapter called {adapter_name!r} is on this pipeline already: give another adapter_name, or"
-            f" dx.remove_smooth_lora(pipe, {adapter_name!r}) first."
+            f"An adapter called {adapter_name!r} is on this pipeline already: use another adapter_name or"
+            f" call dx.remove_smooth_lora(pipe, {adapter_name!r}) first."
         )
     file = _resolve(path_or_repo, weight_name, hub_kwargs)
     try:
         given = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
+        raise ValueError(f"{file} is corrupted or not a safetensors file ({error}).") from error
     weights = convert_lora(given, denoiser, str(path_or_repo))
     if not taken:
         _WAS_TRAINABLE[denoiser] = {name: p.requires_grad for name, p in denoiser.named_parameters()}
@@ -88,13 +90,13 @@ def apply_smooth_lora(
 
 
 def remove_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
-    """Takes the adapter off again; the pipeline is then as before. No-op where it is not on. Returns `pipe`."""
+    """Removes the adapter and restores the pipeline; does nothing if it is not loaded. Returns `pipe`."""
     denoiser = _denoiser(pipe)
     names = list(getattr(denoiser, "peft_config", {}))
     if adapter_name in names:
         if len(names) == 1:
             denoiser.unload_lora()
-            # diffusers leaves it behind, as None.
+            # diffusers sets this attribute to None instead of deleting it.
             vars(denoiser).pop("_hf_peft_config_loaded", None)
             for name, trainable in _WAS_TRAINABLE.pop(denoiser, {}).items():
                 denoiser.get_parameter(name).requires_grad_(trainable)
@@ -105,12 +107,12 @@ def remove_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
     return pipe
 
 
-# diffusers' own verbs for LoRAs.
+# The names that diffusers uses for LoRAs.
 load_smooth_lora, unload_smooth_lora = apply_smooth_lora, remove_smooth_lora
 
 
 def describe(pipe: Any) -> str | None:
-    """The line of `dx.summary` about Smooth-LoRAs on `pipe`; None where there is none."""
+    """The line of `dx.summary` about the Smooth-LoRAs of `pipe`, or None if there are none."""
     parts = [
         f"adapter {name!r} of rank {rank}{'' if active else ' (not active)'}"
         for name, (rank, active) in smooth_loras_of(pipe).items()
@@ -119,7 +121,7 @@ def describe(pipe: Any) -> str | None:
 
 
 def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
-    """Rank, and whether it is active, of each adapter that `apply_smooth_lora` has put on the pipeline's denoiser."""
+    """The adapters that `apply_smooth_lora` added to the denoiser: {name: (rank, whether it is active)}."""
     denoiser = denoiser_of(pipe)
     live = getattr(denoiser, "peft_config", None)
     if not live:
@@ -129,7 +131,12 @@ def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
 
 
 def convert_lora(given: Weights, denoiser: nn.Module, source: str = "the file") -> Weights:
-    """LoRA weights of any layout under peft's names, each checked against the denoiser's layer.
+    """Converts LoRA weights of any supported layout to PEFT's names and checks their shapes.
+
+    Args:
+        given: the weights by key, as loaded from a file.
+        denoiser: the UNet or transformer that the LoRA is for.
+        source: name of the file, for error messages.
 
     Raises:
         ValueError: see `apply_smooth_lora`.
@@ -155,8 +162,9 @@ def convert_lora(given: Weights, denoiser: nn.Module, source: str = "the file") 
         found[f"{layer}.{_SIDES[match['side']]}.weight"] = value
     if unknown or not found:
         raise ValueError(
-            f"{source} does not fit {type(denoiser).__name__}: {len(unknown)} of its {len(given)} keys have no layer"
-            f" there ({', '.join(sorted(unknown)[:3]) or 'it is empty'}). It belongs to another model, or is no LoRA."
+            f"{source} does not fit {type(denoiser).__name__}: {len(unknown)} of its {len(given)} keys have"
+            f" no layer there ({', '.join(sorted(unknown)[:3]) or 'it is empty'}). The file is for another model"
+            " or is not a LoRA."
         )
     _check_shapes(found, layers, source)
     for layer, alpha in alphas.items():
@@ -167,7 +175,7 @@ def convert_lora(given: Weights, denoiser: nn.Module, source: str = "the file") 
 
 
 def _without_prefix(key: str) -> str:
-    for prefix in (*_PREFIXES, *_PREFIXES):  # one may hide another
+    for prefix in (*_PREFIXES, *_PREFIXES):  # twice, since a key can have two prefixes in any order
         key = key.removeprefix(prefix)
     return key
 
@@ -187,7 +195,7 @@ def _check_shapes(found: Weights, layers: dict[str, nn.Module], source: str) -> 
             faults.append(f"{layer} has rank {down.shape[0]} down and {up.shape[1]} up")
         elif (up.shape[0], down.shape[1]) != tuple(weight.shape[:2]):
             faults.append(
-                f"{layer} is {tuple(weight.shape[:2])}, the LoRA is for {(up.shape[0], down.shape[1])}"
+                f"{layer} has shape {tuple(weight.shape[:2])}, the LoRA is for {(up.shape[0], down.shape[1])}"
             )
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -197,11 +205,11 @@ def _check_shapes(found: Weights, layers: dict[str, nn.Module], source: str) -> 
 def _denoiser(pipe: Any) -> Any:
     denoiser = denoiser_of(pipe)
     if denoiser is None:
-        raise ValueError(f"{type(pipe).__name__} has no unet and no transformer to put a LoRA on.")
+        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to add a LoRA to.")
     if not hasattr(denoiser, "load_lora_adapter"):
         raise ValueError(
-            f"diffusers loads no LoRA on a {type(denoiser).__name__}, the denoiser of {type(pipe).__name__}. Smooth-LoRA"
-            " is for text-to-image pipelines."
+            f"diffusers cannot load a LoRA into a {type(denoiser).__name__}, the denoiser of"
+            f" {type(pipe).__name__}. Smooth-LoRA needs a text-to-image pipeline."
         )
     return denoiser
 
@@ -215,12 +223,12 @@ def _resolve(
         if len(files) != 1 or not files[0].is_file():
             have = ", ".join(p.name for p in sorted(path.iterdir())) or "nothing"
             raise ValueError(
-                f"{path} holds {have}: expected one safetensors file, or weight_name= to name it."
+                f"{path} contains {have}: expected one safetensors file, or weight_name= to select it."
             )
         return files[0]
     if path.suffix == ".safetensors" or path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a safetensors file, and no other kind is loaded here.")
+            raise ValueError(f"{path} is not a safetensors file, and no other format is supported.")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist.")
         return path
@@ -237,9 +245,9 @@ def _guard_saving(pipe: Any) -> None:
         names = list(getattr(_denoiser(pipe), "peft_config", {}))
         if names:
             raise ValueError(
-                f"The adapter(s) {', '.join(names)} are on this pipeline: saved like this, their layers would be filled"
-                " with random weights when it is loaded. Take them off (dx.remove_smooth_lora), or make them part of"
-                " the weights: pipe.fuse_lora(), then pipe.unload_lora_weights()."
+                f"The adapter(s) {', '.join(names)} are on this pipeline: their layers would be filled with"
+                " random weights on reload. Remove them with dx.remove_smooth_lora, or merge them into the"
+                " weights with pipe.fuse_lora() and pipe.unload_lora_weights()."
             )
         return original(*args, **kwargs)
 
@@ -248,7 +256,10 @@ def _guard_saving(pipe: Any) -> None:
 
 
 def lora_state(denoiser: Any, adapter_name: str = "smooth") -> Weights:
-    """The adapter's weights under the names that diffusers loads without help: `unet.` or `transformer.` before them."""
+    """The weights of an adapter (float32, on the CPU) under the names that diffusers loads.
+
+    Every name starts with `unet.` or `transformer.`.
+    """
     from peft.utils import get_peft_model_state_dict
 
     prefix = "unet" if "UNet" in type(denoiser).__name__ else "transformer"

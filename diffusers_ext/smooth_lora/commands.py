@@ -1,4 +1,4 @@
-"""`diffusers-ext istd`."""
+"""The command `diffusers-ext istd`."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from ..core.commands import (
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the method's commands."""
+    """Adds the commands of Smooth-LoRA to the command line."""
     app.command()(one_line_errors(istd))
 
 
 def istd(
     model: Model,
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line; the paper takes 500.")],
+    prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line; the paper uses 500.")],
     smooth_lora: Annotated[
-        str | None, typer.Option(help="Apply this Smooth-LoRA first: a file, a folder or a Hub repository.")
+        str | None, typer.Option(help="Smooth-LoRA to apply first: a file, a folder or a Hub repository.")
     ] = None,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 7.5,
     height: Height = None,
     width: Width = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 11,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per pipeline call.")] = 11,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Keep finished prompts there, so that an interrupted run resumes.")
+        Path | None, typer.Option(help="Folder for finished prompts, so that an interrupted run resumes.")
     ] = None,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
 ) -> None:
-    """Measures how evenly a text-to-image model's images change between two noises (ISTD)."""
+    """Measures how evenly the images of a text-to-image model change between two noises (ISTD)."""
     texts = read_prompts(prompts)
     from ..metrics.istd import compute_istd
     from .apply import apply_smooth_lora

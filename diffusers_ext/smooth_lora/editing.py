@@ -1,4 +1,4 @@
-"""Edits a picture by changing its prompt on the way from its noise (arXiv:2312.04410, section 4.4)."""
+"""Editing of inverted images by a change of prompt during sampling (arXiv:2312.04410, section 4.4)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.pipeline import encode_prompts, prompt_per_row, quiet, scheduler_of
 from ..core.schedules import first_order_scheduler
 from .inversion import image_size
 
-# The part of a prompt's encoding that each tensor of a pipeline's callback holds.
+# {tensor of a pipeline's callback: the prompt encoding that it holds}
 _IN_CALLBACK = {
     "prompt_embeds": "prompt_embeds",
     "add_text_embeds": "pooled_prompt_embeds",
@@ -33,28 +33,33 @@ def edit(
     guidance_scale: float = 7.5,
     **call_kwargs: Any,
 ) -> Any:
-    """Redraws pictures from their noise: the first steps with their own prompt, the others with the target's.
+    """Generates images from inverted noise, first with their own prompt and then with the target prompt.
 
         noise = dx.ddim_invert(pipe, latents, "a red bag")
-        picture = dx.edit(pipe, "a red bag", "a blue bag", latents=noise, guidance_scale=2.0).images[0]
+        image = dx.edit(pipe, "a red bag", "a blue bag", latents=noise, guidance_scale=2.0).images[0]
+
+    The pipeline samples with DDIM, or with Euler steps if it is a flow model. Its scheduler is restored
+    afterwards.
 
     Args:
-        pipe: Stable Diffusion, SDXL, SD3 or Flux (of whose prompt only the tokens' embeddings change on the way). It
-            samples with DDIM, a flow with Euler steps; its scheduler is put back.
-        prompt: what the pictures show: one text, or one each.
-        target_prompt: what they shall show.
-        latents: their noise, of `ddim_invert` or `null_text_invert(...).noise`.
-        strength: share of the steps that have the target's prompt, in [0, 1]: 0 redraws the picture, 1 draws another
-            one from its noise; the paper takes 0.6 to 0.9.
-        null_embeds: `null_text_invert(...).null_embeds`, with that inversion's steps and guidance.
-        num_inference_steps, guidance_scale, call_kwargs: of the pipeline.
+        pipe: a Stable Diffusion, SDXL, SD3 or Flux pipeline. On Flux, only the token embeddings of the prompt
+            change during sampling, not the pooled ones.
+        prompt: description of the inverted images: one text for all, or one per image.
+        target_prompt: description of the edited images: one text for all, or one per image.
+        latents: the noise of the images, from `ddim_invert` or `null_text_invert(...).noise`.
+        strength: share of the steps that use the target prompt, in [0, 1]. 0 reconstructs the image; 1
+            generates a new one from its noise. The paper uses 0.6 to 0.9.
+        null_embeds: `null_text_invert(...).null_embeds`. The number of steps and the guidance scale must be
+            those of the inversion.
+        num_inference_steps, guidance_scale, call_kwargs: arguments of the pipeline.
 
     Returns:
-        The pipeline's output.
+        The output of the pipeline.
 
     Raises:
-        ValueError: a strength outside [0, 1], prompts that don't go with the latents, `null_embeds` of another
-            number of steps or without guidance, or a scheduler that cannot redraw.
+        ValueError: the strength is outside [0, 1], the number of prompts does not match the latents,
+            `null_embeds` are for another number of steps or used without guidance, or the scheduler has no
+            first-order equivalent.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1], got {strength}.")
@@ -90,13 +95,16 @@ def redraw(
     guidance_scale: float,
     **call_kwargs: Any,
 ) -> Any:
-    """The pipeline's output from `latents`, with other embeddings as it goes.
+    """Samples from `latents` with embeddings that change during sampling.
 
     Args:
-        pipe, latents, null_embeds, num_inference_steps, guidance_scale, call_kwargs: as for `edit`. The pictures' size
-            follows latents that are not packed.
-        encoded: of the prompt, as `encode_prompts` gives it.
-        then: the encoding that follows it, from step `switch` on.
+        pipe, latents, null_embeds, num_inference_steps, guidance_scale, call_kwargs: see `edit`. The image
+            size follows from the latents unless they are packed.
+        encoded: the encoded prompt, from `encode_prompts`.
+        then: the encoded prompt to use from step `switch` on.
+
+    Returns:
+        The output of the pipeline.
 
     Raises:
         ValueError: see `edit`.
@@ -104,7 +112,7 @@ def redraw(
     if null_embeds is not None and (len(null_embeds) != num_inference_steps or guidance_scale <= 1):
         raise ValueError(
             f"null_embeds were made for {len(null_embeds)} steps with guidance, got num_inference_steps"
-            f" {num_inference_steps} and guidance_scale {guidance_scale}: take those of the inversion."
+            f" {num_inference_steps} and guidance_scale {guidance_scale}: use the values of the inversion."
         )
     if null_embeds is not None:
         encoded = {**encoded, "negative_prompt_embeds": null_embeds[0]}

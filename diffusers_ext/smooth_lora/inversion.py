@@ -1,7 +1,7 @@
-"""From a picture back to the noise that it would be drawn from.
+"""Inversion: from an image to the noise that the model generates it from.
 
-DDIM inversion (Song et al., arXiv:2010.02502; Dhariwal & Nichol 2021), as arXiv:2312.04410 uses it to show what a
-smooth latent space is good for, and the same for flow models.
+DDIM inversion (Song et al., arXiv:2010.02502; Dhariwal & Nichol 2021), as used in arXiv:2312.04410, and the
+equivalent for flow models.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ def ddim_invert(
     guidance_scale: float = 1.0,
     **call_kwargs: Any,
 ) -> Tensor:
-    """The noise from which DDIM would draw these latents, by its steps in reverse; for a flow, the Euler steps.
+    """The noise from which DDIM generates the given latents, computed with its steps in reverse.
 
-    Every step takes the model's prediction at the level that it goes to, as the paper's code does.
+    A flow model uses Euler steps instead. Every step uses the prediction of the model at the noise level that
+    it goes to, as the paper's code does.
 
     Args:
-        pipe: Stable Diffusion, SDXL, SD3, Flux or a pipeline with their schedules. Its scheduler is put back.
+        pipe: a Stable Diffusion, SDXL, SD3 or Flux pipeline, or one with the same schedules. Its scheduler is
+            restored afterwards.
         latents: (B, C, H, W) clean latents, see `diffusers_ext.encode_images`.
-        prompt: one text for all, or B texts; describes the picture. None with `prompt_embeds=`.
-        num_inference_steps: the same number redraws it.
-        guidance_scale: 1 for the conditional prediction alone; with more the way back does not meet the way out.
-        call_kwargs: of the pipeline. The pictures' size follows the latents.
+        prompt: description of the images: one text for all, or B texts. None if `prompt_embeds=` is given.
+        num_inference_steps: number of steps. Use the same number to generate the images again.
+        guidance_scale: 1 uses the conditional prediction only. With larger values, sampling from the noise
+            does not return to the same image.
+        call_kwargs: arguments of the pipeline. The image size follows from the latents.
 
     Returns:
-        Noise for `latents=`: (B, C, H, W), or packed (B, tokens, 4C) where the pipeline packs its latents.
+        Noise for `latents=`: (B, C, H, W), or packed (B, tokens, 4C) if the pipeline packs its latents.
 
     Raises:
-        ValueError: a scheduler of another kind, as many prompts as there are not latents, or latents of another
-            shape.
+        ValueError: the scheduler is not supported, the number of prompts does not match the latents, or the
+            latents have the wrong shape.
     """
     inverse = inverse_scheduler(pipe.scheduler)
     if prompt is not None:
@@ -52,9 +55,7 @@ def ddim_invert(
         raise ValueError(f"Expected latents (B, {channels}, H, W), got {tuple(latents.shape)}.")
     for name, value in image_size(pipe, latents).items():
         if call_kwargs.setdefault(name, value) != value:
-            raise ValueError(
-                f"The latents are those of a picture of {name} {value}, got {call_kwargs[name]}."
-            )
+            raise ValueError(f"The latents belong to an image of {name} {value}, got {call_kwargs[name]}.")
     start = pack(latents) if packs_latents(pipe) else latents
     with scheduler_of(pipe, inverse), quiet(pipe):
         return pipe(
@@ -67,5 +68,5 @@ def ddim_invert(
 
 
 def image_size(pipe: Any, latents: Tensor) -> dict[str, int]:
-    """`height` and `width` of the pictures of latents (B, C, H, W)."""
+    """`height` and `width` of the images for latents (B, C, H, W)."""
     return {name: n * pipe.vae_scale_factor for name, n in zip(("height", "width"), latents.shape[2:])}

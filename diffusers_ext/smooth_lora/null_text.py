@@ -1,4 +1,7 @@
-"""Null-text inversion: the embeddings with which guidance redraws a picture (Mokady et al., arXiv:2211.09794)."""
+"""Null-text inversion: unconditional embeddings with which guided sampling reconstructs an image.
+
+Mokady et al., *Null-text Inversion for Editing Real Images using Guided Diffusion Models*, arXiv:2211.09794.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from .inversion import ddim_invert
 
 @dataclass(frozen=True)
 class NullTextInversion:
-    """What redraws a picture under guidance: `reconstruct(pipe, inversion)`.
+    """The result of `null_text_invert`, for `reconstruct` and `edit`.
 
     Attributes:
         noise: (B, C, H, W), for `latents=`.
         null_embeds: (steps, B, tokens, width), the unconditional embeddings of every step.
         prompt_embeds: (B, tokens, width).
-        guidance_scale: that they were optimised for.
-        losses: (steps,) squared error at the end of every step's optimisation.
+        guidance_scale: the scale that the embeddings were optimized for.
+        losses: (steps,) squared error at the end of the optimization of every step.
     """
 
     noise: Tensor
@@ -48,34 +51,44 @@ def null_text_invert(
     early_stop: float = 1e-5,
     progress: bool = True,
 ) -> NullTextInversion:
-    """Unconditional embeddings, one for every step, with which guided DDIM redraws the picture.
+    """Optimizes unconditional embeddings, one per step, so that guided DDIM reconstructs the images.
 
-    The steps of the inversion without guidance are the path; at every step Adam moves the unconditional embeddings, from
-    those of the step before, until guided DDIM stays on it. Computed in float32.
+    Inversion without guidance gives the path. At every step, Adam optimizes the unconditional embeddings,
+    starting from those of the step before, until guided DDIM follows the path. Computed in float32.
 
     Args:
         pipe: `StableDiffusionPipeline` or a subclass, in float32.
-        latents, prompt: as for `ddim_invert`.
-        num_inference_steps, guidance_scale: of the redrawing.
-        num_inner_steps: optimiser steps at most, for each step; 0 keeps the empty prompt.
-        learning_rate: at the first step; it falls by a hundredth of it a step, to no less than a hundredth.
-        early_stop: the squared error at which a step's optimisation ends, rising by twice that a step.
-        progress: show a bar.
+        latents, prompt: see `ddim_invert`.
+        num_inference_steps, guidance_scale: settings of the reconstruction.
+        num_inner_steps: maximum number of optimizer steps per sampling step. 0 keeps the embeddings of the
+            empty prompt.
+        learning_rate: learning rate at the first step. It decreases by 1% of this value per step, down to 1%.
+        early_stop: squared error at which the optimization of the first step stops. It increases by twice
+            this value per step.
+        progress: show a progress bar.
+
+    Returns:
+        A `NullTextInversion`.
 
     Raises:
-        ValueError: another kind of pipeline, half precision, or what `ddim_invert` refuses.
+        ValueError: the pipeline is of another kind or in half precision, a number is out of range, or
+            `ddim_invert` raises an error.
     """
     unet = getattr(pipe, "unet", None)
     if unet is None or unet.config.addition_embed_type is not None:
         raise ValueError(
-            f"Null-text inversion is for Stable Diffusion's conditioning, which {type(pipe).__name__} does not have."
+            "Null-text inversion needs the conditioning of Stable Diffusion, which"
+            f" {type(pipe).__name__} does not have."
         )
     if unet.dtype != torch.float32:
         raise ValueError(
-            f"Null-text inversion optimises in float32, the pipeline is {unet.dtype}: load it in float32."
+            f"Null-text inversion optimizes in float32, the pipeline is {unet.dtype}: load it in float32."
         )
     if num_inner_steps < 0 or learning_rate <= 0:
-        raise ValueError("num_inner_steps must be 0 or more and learning_rate above 0.")
+        raise ValueError(
+            f"Expected num_inner_steps of 0 or more and learning_rate above 0, got {num_inner_steps} and"
+            f" {learning_rate}."
+        )
     scheduler = first_order_scheduler(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps, device=pipe.device)
     prompts = prompt_per_row(prompt, latents)
@@ -117,7 +130,7 @@ def _optimise(step: Any, start: Tensor, target: Tensor, count: int, rate: float,
 
 
 def _inversion_path(pipe: Any, latents: Tensor, prompts: list[str], steps: int) -> list[Tensor]:
-    """Latents from the noise down to the picture, as inversion went through them."""
+    """The latents of all inversion steps, from the noise to the clean latents."""
     seen: list[Tensor] = [latents.to(pipe.device)]
 
     def keep(pipe: Any, number: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,12 +143,15 @@ def _inversion_path(pipe: Any, latents: Tensor, prompts: list[str], steps: int) 
 
 @torch.no_grad()
 def reconstruct(pipe: Any, inversion: NullTextInversion, **call_kwargs: Any) -> Any:
-    """Redraws an inverted picture with guided DDIM; returns the pipeline's output. `edit` changes it.
+    """Generates an inverted image again with guided DDIM. Use `edit` to change it.
 
     Args:
-        pipe: the pipeline of the inversion. Its scheduler is put back.
-        inversion: of `null_text_invert`.
-        call_kwargs: of the pipeline.
+        pipe: the pipeline of the inversion. Its scheduler is restored afterwards.
+        inversion: the result of `null_text_invert`.
+        call_kwargs: arguments of the pipeline.
+
+    Returns:
+        The output of the pipeline.
     """
     options = {
         "num_inference_steps": len(inversion.null_embeds),

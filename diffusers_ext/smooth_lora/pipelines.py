@@ -1,17 +1,17 @@
-"""Stable Diffusion and SDXL pipelines that interpolate, invert and edit.
+"""Stable Diffusion and SDXL pipelines with methods for interpolation, inversion and editing.
 
-The folders `pipelines/smooth_diffusion_*` import these classes, so they are what `custom_pipeline=` gives:
+The folders `pipelines/smooth_diffusion_*` import these classes for `custom_pipeline=`:
 
     pipe = DiffusionPipeline.from_pretrained(
         base, custom_pipeline="pipelines/smooth_diffusion_sd", trust_remote_code=True
     )
     pipe.load_smooth_lora("path/or/repo")
     frames = pipe.interpolate(["a red bag", "a blue boot"], num_frames=24)
-    noise = pipe.invert(picture, "a red bag")
+    noise = pipe.invert(image, "a red bag")
     edited = pipe.edit("a red bag", "a blue bag", latents=noise).images[0]
 
-A call of the pipeline itself is its base class's, bit by bit. Every method here is also a function of the package, for
-any other pipeline.
+A call of the pipeline gives the same result as its base class, bit for bit. The package has every method as a
+function too, for any other pipeline.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .null_text import NullTextInversion, null_text_invert, reconstruct
 
 
 class SmoothDiffusionMixin:
-    """The methods that a smooth latent space is for."""
+    """Methods for loading a Smooth-LoRA, interpolation, inversion and editing."""
 
     def load_smooth_lora(
         self, path_or_repo: str | os.PathLike[str], adapter_name: str = "smooth", **kwargs: Any
@@ -56,12 +56,12 @@ class SmoothDiffusionMixin:
         prompt: str | Sequence[str] = "",
         **kwargs: Any,
     ) -> Tensor:
-        """The noise of pictures, for `latents=`; see `diffusers_ext.ddim_invert`.
+        """The noise of images, for `latents=`; see `diffusers_ext.ddim_invert`.
 
         Args:
-            image: one or more pictures, or an array (n, h, w, 3) in [0, 1].
-            prompt: what they show.
-            kwargs: of `ddim_invert`.
+            image: one or more images, or an array (n, h, w, 3) in [0, 1].
+            prompt: description of the images.
+            kwargs: arguments of `ddim_invert`.
         """
         return ddim_invert(self, encode_images(self, image), prompt, **kwargs)
 
@@ -73,12 +73,12 @@ class SmoothDiffusionMixin:
         latents: Tensor,
         **kwargs: Any,
     ):
-        """Pictures with another prompt from some step on; see `diffusers_ext.edit`."""
+        """Images whose prompt changes during sampling; see `diffusers_ext.edit`."""
         return edit(self, prompt, target_prompt, latents=latents, **kwargs)
 
 
 class SmoothDiffusionStableDiffusionPipeline(SmoothDiffusionMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that interpolates, inverts and edits."""
+    """`StableDiffusionPipeline` with interpolation, inversion and editing."""
 
     def invert_null_text(
         self,
@@ -86,13 +86,13 @@ class SmoothDiffusionStableDiffusionPipeline(SmoothDiffusionMixin, StableDiffusi
         prompt: str | Sequence[str],
         **kwargs: Any,
     ) -> NullTextInversion:
-        """Noise and unconditional embeddings of pictures; see `diffusers_ext.null_text_invert`."""
+        """Noise and unconditional embeddings of images; see `diffusers_ext.null_text_invert`."""
         return null_text_invert(self, encode_images(self, image), prompt, **kwargs)
 
     def reconstruct(self, inversion: NullTextInversion, **kwargs: Any) -> Any:
-        """Redraws what `invert_null_text` has inverted."""
+        """Generates the images of `invert_null_text` again; see `diffusers_ext.reconstruct`."""
         return reconstruct(self, inversion, **kwargs)
 
 
 class SmoothDiffusionStableDiffusionXLPipeline(SmoothDiffusionMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` that interpolates, inverts and edits."""
+    """`StableDiffusionXLPipeline` with interpolation, inversion and editing."""

@@ -1,4 +1,4 @@
-"""The objective of a Smooth-LoRA: a diffusion model's own loss plus the step-wise variation loss, on LoRA layers only."""
+"""The training objective of a Smooth-LoRA: denoising loss plus step-wise variation loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
-    """Freezes a denoiser and gives its attention layers LoRA matrices that start at no change, scale 1.
+    """Freezes a denoiser and adds LoRA layers to its attention projections.
+
+    The layers have scale 1 and do not change the output at initialization.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: the rank is below 1.
     """
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, got {rank}.")
@@ -30,17 +32,18 @@ def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
 
 
 class SmoothLoraObjective(nn.Module):
-    """Denoising loss + λ · variation loss; λ = 0 is exactly the training of a plain LoRA.
+    """Denoising loss + λ · variation loss. With λ = 0 this is exactly the training of a plain LoRA.
 
     Args:
         denoiser: a UNet with trainable LoRA layers.
-        scheduler: gives the noise schedule and `prediction_type`.
-        variation: the regulariser; None, or a weight of 0, leaves it out and its cost with it.
+        scheduler: provides the noise schedule and `prediction_type`.
+        variation: the regularizer. With None or a weight of 0 it is not computed.
         weight: λ; 1 in the paper.
-        snr_gamma: min-SNR weights of the denoising loss (Hang et al. 2023); None for equal ones.
+        snr_gamma: γ of the min-SNR weights of the denoising loss (Hang et al. 2023, arXiv:2303.09556). None
+            weights all timesteps equally.
 
     Raises:
-        ValueError: a negative weight, or a prediction type that the scheduler and the regulariser don't share.
+        ValueError: the weight is negative, or scheduler and regularizer have different prediction types.
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class SmoothLoraObjective(nn.Module):
             raise ValueError(f"The weight of the variation loss must be 0 or more, got {weight}.")
         if variation is not None and variation.prediction_type != kind:
             raise ValueError(
-                f"The scheduler's prediction_type is {kind}, the variation loss's {variation.prediction_type}."
+                f"The scheduler's prediction_type is {kind}, that of the variation loss is"
+                f" {variation.prediction_type}."
             )
         self.denoiser, self.variation = denoiser, variation if weight else None
         self.scheduler, self.weight, self.snr_gamma = scheduler, weight, snr_gamma
@@ -72,13 +76,14 @@ class SmoothLoraObjective(nn.Module):
         pooled_prompt_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one batch.
+        """The loss of one batch, a scalar.
 
         Args:
-            latents, noise, direction: (b, C, H, W): clean, and two standard normal draws.
+            latents: (b, C, H, W) clean latents.
+            noise, direction: (b, C, H, W) independent standard normal noise.
             timesteps: (b,) int64.
             prompt_embeds: (b, tokens, width).
-            pooled_prompt_embeds, time_ids: SDXL's (b, width) and (b, 6).
+            pooled_prompt_embeds, time_ids: (b, width) and (b, 6), SDXL only.
         """
         conditions: dict[str, Any] = {"encoder_hidden_states": prompt_embeds}
         if pooled_prompt_embeds is not None:

@@ -1,11 +1,12 @@
-"""Step-wise variation regularisation: a constant change of the noise shall change the prediction by a constant amount.
+"""Step-wise variation loss: a constant change of the noise should change the prediction by a constant amount.
 
-Guo et al., *Smooth Diffusion: Crafting Smooth Latent Spaces in Diffusion Models*, CVPR 2024, arXiv:2312.04410,
-section 3.3. With x_t = αx0 + σε and the clean prediction x̂0(ε), the variation of a row is
+Guo et al., *Smooth Diffusion: Crafting Smooth Latent Spaces in Diffusion Models*, CVPR 2024,
+arXiv:2312.04410, section 3.3. With x_t = αx0 + σε and the clean prediction x̂0(ε), the variation of a row is
 
-    v = ‖∂⟨x̂0, Δ⟩/∂ε‖₂,    Δ = σ · n/√D,  n standard normal of D elements,
+    v = ‖∂⟨x̂0, Δ⟩/∂ε‖₂,    Δ = σ · n/√D,  n standard normal with D elements,
 
-and the loss is (v − a)² with a running mean a of v: a flatter or a steeper spot costs, a smooth space does not.
+and the loss is (v − a)², where a is a running mean of v. It penalizes variations above and below the mean
+alike.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _SPREADS = ("absolute", "relative")
 
 
 class Variation(NamedTuple):
-    """What one evaluation gives.
+    """The result of `StepwiseVariationLoss`.
 
     Attributes:
         loss: mean of (v − a)², to be weighted and added to the training loss.
         values: (B,) the variations v, detached.
-        output: the denoiser's output for the unchanged noise, for the training loss.
+        output: output of the denoiser for the unchanged noise, for the training loss.
     """
 
     loss: Tensor
@@ -42,25 +43,27 @@ class Variation(NamedTuple):
 
 
 class StepwiseVariationLoss(nn.Module):
-    """The regulariser, with its running mean as a buffer that is saved and resumed with everything else.
+    """The regularizer. Its running mean is a buffer, so it is saved and resumed with the model.
 
     Args:
-        prediction_type: of the denoiser: `epsilon`, `v_prediction`, `sample` or `flow_prediction`.
-        estimator: `vjp` differentiates through the denoiser and once more for the loss, as the paper does: exact,
-            float32, with attention that can be differentiated twice (`double_differentiable`).
-            `finite_difference` compares two evaluations instead: no second derivative, so any attention, half
-            precision and gradient checkpointing. Of the same mean square, E‖JᵀΔ‖² = E‖JΔ‖², not equal row by row.
-        mean: `global`, one running mean as in the paper, or `per_timestep`, one for each of `num_bins` ranges of
-            timesteps: v depends on the noise level, and one number cannot suit all.
-        spread: `absolute`, (v − a)² as in the paper, which a model also lowers by varying less: its pictures then
-            depend less on the noise. `relative`, ours: (log v − a)² with a the running mean of log v, which only a
-            more even variation lowers.
-        rate: of the running mean, in (0, 1]; 0.01 in the paper.
-        num_bins: for `per_timestep`.
-        step: norm of a finite difference's change of the noise, relative to the noise's.
+        prediction_type: prediction type of the denoiser: `epsilon`, `v_prediction`, `sample` or
+            `flow_prediction`.
+        estimator: `vjp` is exact and is the paper's estimator. It differentiates through the denoiser, and
+            again for the loss, so it needs float32 and attention that can be differentiated twice
+            (`double_differentiable`). `finite_difference` compares two evaluations and needs no second
+            derivative, so it works with any attention, in half precision and with gradient checkpointing. Its
+            values have the same mean square, E‖JᵀΔ‖² = E‖JΔ‖², but differ for single rows.
+        mean: `global` is one running mean, as in the paper. `per_timestep` keeps one for each of `num_bins`
+            ranges of timesteps, since v depends on the noise level.
+        spread: `absolute` is (v − a)², as in the paper. A model can also lower it by reacting less to the
+            noise. `relative`, ours, is (log v − a)² with the running mean a of log v, which only a more even
+            variation lowers.
+        rate: update rate of the running mean, in (0, 1]; 0.01 in the paper.
+        num_bins: number of ranges for `per_timestep`.
+        step: norm of the noise perturbation of `finite_difference`, relative to the norm of the noise.
 
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: a name is unknown, or a number is out of range.
     """
 
     running_mean: Tensor
@@ -86,11 +89,13 @@ class StepwiseVariationLoss(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         if not 0 < rate <= 1 or num_bins < 1 or step <= 0:
             raise ValueError(
-                f"Expected rate in (0, 1], num_bins of 1 or more and step above 0; got {rate}, {num_bins}, {step}."
+                f"Expected rate in (0, 1], num_bins of 1 or more and step above 0; got {rate}, {num_bins} and"
+                f" {step}."
             )
         self.prediction_type, self.estimator, self.rate, self.step = prediction_type, estimator, rate, step
         self.spread = spread
-        # The paper's mean starts at 0. A mean of logarithms cannot: NaN stands for none seen yet.
+        # The paper's mean starts at 0. For logarithms 0 would be a wrong start, so NaN marks a mean without
+        # values.
         start = 0.0 if spread == "absolute" else float("nan")
         self.register_buffer("running_mean", torch.full((num_bins if mean == "per_timestep" else 1,), start))
 
@@ -104,17 +109,20 @@ class StepwiseVariationLoss(nn.Module):
         time: Tensor,
         direction: Tensor,
     ) -> Variation:
-        """The loss of one batch; moves the running mean when in training mode.
+        """The loss of one batch. Updates the running mean in training mode.
 
         Args:
-            denoise: the denoiser's output (B, ...) for noisy samples (B, ...), everything else bound.
-            clean, noise: (B, ...) samples and standard normal noise.
-            alpha, sigma: (B,) so that the noisy sample is alpha · clean + sigma · noise.
-            time: (B,) in [0, 1), the share of the schedule, for `per_timestep`.
-            direction: (B, ...) standard normal, drawn for this call.
+            denoise: maps noisy samples (B, ...) to the output of the denoiser (B, ...).
+            clean, noise: (B, ...) clean samples and standard normal noise.
+            alpha, sigma: (B,) levels of the noisy samples alpha · clean + sigma · noise.
+            time: (B,) position in the schedule, in [0, 1), for `per_timestep`.
+            direction: (B, ...) standard normal noise, drawn anew for every call.
+
+        Returns:
+            A `Variation`.
 
         Raises:
-            ValueError: `vjp` in half precision, whose second derivatives overflow.
+            ValueError: `vjp` is used in half precision, where second derivatives overflow.
         """
         a, s = (level.reshape(-1, *[1] * (clean.ndim - 1)).to(clean) for level in (alpha, sigma))
         delta = s * direction / direction[0].numel() ** 0.5
@@ -132,8 +140,8 @@ class StepwiseVariationLoss(nn.Module):
     def _vjp(self, denoise: Any, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor, delta: Tensor) -> Any:
         if clean.dtype != torch.float32 and clean.dtype != torch.float64:
             raise ValueError(
-                f'estimator="vjp" differentiates twice, which overflows in {clean.dtype}: train in float32, or use'
-                ' estimator="finite_difference".'
+                f'estimator="vjp" differentiates twice, which overflows in {clean.dtype}: train in float32,'
+                ' or use estimator="finite_difference".'
             )
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -148,7 +156,8 @@ class StepwiseVariationLoss(nn.Module):
         self, denoise: Any, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor, delta: Tensor
     ) -> Any:
         sample = a * clean + s * noise
-        # delta has a norm of about sigma and the noise of about √D: this changes the noise by the share `step`.
+        # delta has a norm of about sigma, the noise of about √D, so the noise changes by about `step`
+        # relative to its norm.
         size = self.step * delta[0].numel() ** 0.5 / s
         moved = a * clean + s * (noise + size * delta)
         output = denoise(sample)
@@ -157,11 +166,12 @@ class StepwiseVariationLoss(nn.Module):
         return (change / size).flatten(1).norm(dim=1), output
 
     def _moved_mean(self, values: Tensor, bins: Tensor) -> Tensor:
-        """The running means after this batch, with the batch's gradient; stored without."""
+        """The running means after this batch, with gradients. The stored means have none."""
         count = torch.zeros_like(self.running_mean).index_add(0, bins, torch.ones_like(values))
         total = torch.zeros_like(self.running_mean).index_add(0, bins, values)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Differentiable: every process's rows move the mean that every process compares with.
+            # Differentiable, because the mean that every process compares with depends on the rows of all
+            # processes.
             from torch.distributed.nn.functional import all_reduce
 
             count, total = all_reduce(count), all_reduce(total)
@@ -170,17 +180,17 @@ class StepwiseVariationLoss(nn.Module):
         before = torch.where(self.running_mean.isnan(), batch.detach(), self.running_mean)
         moved = before + self.rate * (batch - before)
         if self.training:
-            # In place, as distributed training keeps hold of the buffer itself.
+            # In place, because distributed training holds a reference to the buffer.
             self.running_mean.copy_(moved.detach())
         return moved
 
 
 @contextmanager
 def double_differentiable(denoiser: Any) -> Iterator[None]:
-    """Attention that can be differentiated twice, for the time of the block.
+    """Makes the attention of a denoiser twice differentiable within the `with` block.
 
-    Flash and memory-efficient kernels have no second derivative: torch's attention takes its plain kernel, and
-    xformers' processors, which would be replaced for good by diffusers' own switch, are put back afterwards.
+    Flash and memory-efficient kernels have no second derivative, so PyTorch's attention uses its math kernel
+    instead. xFormers processors are replaced and then restored; diffusers itself would not restore them.
     """
     before = dict(getattr(denoiser, "attn_processors", {}))
     plain = {

@@ -1,7 +1,7 @@
-"""Analytical Gaussian teleportation: the first sampling steps are replaced by the closed form of a Gaussian.
+"""Analytical Gaussian teleportation: the closed form of a Gaussian replaces the first sampling steps.
 
 Wang and Vastola, *The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion Models and its
-Applications*, TMLR 2024, arXiv:2412.09726. On and off: `apply_teleport`, `remove_teleport`.
+Applications*, TMLR 2024, arXiv:2412.09726. Entry points: `apply_teleport`, `remove_teleport`.
 """
 
 from ..core.methods import register

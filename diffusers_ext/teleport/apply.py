@@ -1,4 +1,4 @@
-"""Teleportation on a whole pipeline: `apply_teleport(pipe, stats)` and `remove_teleport(pipe)`."""
+"""Teleportation for a whole pipeline: `apply_teleport(pipe, stats)` and `remove_teleport(pipe)`."""
 
 import inspect
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from .gaussian import GaussianStats
 from .prompt_map import features_of
 from .scheduler import TeleportScheduler
 
-# What every pipeline that has teleportation on now must lose when it is taken off.
+# The hooks of every pipeline with teleportation, which `remove_teleport` removes.
 _HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle | HookHandle]]" = WeakKeyDictionary()
 
-# Components that are shown the latents, and what they call them and the time.
+# Components that take the latents, and their names for the latents and the timestep.
 _MODELS = ("unet", "transformer", "controlnet")
 _LATENTS = ("sample", "hidden_states")
 _TIME = ("timestep", "timesteps")
@@ -29,25 +29,27 @@ def apply_teleport(
     sigma: float | None = None,
     mean_from: str = "stats",
 ) -> Any:
-    """Makes `pipe` skip its first steps; works for every pipeline, also those that scale no model input.
+    """Makes `pipe` skip its first steps. Works with every pipeline, also without `scale_model_input`.
+
+    With a prompt map in the statistics (`fit_prompt_map`), every image starts from the mean of its own
+    prompt, and the transport follows the guidance of the call, including negative prompts. This costs no
+    denoiser call.
+
+    Pipelines that share one denoiser may take turns, but must not sample at the same time.
 
     Args:
         pipe: a `DiffusionPipeline` that starts from pure noise.
-        stats: as for `TeleportScheduler`. None only for a pipeline whose scheduler is a `TeleportScheduler`
-            already, as after loading a saved one: then just the hook it may need is added.
-        skip, sigma, mean_from: as for `TeleportScheduler`.
+        stats: see `TeleportScheduler`. None only for a pipeline whose scheduler already is a
+            `TeleportScheduler`, for example after loading a saved pipeline. Then only the missing hooks are
+            added.
+        skip, sigma, mean_from: see `TeleportScheduler`.
 
     Returns:
         `pipe` itself.
 
-    With a prompt map in the statistics (`fit_prompt_map`) every image starts from its own prompt's mean and the
-    map follows the call's guidance, negative prompts included; that costs no call of the denoiser.
-
-    Pipelines that share one denoiser may take turns, but must not sample at the same time.
-
     Raises:
-        ValueError: teleportation is on this pipeline already, or what `TeleportScheduler` refuses, or a prompt
-            map for a pipeline without `encode_prompt`.
+        ValueError: teleportation is on this pipeline already, an argument is invalid for `TeleportScheduler`,
+            or the pipeline has no `encode_prompt` for the prompt map.
     """
     scheduler = pipe.scheduler
     on = isinstance(scheduler, TeleportScheduler)
@@ -59,9 +61,9 @@ def apply_teleport(
         if stats is None:
             raise ValueError("apply_teleport needs stats: a GaussianStats fitted on this pipeline's latents.")
         scheduler = TeleportScheduler.from_scheduler(scheduler, stats, skip, sigma=sigma, mean_from=mean_from)
-        _drop_hooks(pipe)  # of an earlier one, if the user has replaced the scheduler by hand since
+        _drop_hooks(pipe)  # left over if the user has replaced a TeleportScheduler by hand
     before_first_call = scheduler.mean_from == "stats"
-    # First, as it may refuse: then nothing is left on the pipeline.
+    # Added first, because it may raise an error: the pipeline is then still unchanged.
     reads_prompts = before_first_call and scheduler.stats.prompt_map is not None
     handles: list[Any] = [_add_prompt_hook(pipe, scheduler)] if reads_prompts else []
     if before_first_call and not _scales_its_input(pipe):
@@ -72,7 +74,7 @@ def apply_teleport(
 
 
 def remove_teleport(pipe: Any) -> Any:
-    """Gives `pipe` its original scheduler object back and takes the hooks off; no-op where none is on."""
+    """Restores the original scheduler object of `pipe` and removes the hooks; no-op if teleportation is off."""
     _drop_hooks(pipe)
     if isinstance(pipe.scheduler, TeleportScheduler):
         pipe.scheduler = pipe.scheduler.inner
@@ -80,21 +82,21 @@ def remove_teleport(pipe: Any) -> Any:
 
 
 def teleport_is_on(pipe: Any) -> bool:
-    """Whether `apply_teleport` has been called on `pipe`, and not taken back."""
+    """Whether `apply_teleport` has added teleportation to `pipe`."""
     return pipe in _HANDLES
 
 
 def hook_count(pipe: Any) -> int:
-    """How many denoisers of `pipe` carry a teleportation hook now."""
+    """Number of denoisers of `pipe` that have a teleportation hook."""
     return sum(isinstance(handle, RemovableHandle) for handle in _HANDLES.get(pipe, []))
 
 
 def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
-    """Reads the prompt's mean off what `pipe.encode_prompt` returns, each time the pipeline calls it."""
+    """Computes the prompts' means from the result of `pipe.encode_prompt`, each time the pipeline calls it."""
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
-            f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt to feed it. Leave"
-            " it out, dataclasses.replace(stats, prompt_map=None), and give the means by scheduler.set_mean."
+            f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt. Remove the map"
+            " with dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
         )
 
     def read(given: dict[str, Any], encoded: Any) -> Any:
@@ -108,13 +110,13 @@ def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
 def _mean_and_guidance(
     pipe: Any, stats: GaussianStats, encoded: Any, given: dict[str, Any]
 ) -> tuple[Tensor, float]:
-    """What `set_mean` needs: (B, *shape) means of the encoded prompts, and the guidance of the map.
+    """The arguments of `set_mean`: (B, *shape) means of the encoded prompts, and the guidance scale.
 
-    The unconditional Gaussian stands for the empty prompt. A negative prompt has a mean of its own and the same
-    covariance, and between equal covariances guidance only moves the mean: μ₋ + w(μ − μ₋).
+    The unconditional Gaussian represents the empty prompt. A negative prompt has its own mean and the same
+    covariance. With equal covariances, guidance only shifts the mean: μ₋ + w(μ − μ₋).
     """
     mean = stats.prompt_mean(features_of(encoded[0]))
-    # Set by the pipeline's call before it encodes; Flux takes its scale as an input and has no such property.
+    # The pipeline's call sets this before it encodes. Flux takes its scale as a model input and lacks the property.
     guided = getattr(pipe, "do_classifier_free_guidance", False)
     scale = float(pipe.guidance_scale) if guided else 1.0
     negative = given.get("negative_prompt")
@@ -130,16 +132,16 @@ def _mean_and_guidance(
 def _scales_its_input(pipe: Any) -> bool:
     """Whether the pipeline's own `__call__` passes the model input through `scheduler.scale_model_input`.
 
-    A subclass that only wraps the call of its base answers no and is given a hook, which then stays idle:
-    the scheduler knows whether it was shown the input.
+    This is False for a subclass that only wraps the call of its base class. Such a pipeline gets a hook that
+    does nothing, because the scheduler knows whether `scale_model_input` was called.
     """
     code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
     return code is not None and "scale_model_input" in code.co_names
 
 
 def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[Any]:
-    # torch's own pre-hooks and not diffusers' ModelHook: those replace `forward` and cannot be taken out from
-    # under CPU offloading, which replaces it too; these compose, and leave nothing behind.
+    # torch's pre-hooks and not diffusers' ModelHook: a ModelHook replaces `forward`, as CPU offloading does, and
+    # cannot be removed while offloading is on. Pre-hooks compose and can be removed completely.
     models = [m for m in (getattr(pipe, name, None) for name in _MODELS) if isinstance(m, nn.Module)]
     if not models:
         raise ValueError(
@@ -175,7 +177,7 @@ def _drop_hooks(pipe: Any) -> None:
 
 
 def describe(pipe: Any) -> str | None:
-    """The line of `dx.summary` about teleportation on `pipe`; None where it is off."""
+    """The line of `dx.summary` about teleportation on `pipe`; None if it is off."""
     scheduler = getattr(pipe, "scheduler", None)
     if not isinstance(scheduler, TeleportScheduler):
         return None

@@ -1,13 +1,14 @@
-"""How far may a model skip? Measured once against the model itself, and kept with the statistics.
+"""Calibration of `skip="auto"`: how far a model may skip, measured against the model itself.
 
 Criterion: with the same noise and prompts, a run that skips k steps must end no further from a fine reference
-than the full schedule does. The solver's own discretisation error is thus the allowance: a fine grid leaves
-none. (Wang & Vastola, arXiv 2412.09726, sweep k against FID instead.)
+than the full schedule does. The discretisation error of the solver is thus the tolerance, and a fine grid
+leaves none. (Wang & Vastola, arXiv:2412.09726, sweep k against FID instead.)
 
-The reference is the best trajectory that is known. At the highest noise many models denoise worse than the data's
-Gaussian does, because a noise prediction there says little about the picture; following them would punish the map
-for being right. So the reference takes the closed form down to the level where the model is first no worse at
-denoising clean samples, and the model on a fine grid from there.
+The reference is the best available trajectory. At the highest noise levels many models denoise worse than the
+Gaussian of the data, because a noise prediction contains little information about the image there. A
+reference that follows the model would count the better result of the Gaussian as an error. The reference
+therefore follows the closed form down to the level where the model first denoises clean samples at least as
+well, and the model on a fine grid from there.
 """
 
 from __future__ import annotations
@@ -53,30 +54,32 @@ def calibrate_skip(
     """Finds how far `pipe` may skip with `stats`, for `skip="auto"`.
 
     Args:
-        pipe: any pipeline that `apply_teleport` takes; it is left as it was found.
+        pipe: any pipeline that `apply_teleport` supports; it is not changed.
         stats: statistics of the pipeline's latents.
-        prompts: what to generate, one image each; None for an unconditional pipeline.
-        samples: (B, *shape), clean samples in the denoiser's scale, real ones if possible: one for each prompt, or
-            `num_images`. None draws them from the pipeline.
+        prompts: the prompts to generate, one image each; None for an unconditional pipeline.
+        samples: (B, *shape), clean samples in the denoiser's scale, real ones if possible: one for each
+            prompt, or `num_images`. None generates them with the pipeline.
         num_inference_steps: step counts to calibrate for. A run uses the entry of the smallest calibrated
             count that is not below its own, and skips nothing above the largest.
-        num_images: batch size of an unconditional pipeline.
-        mean_from: as in `TeleportScheduler`.
-        means: (B, *shape), the prompts' own means, if they will be set in use too and `stats` has no prompt map.
-            With statistics that have an `unconditional` part the map then follows the `guidance_scale`.
-        tolerance: by how much of the full schedule's error the error may exceed it.
-        refinement: the reference takes that many times the steps, at least 50.
-        seed: of the initial noise.
+        num_images: number of images of an unconditional pipeline.
+        mean_from: see `TeleportScheduler`.
+        means: (B, *shape), the prompts' own means, if sampling will set them too and `stats` has no prompt
+            map. With statistics that have an `unconditional` part, the transport then follows the
+            `guidance_scale`.
+        tolerance: relative amount by which the error may exceed that of the full schedule.
+        refinement: the reference takes the largest step count times this factor, and at least 50 steps.
+        seed: seed of the initial noise.
         progress: show a progress bar over the trial runs.
         call_kwargs: passed to the pipeline, such as `guidance_scale`, `height`, `width`.
 
     Returns:
-        A copy of `stats` whose `calibration` holds, for each step count, `sigma` (None: skip nothing), the
-        mean squared errors of the full schedule and of each trial, the level down to which the reference trusts
-        the Gaussian, and the model calls spent.
+        A copy of `stats` with `calibration`. For each step count it has `sigma` (None: skip nothing) and the
+            mean squared errors of the full schedule and of each trial. It also has the level down to which
+            the reference follows the Gaussian, and the number of model calls.
 
     Raises:
-        ValueError: a step count below 2, samples that do not match, or what `apply_teleport` refuses.
+        ValueError: a step count below 2, samples that do not match, or invalid arguments for
+            `apply_teleport`.
     """
     counts = sorted(
         {num_inference_steps} if isinstance(num_inference_steps, int) else set(num_inference_steps)
@@ -84,13 +87,13 @@ def calibrate_skip(
     if not counts or counts[0] < 2:
         raise ValueError(f"num_inference_steps must be 2 or more to skip any, got {num_inference_steps!r}.")
     original = pipe.scheduler
-    # A noisy solver has no reference trajectory.
+    # A stochastic solver has no reference trajectory.
     inner = same_grid_deterministic(original)
     run = _Runner(pipe, stats, prompts, num_images, mean_from, means, seed, call_kwargs)
     if samples is not None and tuple(samples.shape) != (run.size, *stats.shape):
         raise ValueError(
-            f"samples have shape {tuple(samples.shape)}, expected {(run.size, *stats.shape)}: one of the"
-            " statistics' shape for each image."
+            f"samples have shape {tuple(samples.shape)}, expected {(run.size, *stats.shape)}: one"
+            " sample of the statistics' shape per image."
         )
     fine = max(50, refinement * counts[-1])
     entries: dict[str, Any] = {}
@@ -132,7 +135,7 @@ def _sweep(
         if error <= (1 + tolerance) * full:
             entry["sigma"] = run.skipped_to
         elif error > 2 * full:
-            break  # errors grow with the distance skipped: nothing further away can qualify
+            break  # errors grow with the distance skipped, so no later trial can qualify
     return entry
 
 
@@ -155,14 +158,14 @@ class _Runner:
         self.size = num_images if self.prompts is None else len(self.prompts)
         self.seed, self.kwargs, self.calls = seed, kwargs, 0
         self.skipped_to: float | None = None
-        # Flux and its like take the scale as an input: their denoiser is one, guided or not.
+        # Flux and similar models take the scale as a model input: with or without guidance there is one denoiser.
         self.guided = hasattr(type(pipe), "do_classifier_free_guidance")
         default = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
         scale = kwargs.get("guidance_scale", default.default if default else 1.0)
         self.guidance_scale = max(1.0, float(scale)) if self.guided else 1.0
 
     def __call__(self, num_inference_steps: int, skip: float = 0.0, sigma: float | None = None) -> np.ndarray:
-        """Final states (B, ...) as float64, skipping a share of the steps, or down to `sigma`."""
+        """Final states (B, ...) as float64, after skipping a fraction of the steps, or down to `sigma`."""
         on = skip > 0 or sigma is not None
         if on:
             reach: dict[str, Any] = {"skip": skip} if sigma is None else {"sigma": sigma}
@@ -189,12 +192,12 @@ class _Runner:
     def trust(
         self, samples: Tensor | None, num_inference_steps: int
     ) -> tuple[float | None, list[list[float]]]:
-        """`trusted_sigma` on the samples given, or on the pipeline's own."""
+        """`trusted_sigma` for the given samples, or for samples of the pipeline."""
         plain = {**self.kwargs, "num_inference_steps": num_inference_steps, "seed": self.seed}
         if self.guided:
             plain["guidance_scale"] = 1.0
         if samples is None:
-            # From other noise than they are noised with: a sample is a function of the noise it came from.
+            # Other seeds than for noising them, because a sample depends on the noise it was generated from.
             other = {**plain, "seed": self.seed + self.size}
             drawn = pipeline_samples(
                 self.pipe, self.size, batch_size=self.size, prompts=self.prompts, progress=False, **other
@@ -232,14 +235,14 @@ def _squared_error(states: np.ndarray, reference: np.ndarray) -> float:
     return float(np.mean((states - reference) ** 2))
 
 
-# --- down to which level the Gaussian denoises clean samples at least as well as the model ---
+# --- the level down to which the Gaussian denoises clean samples at least as well as the model ---
 #
-# Both denoise the same noised samples. The difference of their squared errors is the model's own denoising loss less
-# the Gaussian's, whatever the unknown optimum is; it is measured pairwise, on the same noise.
+# Both denoise the same noised samples. The difference of their squared errors is the difference of their denoising
+# losses, in which the unknown optimal loss cancels. It is measured in pairs, on the same noise.
 
 
 class _Probe(OneCall):
-    """One model call on noised clean samples, in place of what the map makes of the pipeline's noise."""
+    """Replaces the pipeline's noise with noised clean samples, and records one model prediction for them."""
 
     level: Level
     noisy: Tensor
@@ -283,18 +286,19 @@ def excess_loss(
     """How much worse than `pipe` the Gaussian denoises `clean` at step `index` of the grid.
 
     Args:
-        pipe: a pipeline with a supported scheduler, without teleportation; it is left as it was found.
-        stats: the Gaussian, its mean replaced by `mean` (B, *shape) where given.
-        clean: (B, *shape) samples in the scale of the denoiser, or packed as it keeps them.
-        index: from 1 up.
+        pipe: a pipeline with a supported scheduler and without teleportation; it is not changed.
+        stats: the Gaussian; `mean` (B, *shape) replaces its mean if given.
+        clean: (B, *shape) samples in the scale of the denoiser, or packed as the denoiser takes them.
+        index: index of the step, 1 or more.
         prompts: one for each sample; None for a pipeline without prompts.
-        num_inference_steps: of the grid.
-        seed: image i is noised from `seed + i`.
-        call_kwargs: passed to the pipeline. Leave guidance off: a guided denoiser has no clean samples.
+        num_inference_steps: number of steps of the grid.
+        seed: the noise of image i has the seed `seed + i`.
+        call_kwargs: passed to the pipeline. Use no guidance, because the loss is defined for unguided
+            predictions only.
 
     Returns:
-        The noise-to-signal ratio σ there, and (B,) float64, E‖D_G − x₀‖² − E‖D_θ − x₀‖² per dimension and σ².
-        Negative where the Gaussian is nearer.
+        The noise-to-signal ratio σ of the step, and (B,) float64: E‖D_G − x₀‖² − E‖D_θ − x₀‖² per dimension
+            and σ². It is negative if the Gaussian is nearer to the clean samples.
     """
     original, count = pipe.scheduler, len(clean)
     probe = _Probe(original, stats, clean, index)
@@ -332,14 +336,15 @@ def trusted_sigma(
     guidance_scale: float = 1.0,
     call: dict[str, Any],
 ) -> tuple[float | None, list[list[float]]]:
-    """The lowest σ down to which the Gaussian is, two standard errors off, no worse than the model.
+    """The lowest σ down to which the Gaussian is no worse than the model, by a margin of two standard errors.
 
-    Arguments as in `excess_loss`; `call` holds its further ones, `num_inference_steps` among them, and
-    `guidance_scale` is the map's. Under guidance the conditional and the unconditional Gaussian enter with the
-    squares of their weights in D_w = w·D_c + (1 − w)·D_u.
+    The arguments are those of `excess_loss`. `call` contains its keyword arguments, including
+    `num_inference_steps`, and `guidance_scale` is that of the transport. With guidance, the excess losses of
+    the conditional and the unconditional Gaussian are weighted by the squares of their weights in D_w = w·D_c
+    + (1 − w)·D_u.
 
     Returns:
-        σ, or None if there is no such level, and for each level looked at [σ, mean excess, standard error].
+        σ, or None if there is no such level, and [σ, mean excess, standard error] for each level tested.
     """
     found, looked = None, []
     count = call["num_inference_steps"]

@@ -1,4 +1,4 @@
-"""The closed form: the exact probability flow of Gaussian data, without and with guidance.
+"""The closed form: the exact probability flow of Gaussian data, with and without guidance.
 
 A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε; see `diffusers_ext.core.predictions`.
 
@@ -31,7 +31,7 @@ class Gaussian(NamedTuple):
 
 
 class GuidedBasis(NamedTuple):
-    """(D, q) orthonormal columns that span both Gaussians' eigenvectors, and those in its coordinates (q, r)."""
+    """(D, q) orthonormal columns that span both Gaussians' eigenvectors, and their coordinates (q, r) in it."""
 
     columns: Tensor
     conditional: Tensor
@@ -42,7 +42,7 @@ class GuidedBasis(NamedTuple):
 
 
 def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Autocast would run the projections in half precision, too coarse for states tens of units large."""
+    """Disables autocast: half precision is too coarse for projections of states with values in the tens."""
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -65,7 +65,7 @@ def transport(
     end: Level,
     power: float = 1.0,
 ) -> Tensor:
-    """Carry `x` from level `start` = (a₀, s₀) to `end` = (a₁, s₁) along the Gaussian's probability flow.
+    """Carries `x` from level `start` = (a₀, s₀) to `end` = (a₁, s₁) along the Gaussian's probability flow.
 
     x₁ = a₁μ + g(s̄²)·d + U[(g(λ) − g(s̄²)) ⊙ Uᵀd], with d = x − a₀μ and g(λ) = √((a₁²λ + s₁²)/(a₀²λ + s₀²)).
     The map is invertible, so `end` may be noisier than `start`.
@@ -77,15 +77,15 @@ def transport(
         eigenvalues: (r,) variances along the columns, not negative.
         residual: s̄² ≥ 0, the variance in every direction outside the columns' span (no effect if r = D).
         start, end: levels (a, s).
-        power: the exponent of g. Other values than 1 are the flow of a score that is `power` times the
-            Gaussian's, and are meant for a₀ = a₁ = 1 only, where guidance needs them.
+        power: the exponent of g. A value other than 1 gives the flow of a score that is `power` times the
+            Gaussian's. `guided_transport` uses it, for a₀ = a₁ = 1 only.
 
     Returns:
         (B, D), float64 if `x` is float64, else float32.
 
     Raises:
-        ValueError: on other shapes or invalid levels, and if some direction has no variance at `start`
-            (s₀ = 0 and a zero eigenvalue or residual), where the flow is singular.
+        ValueError: wrong shapes, invalid levels, or a direction without variance at `start` (s₀ = 0 and a
+            zero eigenvalue or residual), where the flow is singular.
 
     Source: arXiv:2412.09726 (probability flow of a Gaussian), with the isotropic complement added.
     """
@@ -108,27 +108,29 @@ def guided_transport(
 ) -> Tensor:
     """`transport` under classifier-free guidance, where the two scores belong to two different Gaussians.
 
-    With D_w = D_u + w(D_c − D_u) the flow in variance-exploding coordinates is dx/d ln σ = (1−w)(x − D_u(x)) +
-    w(x − D_c(x)). It is linear, but the covariances of all samples and of one prompt's samples do not commute.
-    Each of the two terms alone has the closed form `transport(..., power=1−w or w)`; they alternate in
-    symmetric (Strang) steps of ln σ, whose error falls with the square of their number, and which only touch
-    the at most 2r dimensions that the eigenvectors span (`guided_basis`). Our own; the paper has
-    no conditional case. Guided means alone, with one covariance, overshoot: the unconditional denoiser follows
-    the sample as σ falls, and guidance fades.
+    With D_w = D_u + w(D_c − D_u) the flow in variance-exploding coordinates is dx/d ln σ = (1−w)(x − D_u(x))
+    + w(x − D_c(x)). It is linear, but the covariances of all samples and of one prompt's samples do not
+    commute. Each of the two terms alone has the closed form `transport(..., power=1−w or w)`. They alternate
+    in symmetric (Strang) steps of ln σ, whose error decreases with the square of the number of steps. The
+    steps act only on the at most 2r dimensions that the eigenvectors span (`guided_basis`).
+
+    This is our addition; the paper has no conditional case. Guiding the means alone, with one covariance,
+    overshoots: the unconditional denoiser follows the sample as σ decreases, so the effect of guidance
+    decreases too.
 
     Args:
         x: (B, D), any float dtype.
-        conditional: the prompt's Gaussian, its mean (D,) or (B, D).
-        unconditional: that of all samples.
+        conditional: the Gaussian of the prompt, with a mean (D,) or (B, D).
+        unconditional: the Gaussian of all samples.
         guidance_scale: w ≥ 0; 1 is the conditional flow, 0 the unconditional one.
         start, end: levels; both need noise (s > 0).
-        basis: what `guided_basis` gives for the two, if it is at hand: finding it costs as much as the rest.
+        basis: the result of `guided_basis` for the two, if available; computing it costs as much as the rest.
 
     Returns:
         (B, D), float64 if `x` is float64, else float32.
 
     Raises:
-        ValueError: a negative `guidance_scale`, a level without noise, or what `transport` refuses.
+        ValueError: a negative `guidance_scale`, a level without noise, or invalid arguments for `transport`.
     """
     (a0, s0), (a1, s1) = check_level(start, "start"), check_level(end, "end")
     w = float(guidance_scale)
@@ -141,7 +143,7 @@ def guided_transport(
             f"Guided transport needs noise at both levels and a > 0 at the end, got {start}, {end}."
         )
     if a0 == 0:
-        # Pure noise has no σ. Far above the data both Gaussians shrink to points, and guidance acts on means.
+        # Pure noise has no finite σ. Far above the scale of the data, guidance acts on the means only.
         largest = max(1.0, *unconditional.eigenvalues[:1].tolist(), *conditional.eigenvalues[:1].tolist())
         far = 1e3 * math.sqrt(largest)
         middle = (1 / math.hypot(1, far), far / math.hypot(1, far))
@@ -155,7 +157,7 @@ def guided_transport(
 
 
 def guided_basis(conditional: Gaussian, unconditional: Gaussian) -> GuidedBasis:
-    """What `guided_transport` works in; q = min(D, 2r)."""
+    """The subspace that `guided_transport` works in; q = min(D, 2r)."""
     both = (conditional.eigenvectors, unconditional.eigenvectors)
     columns = torch.linalg.qr(torch.cat(both, 1)).Q
     return GuidedBasis(columns, *(columns.T @ vectors for vectors in both))
@@ -169,10 +171,10 @@ def _alternate(
     sigmas: list[float],
     basis: GuidedBasis,
 ) -> Tensor:
-    """The Strang steps of `guided_transport`, in the `basis` alone.
+    """The Strang steps of `guided_transport`, computed in the coordinates of `basis`.
 
-    Outside of it every step multiplies the state by one number and adds multiples of the two means: three
-    numbers a step stand for D − q dimensions.
+    Outside this subspace every step multiplies the state by a scalar and adds multiples of the two means, so
+    three scalars represent the other D − q dimensions.
     """
     columns, *vectors = (t.to(y) for t in basis)
     parts = [y, *(g.mean.to(y).expand_as(y) for g in (conditional, unconditional))]
@@ -214,13 +216,13 @@ def implied_mean(
 ) -> Tensor:
     """The mean (B, D) for which `gaussian_denoiser` at `level` maps `x` to `denoised`.
 
-    Solving D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) for μ leaves no inverse: μ = D + (a/s²) Σ (aD − x). One call of a
-    conditional denoiser at high noise thus gives its prompt's own mean. At a = 0 that is the denoised sample
+    Solving D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) for μ needs no inverse: μ = D + (a/s²) Σ (aD − x). One call of a
+    conditional denoiser at high noise thus gives the mean of its prompt. At a = 0 it is the denoised sample
     itself.
 
     Arguments, result and errors are those of `transport`; `denoised` is (B, D) in data units. Rounding and
-    model error in `denoised` are magnified by 1 + a²λ/s², so choose a level with s²/a² well above the largest
-    eigenvalue.
+    model errors in `denoised` are amplified by 1 + a²λ/s², so choose a level with s²/a² well above the
+    largest eigenvalue.
 
     Raises:
         ValueError: also if s = 0, where the denoiser returns x/a for every mean.
@@ -235,7 +237,7 @@ def implied_mean(
 def _prepare(
     x: Tensor, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, residual: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Check shapes, bring all to one dtype (float32 or float64), and append s̄² to λ: (r + 1,)."""
+    """Checks shapes, converts all to one dtype (float32 or float64), and appends s̄² to λ: (r + 1,)."""
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor (batch, dimensions), got {tuple(x.shape)} {x.dtype}.")
     dimension = x.shape[1]
@@ -253,7 +255,7 @@ def _prepare(
     mean, eigenvectors, eigenvalues = (
         t.to(device=x.device, dtype=dtype) for t in (mean, eigenvectors, eigenvalues)
     )
-    # With a full basis there is no complement; a value that can make nothing singular stands in for it.
+    # A full basis has no complement. The last eigenvalue is a placeholder that makes nothing singular.
     rest = eigenvalues[-1:] if eigenvalues.numel() == dimension else eigenvalues.new_tensor([residual])
     return x.to(dtype), mean, eigenvectors, torch.cat([eigenvalues, rest])
 
@@ -263,7 +265,7 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 
 def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:
-    """a²λ + s², refused where it is zero. Only s = 0 needs a look at the values (a wait for the device)."""
+    """a²λ + s²; ValueError if it is zero. Values are read at s = 0 only, since this waits for the device."""
     variance = a * a * spectrum + s * s
     if s == 0 and bool((variance <= 0).any()):
         raise ValueError(
@@ -274,6 +276,6 @@ def _variance(spectrum: Tensor, a: float, s: float, name: str) -> Tensor:
 
 
 def _spectral(d: Tensor, eigenvectors: Tensor, factors: Tensor) -> Tensor:
-    """f(Σ) d, given f(λ) and, last, f(s̄²): two thin matrix products, 2Dr multiply-adds a sample."""
+    """f(Σ) d, given f(λ) and, last, f(s̄²): two thin matrix products, 2Dr multiply-adds per sample."""
     rest = factors[-1]
     return rest * d + ((d @ eigenvectors) * (factors[:-1] - rest)) @ eigenvectors.T

@@ -30,51 +30,51 @@ _TOP = 8
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the method's commands."""
+    """Adds the commands of the method."""
     app.command("fit-gaussian")(one_line_errors(fit_gaussian))
 
 
 def fit_gaussian(
     model: Model,
     dataset: Annotated[
-        str | None, typer.Option(help="Fit to images: a folder, or a data set on the Hub.")
+        str | None, typer.Option(help="Fit to images: a folder or a data set on the Hub.")
     ] = None,
     from_samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Fit to N samples of the pipeline itself.")
+        int | None, typer.Option(metavar="N", help="Fit to N samples that the pipeline generates.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line, for --from-samples.")
+        Path | None, typer.Option(help="Text file with one prompt per line, for --from-samples.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Eigenpairs to keep.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a call.")] = 8,
+    rank: Annotated[int, typer.Option(min=0, help="Number of eigenpairs to keep.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Of every sample; default: the pipeline's.")
+        int | None, typer.Option(min=1, help="Inference steps of the samples; default: the pipeline's.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Of every sample; default: the pipeline's.")
+        float | None, typer.Option(help="Guidance scale of the samples; default: the pipeline's.")
     ] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Resize and crop images to this.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Resize and crop images to this size.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
-    image_column: Annotated[str, typer.Option(help="Its column of images.")] = "image",
+    image_column: Annotated[str, typer.Option(help="Image column of the data set.")] = "image",
     label_column: Annotated[
-        str | None, typer.Option(help="Its column of labels, for one mean a label.")
+        str | None, typer.Option(help="Label column of the data set, for one mean per label.")
     ] = None,
     prompt_map: Annotated[
-        bool, typer.Option("--prompt-map", help="Learn every prompt's mean from its embeddings.")
+        bool, typer.Option("--prompt-map", help="Fit a map that predicts a prompt's mean from its embeddings.")
     ] = False,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("gaussian-stats"),
+    output: Annotated[Path, typer.Option(help="Output folder.")] = Path("gaussian-stats"),
     push_to_hub: Push = None,
 ) -> None:
-    """Fits the Gaussian statistics that teleportation needs, to images or to a pipeline's own samples."""
+    """Fits the Gaussian statistics for teleportation, to images or to a pipeline's own samples."""
     if (dataset is None) == (from_samples is None):
         raise ValueError("Give either --dataset or --from-samples N.")
     if prompts is not None and from_samples is None:
         raise ValueError("--prompts goes with --from-samples: images have no prompts.")
     if prompt_map and prompts is None and label_column is None:
-        raise ValueError("--prompt-map learns from prompts: give --prompts FILE or --label-column captions.")
+        raise ValueError("--prompt-map needs prompts: give --prompts FILE, or a --label-column of captions.")
     texts = None if prompts is None else read_prompts(prompts)
     from ..core.images import open_images
     from .gaussian import GaussianStats
@@ -94,7 +94,7 @@ def fit_gaussian(
             guidance_scale=guidance_scale,
         )
     else:
-        # Before the pipeline is loaded, which takes longer.
+        # Opened before the pipeline, which takes longer to load, so that errors show early.
         images = open_images(
             _find_images(str(dataset), split), labels=label_column, image_column=image_column
         )
@@ -128,6 +128,6 @@ def _table(stats: GaussianStats) -> Table:
         table.add_row("means", f"{len(stats.class_names)} (covariance within each)")
     table.add_row("rank", str(stats.rank))
     table.add_row("explained variance", f"{explained:.2%} of {total:.4g}")
-    table.add_row("residual variance", f"{stats.residual:.4g} a dimension")
+    table.add_row("residual variance", f"{stats.residual:.4g} per dimension")
     table.add_row("top eigenvalues", ", ".join(f"{value:.4g}" for value in stats.eigenvalues[:_TOP].tolist()))
     return table

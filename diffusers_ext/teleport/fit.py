@@ -1,10 +1,10 @@
 """Mean, leading eigenvectors and total variance of a stream of samples, in a single pass.
 
-Everything rests on one identity (Chan, Golub & LeVeque 1983): when a block of `m` samples joins `n` earlier
-ones, the scatter `Σ (x − mean)(x − mean)ᵀ` grows by the scatter of the block about its own mean plus
-`n·m/(n + m) · δ δᵀ`, where `δ` is the difference of the two means. Both terms are a Gram matrix of rows, so a
-block is summed up by its centred rows and one correction row. Doing so class by class gives the pooled
-within-class scatter just as exactly.
+The method is based on one identity (Chan, Golub & LeVeque 1983): when a block of `m` samples is added to `n`
+earlier ones, the scatter `Σ (x − mean)(x − mean)ᵀ` grows by the scatter of the block about its own mean plus
+`n·m/(n + m) · δ δᵀ`, where `δ` is the difference of the two means. Both terms are Gram matrices of rows, so a
+block is represented by its centred rows and one correction row. Applied class by class, this gives the exact
+pooled within-class scatter.
 """
 
 import operator
@@ -21,7 +21,7 @@ _CHUNK_COLUMNS = 8192
 
 
 class Moments(NamedTuple):
-    """What a fit found; see `fit_moments`. Tensors are on the CPU, `eigenvalues` descending."""
+    """The result of `fit_moments`. Tensors are on the CPU, `eigenvalues` in descending order."""
 
     mean: Tensor
     eigenvectors: Tensor
@@ -42,11 +42,12 @@ def fit_moments(
     progress: bool = False,
     exact_up_to: int = EXACT_UP_TO,
 ) -> tuple[Moments, Moments | None]:
-    """Fit a mean and a rank-`rank` plus isotropic covariance; the contract is that of `GaussianStats.fit`.
+    """Fits a mean and a rank-`rank` plus isotropic covariance; the contract is that of `GaussianStats.fit`.
 
-    With labels the first result is the within-class fit, and the second that of all samples; without, None.
+    With labels the first result is the within-class fit and the second the fit of all samples. Without labels
+    the second result is None.
 
-    `exact_up_to` is the largest dimension D whose D × D float64 scatter matrix is held in memory; above it
+    `exact_up_to` is the largest dimension D whose D × D float64 scatter matrix is kept in memory. Above it
     the scatter is kept as `rank + oversampling` rows.
     """
     rank = operator.index(rank)
@@ -97,7 +98,7 @@ def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int, means_fitted
     values, vectors = scatter.spectrum(rank)
     values = values / freedom
     total = scatter.trace() / freedom
-    # Rounding can take the difference a hair below zero when nothing is left over.
+    # Rounding can make the difference slightly negative if no variance is left.
     residual = max(0.0, total - float(values.sum())) / (dimension - rank) if dimension > rank else 0.0
     mean = (counts @ scatter.means[:classes]) / samples
     shape = reader.shape
@@ -116,7 +117,7 @@ def _finish(scatter: "_Scatter", reader: "_BlockReader", rank: int, means_fitted
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:
-    """Make each column's largest entry positive, so that equal fits give equal files."""
+    """Makes each column's largest entry positive, so that equal fits give equal files."""
     if vectors.shape[1] == 0:
         return vectors
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
@@ -126,12 +127,12 @@ def _fix_signs(vectors: Tensor) -> Tensor:
 class _BlockReader:
     """Checks batches and regroups them into blocks of `BLOCK_ROWS` rows: (rows (m, D), class indices (m,)).
 
-    The blocks, and so the result, do not depend on how the caller cut the batches. A yielded block is a view
-    of a buffer that the next one overwrites.
+    The blocks, and thus the result, do not depend on how the samples are split into batches. A yielded block
+    is a view of a buffer that the next block overwrites.
     """
 
     def __init__(self, batches: Iterable[Any], *, progress: bool):
-        # Iterating over one tensor would walk over its samples and take their channels for samples.
+        # Iterating over a single tensor would yield its samples and treat their channels as samples.
         self._batches = [batches] if isinstance(batches, Tensor) else batches
         self._progress = progress
         self._index: dict[str, int] | None = None
@@ -169,7 +170,7 @@ class _BlockReader:
             yield buffer[:filled], classes[:filled].to(buffer.device)
 
     def _read(self, position: int, batch: Any, *, first: bool) -> tuple[Tensor, Tensor]:
-        """One batch as (rows (b, D), class indices (b,)), or a ValueError that says which batch is wrong."""
+        """One batch as (rows (b, D), class indices (b,)); a ValueError names the batch that is wrong."""
         x, labels = _split_batch(position, batch)
         if x.shape[0] and first:
             self.shape = tuple(x.shape[1:])
@@ -225,7 +226,7 @@ class _Scatter:
         self.means = torch.zeros(1, dimension, dtype=torch.float64, device=device)
 
     def update(self, block: Tensor, classes: Tensor) -> None:
-        """Add a block of rows (m, D) whose classes are given by index (m,)."""
+        """Adds a block of rows (m, D) whose classes are given by index (m,)."""
         present, index, sizes = classes.unique(return_inverse=True, return_counts=True)
         self._grow(int(present.max()) + 1)
         before = self.counts[present]
@@ -243,7 +244,7 @@ class _Scatter:
         self._close()
 
     def add_between(self) -> None:
-        """Turn the within-class scatter into the total one: Σ n_k (m_k − m)(m_k − m)ᵀ is what is missing."""
+        """Turns the within-class scatter into the total one by adding Σ n_k (m_k − m)(m_k − m)ᵀ."""
         n = self.counts.numel()
         mean = self.counts @ self.means[:n] / self.counts.sum()
         for low in range(0, n, BLOCK_ROWS):
@@ -300,9 +301,9 @@ class _LowRankScatter(_Scatter):
     """At most `size` orthogonal rows (σ_i v_iᵀ) whose Gram matrix over the columns approximates the scatter.
 
     Each block is stacked under the rows, and the stack is rotated (by the eigenvectors of its small Gram
-    matrix in float64) and cut back to `size` rows. Nothing is lost until more than `size` rows have come.
-    What is cut is a tail of small variance; the trace is kept apart, so it is exact and the loss ends up in
-    the isotropic residual.
+    matrix in float64) and cut back to `size` rows. Up to `size` rows in total, nothing is lost. Above, the
+    directions with the smallest variance are cut. The trace is accumulated separately, so it is exact, and
+    the lost variance is added to the isotropic residual.
     """
 
     def __init__(self, dimension: int, device: torch.device, size: int):
@@ -332,8 +333,8 @@ class _LowRankScatter(_Scatter):
 
     def _close(self) -> None:
         self._trace += float(self._own.trace())
-        # The kept rows are orthogonal already. Rounding in that only makes the cut slightly less than
-        # optimal: the rotation is orthogonal whatever it was computed from, so it changes no variance.
+        # The kept rows are orthogonal up to rounding, which only makes the cut slightly suboptimal: the rotation
+        # is orthogonal in any case, so it does not change the variance.
         gram = torch.cat(
             [
                 torch.cat([self._squares.diag(), self._cross.T], dim=1),
@@ -359,7 +360,7 @@ class _LowRankScatter(_Scatter):
             gram.addmm_(chunk, chunk.T)
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-        # Below this a direction is float32 rounding of the rows; QR fills in any orthogonal column for it.
+        # Smaller eigenvalues are float32 rounding errors; QR gives their directions arbitrary orthogonal columns.
         real = values > 1e-12 * values[:1]
         values = torch.where(real, values, 0.0)
         scaled = vectors * torch.where(real, values, torch.inf).rsqrt()

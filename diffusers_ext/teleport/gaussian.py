@@ -1,8 +1,8 @@
-"""The Gaussian approximation of a data set: fitting, saving, and the maps of `closed_form` on sample shapes.
+"""The Gaussian approximation of a data set: fitting, saving, and the functions of `closed_form` for samples.
 
-Σ is kept as its `r` leading eigenpairs plus an isotropic complement, Σ = U diag(λ) Uᵀ + s̄² (I − U Uᵀ), where
-s̄² is the mean of the remaining eigenvalues. (The paper's own code takes s̄² = 0; keeping it preserves the
-total variance.)
+Σ is stored as its `r` leading eigenpairs plus an isotropic complement, Σ = U diag(λ) Uᵀ + s̄² (I − U Uᵀ),
+where s̄² is the mean of the remaining eigenvalues. (The paper's code uses s̄² = 0; a positive value preserves
+the total variance.)
 """
 
 import json
@@ -40,26 +40,27 @@ _MAP_TENSORS = ("center", "components", "weights", "offset")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GaussianStats(PushToHubMixin):
-    """Mean and covariance of a data set in the space that a pipeline denoises, with the maps they give.
+    """Mean and covariance of a data set in the space that a pipeline denoises, and the maps based on them.
 
     Attributes:
         mean: (*shape), float32, in data units (pixels in [−1, 1], or scaled latents).
         eigenvectors: (D, r), float32, orthonormal columns; D is the product of `shape`.
         eigenvalues: (r,), float32, variances in squared data units, descending.
         residual: s̄², the variance in every direction outside the eigenvectors' span.
-        num_samples: how many samples were fitted.
-        class_means: (K, *shape), float32, or None. With them the covariance is the pooled within-class one.
+        num_samples: number of fitted samples.
+        class_means: (K, *shape), float32, or None. If given, the covariance is the pooled within-class one.
         class_names: K different names, or None.
-        class_counts: how many samples each class mean is the average of, or None.
-        prompt_map: gives the mean of any prompt from its embeddings (`fit_prompt_map`), or None.
-        unconditional: statistics of all samples, whatever their class, where these are within-class ones. The
-            map under guidance needs both.
-        calibration: free JSON-able notes on where the approximation was found good, e.g. `{"sigma": 9.7}`.
+        class_counts: number of samples behind each class mean, or None.
+        prompt_map: predicts the mean of any prompt from its embeddings (`fit_prompt_map`), or None.
+        unconditional: statistics of all samples regardless of class, if these are within-class statistics.
+            Transport with guidance needs both.
+        calibration: JSON-serialisable notes on where the approximation is accurate, such as `{"sigma": 9.7}`.
 
     Instances are immutable; `dataclasses.replace(stats, calibration=...)` makes a changed copy.
 
     Raises:
-        ValueError: if shapes disagree, a value is not finite, or a variance is negative or out of order.
+        ValueError: shapes that do not match, a value that is not finite, or a variance that is negative or
+            out of order.
     """
 
     mean: Tensor
@@ -93,7 +94,7 @@ class GaussianStats(PushToHubMixin):
         put("class_names", None if self.class_names is None else tuple(self.class_names))
         put("class_counts", None if self.class_counts is None else tuple(map(int, self.class_counts)))
         try:
-            # A round trip also cuts the tie to the caller's dict, and makes of tuples what a file gives back.
+            # The round trip copies the caller's dict, and turns tuples into lists as loading from a file does.
             put("calibration", json.loads(json.dumps(dict(self.calibration), allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration must hold finite JSON values only: {error}.") from error
@@ -131,34 +132,34 @@ class GaussianStats(PushToHubMixin):
         oversampling: int | None = None,
         progress: bool = False,
     ) -> "GaussianStats":
-        """Fit to samples in a single pass.
+        """Fits statistics to samples in a single pass.
 
         Up to D = 2048 dimensions the float64 covariance and its `eigh` are exact. Above, the scatter is kept
         as `rank + oversampling` orthogonal rows that are updated by blocks of 256 samples, in O(D·(rank +
-        oversampling + 256)) memory; that too is exact as long as N ≤ rank + oversampling. (A randomised range
-        finder would be more accurate for its size, but needs several passes, and batches here may come from a
-        generator, or from a pipeline whose samples nobody wants to store.) What is cut makes the eigenvalues
-        a little too small: with a spectrum as flat as 1/k, D = 65,536 and rank 256, by 0.06% for the first
-        half and by 0.25% for the last (`benchmarks/cost.py`). tr Σ is exact in either case, and the residual takes up
-        the difference.
+        oversampling + 256)) memory. This is also exact as long as N ≤ rank + oversampling. (A randomised
+        range finder would be more accurate at the same size, but it needs several passes, and a generator of
+        batches allows only one.) The truncation makes the eigenvalues slightly too small: with a spectrum as
+        flat as 1/k, D = 65,536 and rank 256, by 0.06% for the first half and by 0.25% for the last
+        (`benchmarks/cost.py`). tr Σ is exact in either case, and the difference is added to the residual.
 
         Args:
-            batches: tensors (b, *shape) in the scale that the model denoises, or pairs (tensor, b names).
-                Any float dtype, sizes may differ; the result does not depend on how the samples are cut into
-                batches. A generator will do, as will a `DataLoader` or one tensor with all samples.
+            batches: tensors (b, *shape) in the scale that the model denoises, or pairs (tensor, b names). Any
+                float dtype; sizes may differ. The result does not depend on how the samples are split into
+                batches. An iterable such as a generator or a `DataLoader`, or one tensor with all samples.
             rank: number of eigenpairs, from 0 (isotropic) to min(D, N − 1), or N − K with K classes.
             oversampling: rows kept beyond `rank` when D > 2048; default max(64, 2 · rank).
             progress: show a progress bar over the batches.
 
         Returns:
-            Statistics on the CPU. The covariance is normalised by 1/(N − 1). With labels, `class_means` holds
-            one mean per name, `mean` stays the mean of all samples, and the covariance is the pooled
-            *within-class* one, normalised by 1/(N − K): it belongs to the class means, not to `mean`. It
-            costs K·D more memory. `unconditional` then holds what a fit without labels gives.
+            Statistics on the CPU. The covariance is normalised by 1/(N − 1). With labels, `class_means` has
+            one mean per name, `mean` is still the mean of all samples, and the covariance is the pooled
+            *within-class* one, normalised by 1/(N − K). It belongs to the class means, not to `mean`. Labels
+            cost K·D more memory. `unconditional` then has the fit without labels.
 
         Raises:
-            ValueError: no or too few samples, a rank larger than D or the data allow, different shapes,
-                integer data, NaN or infinite values, labels that do not match; the message names the batch.
+            ValueError: no or too few samples, a rank that is too large for D or for the number of samples,
+                different shapes, integer data, NaN or infinite values, or labels that do not match; the
+                message names the batch.
         """
         within, total = fit_moments(batches, rank, oversampling=oversampling, progress=progress)
         unconditional = None if total is None else cls(**total._asdict())
@@ -167,11 +168,15 @@ class GaussianStats(PushToHubMixin):
     def transport(
         self, x: Tensor, start: Level, end: Level, mean: Tensor | None = None, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Carry states `x` (B, *shape) from level `start` to `end`; see the function `transport`.
+        """Carries states `x` (B, *shape) from level `start` to `end`; see the function `transport`.
 
-        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. Another `guidance_scale` than 1 carries
-        them along the guided flow (`guided_transport`), and needs `unconditional`. Computed in float32
-        (float64 for float64), returned in `x`'s dtype and on its device.
+        `mean` is (*shape) or (B, *shape) and defaults to `self.mean`. A `guidance_scale` other than 1 follows
+        the guided flow (`guided_transport`), which needs `unconditional`. Computed in float32 (float64 for
+        float64), returned in `x`'s dtype and on its device.
+
+        Raises:
+            ValueError: another shape than that of the statistics, guidance without `unconditional`, or
+                invalid levels.
         """
         flat, own = self._operands(x, mean)
         if guidance_scale == 1:
@@ -179,7 +184,7 @@ class GaussianStats(PushToHubMixin):
         elif self.unconditional is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs statistics with an unconditional part: fit them to pairs"
-                " (tensor, prompts), or leave guidance out of the map with guidance_scale=1."
+                " (tensor, prompts), or use guidance_scale=1 for a transport without guidance."
             )
         else:
             _, all_samples = self.unconditional._operands(x, None)
@@ -207,9 +212,9 @@ class GaussianStats(PushToHubMixin):
         level: Level = (1.0, 0.0),
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """`n` states (n, *shape), float32, at `level`: by default clean samples. Device: the mean's."""
+        """`n` states (n, *shape), float32, at `level`, by default clean samples, on the device of the mean."""
         noise = randn_tensor((n, *self.shape), generator=generator, device=self.mean.device)
-        # White noise is the state at (0, 1), so drawing is transporting.
+        # White noise is the state at the level (0, 1), so sampling is transport from there.
         return self.transport(noise, (0.0, 1.0), level)
 
     def class_mean(self, names: str | Sequence[str]) -> Tensor:
@@ -233,7 +238,11 @@ class GaussianStats(PushToHubMixin):
         return self.prompt_map(features).reshape(-1, *self.shape)
 
     def truncate(self, rank: int) -> "GaussianStats":
-        """The same with `rank` ≤ r eigenpairs; the variance of the dropped ones moves into the residual."""
+        """The same statistics with `rank` ≤ r eigenpairs; the residual absorbs the variance of the others.
+
+        Raises:
+            ValueError: `rank` is negative or larger than r.
+        """
         if not 0 <= rank <= self.rank:
             raise ValueError(f"rank must lie in [0, {self.rank}] (the rank fitted), got {rank}.")
         dimension = self.mean.numel()
@@ -248,7 +257,7 @@ class GaussianStats(PushToHubMixin):
         )
 
     def isotropic(self) -> "GaussianStats":
-        """The control N(μ, (tr Σ / D)·I): the same mean and total variance, no directions."""
+        """The control N(μ, (tr Σ / D)·I): the same mean and total variance, without directions."""
         return self.truncate(0)
 
     def _operands(self, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Gaussian]:
@@ -270,7 +279,7 @@ class GaussianStats(PushToHubMixin):
         return x.flatten(1), Gaussian(flat_mean, vectors, values, self.residual)
 
     def _guided_basis(self, own: Gaussian, all_samples: Gaussian) -> GuidedBasis:
-        """`guided_basis`, remembered for the latest device and dtype."""
+        """`guided_basis`, cached for the last device and dtype."""
         key = (own.eigenvectors.device, own.eigenvectors.dtype)
         if self._cache.get("basis_key") != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -278,9 +287,9 @@ class GaussianStats(PushToHubMixin):
         return self._cache["basis"]
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensors where they are needed. The latest place is remembered: a sampling loop stays in one."""
+        """The tensors in the given place, cached for the last one: a sampling loop uses only one."""
         if self._cache.get("key") != (device, dtype):
-            # Copies made under inference mode could never again take part in a computation with gradients.
+            # Copies made in inference mode could not be used in later computations with gradients.
             with torch.inference_mode(False):
                 moved = tuple(
                     tensor.to(device=device, dtype=dtype)
@@ -292,12 +301,12 @@ class GaussianStats(PushToHubMixin):
     # --- files ---
 
     def to_dict_of_arrays(self) -> dict[str, np.ndarray]:
-        """Everything as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
+        """All content as numpy arrays, bit-exact and safe for `np.savez` (`config` is a JSON string)."""
         return saving.to_arrays(self._tensors(), self._config())
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], source: str = "The arrays") -> "GaussianStats":
-        """The inverse of `to_dict_of_arrays`; `source` is what error messages call their origin."""
+        """The inverse of `to_dict_of_arrays`; `source` names the origin of the arrays in error messages."""
         return cls._assemble(*saving.from_arrays(arrays, source), source)
 
     def save_pretrained(
@@ -307,10 +316,12 @@ class GaussianStats(PushToHubMixin):
         safe_serialization: bool = True,
         variant: str | None = None,
     ) -> None:
-        """Writes `config.json` and `gaussian_stats.safetensors` into a directory, which is created if need be.
+        """Writes `config.json` and `gaussian_stats.safetensors` into a folder, which is created if needed.
 
-        The other arguments are those that `PushToHubMixin.push_to_hub` passes; ValueError for
-        `safe_serialization=False` (nothing here is pickled).
+        The other arguments are those that `PushToHubMixin.push_to_hub` passes.
+
+        Raises:
+            ValueError: `safe_serialization=False` or a `variant`, which are not supported.
         """
         if not safe_serialization or variant is not None:
             raise ValueError("GaussianStats are saved as safetensors in float32: no pickle, no variants.")
@@ -328,11 +339,11 @@ class GaussianStats(PushToHubMixin):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "GaussianStats":
-        """Loads from a directory, which never touches the network, or from a repository on the Hub.
+        """Loads from a local folder, without network access, or from a repository on the Hub.
 
         Raises:
             OSError: a file is missing, or the repository cannot be reached.
-            ValueError: a file is damaged, is from another save or class, or holds non-finite values.
+            ValueError: a file is damaged, belongs to another save or class, or contains non-finite values.
         """
         hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
@@ -397,7 +408,7 @@ class GaussianStats(PushToHubMixin):
 
 
 def _check_fields(stats: GaussianStats) -> None:
-    """Raise a ValueError unless the fields make a Gaussian."""
+    """Raises a ValueError unless the fields describe a Gaussian."""
     dimension, rank = stats.mean.numel(), stats.eigenvalues.numel()
     if stats.mean.ndim == 0 or dimension == 0:
         raise ValueError(f"mean must have at least one dimension and one element, got shape {stats.shape}.")

@@ -1,6 +1,6 @@
 """Stable Diffusion, SDXL and DDPM pipelines with teleportation built in.
 
-The folders `pipelines/teleport_*` import these classes, so they are what `custom_pipeline=` gives:
+The folders `pipelines/teleport_*` import these classes, for use with `custom_pipeline=`:
 
     pipe = DiffusionPipeline.from_pretrained(
         base, custom_pipeline="pipelines/teleport_sd", trust_remote_code=True
@@ -8,7 +8,7 @@ The folders `pipelines/teleport_*` import these classes, so they are what `custo
     pipe.load_teleport("path/or/repo")
     pipe("a red bag").images[0]
 
-With nothing loaded they are their base classes, bit by bit.
+Without statistics, their results are bit-identical to those of their base classes.
 """
 
 import copy
@@ -38,7 +38,7 @@ from .sources import check_rank, pipeline_samples
 
 _REMEMBERED = 256
 _CALIBRATION_IMAGES = 8
-# What else of a call decides what its prompt means.
+# Call arguments beside the prompt that change the prompt's mean.
 _CONDITIONS = (
     "height",
     "width",
@@ -48,6 +48,7 @@ _CONDITIONS = (
     "crops_coords_top_left",
     "target_size",
 )
+# Conditions other than text, for which statistics have no means.
 _BEYOND_TEXT = ("prompt_embeds", "ip_adapter_image", "ip_adapter_image_embeds")
 
 
@@ -68,16 +69,17 @@ class TeleportMixin:
         """Makes the pipeline skip its first steps.
 
         Args:
-            stats: statistics, or the folder or Hub repository that holds them.
-            skip, sigma, mean_from: as for `TeleportScheduler`.
+            stats: the statistics, or the folder or Hub repository that contains them.
+            skip, sigma, mean_from: see `TeleportScheduler`.
             hub_kwargs: for `GaussianStats.from_pretrained`, such as `subfolder` and `revision`.
 
         Returns:
             The pipeline itself.
 
         Raises:
-            ValueError: teleportation is on already, or what `TeleportScheduler` or loading refuses.
-            OSError: nothing to load there.
+            ValueError: teleportation is on already, the statistics are invalid, or an argument is invalid for
+                `TeleportScheduler`.
+            OSError: the statistics are missing.
         """
         self._refuse_twice()
         if not isinstance(stats, GaussianStats):
@@ -104,20 +106,23 @@ class TeleportMixin:
         """Fits statistics to the pipeline's own samples and loads them.
 
         Args:
-            num_samples, prompts, batch_size, seed, progress, call_kwargs: as for `pipeline_samples`. With
-                prompts each gets its own mean, and the covariance is the one within prompts.
-            rank: eigenpairs to keep, at most `num_samples` minus the number of prompts (or minus 1).
-            num_inference_steps: steps of every sample, and the step count that `skip="auto"` is good for.
-            guidance_scale: of the runs that `skip="auto"` is calibrated for; None for the pipeline's default.
-                The samples themselves are drawn without guidance, which the map adds for each call.
-            skip, sigma, mean_from: as for `TeleportScheduler`; `skip="auto"` calls `calibrate_skip`, which
-                takes up to `num_inference_steps` runs of 8 pictures more.
+            num_samples, prompts, batch_size, seed, progress, call_kwargs: see `pipeline_samples`. With
+                prompts, each prompt gets its own mean, and the covariance is the within-prompt one.
+            rank: number of eigenpairs, at most `num_samples` minus the number of prompts (or minus 1).
+            num_inference_steps: steps of each sample, and the step count that `skip="auto"` is calibrated
+                for.
+            guidance_scale: guidance scale of the calibration runs for `skip="auto"`; None for the pipeline's
+                default. The samples themselves are generated without guidance, because the transport adds it
+                for each call.
+            skip, sigma, mean_from: see `TeleportScheduler`. `skip="auto"` calls `calibrate_skip`, which
+                generates up to `num_inference_steps` further batches of 8 images.
 
         Returns:
-            The statistics loaded, to `save_pretrained` or `push_to_hub`.
+            The loaded statistics, for `save_pretrained` or `push_to_hub`.
 
         Raises:
-            ValueError: teleportation is on already, or what sampling, fitting and calibrating refuse.
+            ValueError: teleportation is on already, or arguments that sampling, fitting or calibration
+                rejects.
         """
         self._refuse_twice()
         check_rank(rank, num_samples, prompts)
@@ -145,7 +150,7 @@ class TeleportMixin:
         return stats
 
     def unload_teleport(self) -> Any:
-        """Puts the original scheduler back; the pipeline is then its base class again. Returns it."""
+        """Restores the original scheduler, so that the pipeline works as its base class again. Returns it."""
         self.__dict__.pop("_teleport_means", None)
         return remove_teleport(self)
 
@@ -157,29 +162,29 @@ class TeleportMixin:
 # --- prompts ---
 
 
-_DOC = """teleport_prompt_mean (`bool`, defaults to `True`): where the statistics are
-        within-prompt ones, start every image from its prompt's own mean: the fitted one, or
-        for a new prompt that of `prompt_means`, a model call that is made once a prompt."""
+_DOC = """teleport_prompt_mean (`bool`, defaults to `True`): with within-prompt statistics, start
+        every image from the mean of its prompt: the fitted mean or, for a new prompt, that of
+        `prompt_means`, which costs one model call per prompt."""
 
 
 class PromptTeleportMixin(TeleportMixin):
-    """Sets every image's prompt mean before a run and clears it afterwards.
+    """Sets the mean of each image's prompt before a run and clears it afterwards.
 
-    Statistics with a prompt map need nothing of this: `apply_teleport` reads the prompts itself. Of others, those
-    with an `unconditional` part make the map follow the call's `guidance_scale` too. Means of prompts that the
-    statistics do not know are kept on the pipeline until the statistics are loaded or unloaded again: do that
-    after changing what a prompt means, by a LoRA for example. With `teleport_prompt_mean=False`, or with
-    `mean_from="first_call"`, the scheduler is left as it is.
+    Statistics with a prompt map do not need this: `apply_teleport` reads the prompts itself. With other
+    statistics that have an `unconditional` part, the transport also follows the `guidance_scale` of the call.
+    Means of new prompts are cached on the pipeline until the statistics are loaded or unloaded again. Reload
+    them after a change that affects the prompts, such as a LoRA. With `teleport_prompt_mean=False` or
+    `mean_from="first_call"`, the scheduler is not changed.
     """
 
     @contextmanager
     def _prompt_mean(self, wanted: bool, call: dict[str, Any]) -> Iterator[None]:
         scheduler = self.scheduler
-        # Exactly this type: the scheduler that prompt_means probes with is a subclass.
+        # Compare the exact type, because prompt_means uses a subclass as its probe.
         on = type(scheduler) is TeleportScheduler and scheduler.mean_from == "stats"
         within = on and (scheduler.stats.class_means is not None or scheduler.stats.unconditional is not None)
         if on and scheduler.stats.prompt_map is not None:
-            within = False  # apply_teleport reads the prompts; a loaded pipeline lacks its hook
+            within = False  # apply_teleport reads the prompts; a loaded pipeline does not have its hook yet
             if not teleport_is_on(self):
                 apply_teleport(self)
         if not (wanted and within):
@@ -188,11 +193,11 @@ class PromptTeleportMixin(TeleportMixin):
         beyond = [name for name in _BEYOND_TEXT if call.get(name) is not None]
         if beyond:
             raise ValueError(
-                f"The statistics hold one mean for each prompt, and {beyond[0]} is no prompt text. Pass "
+                f"The statistics have one mean for each prompt, and {beyond[0]} is not a prompt text. Pass "
                 "teleport_prompt_mean=False, after pipe.scheduler.set_mean(mean) if you have a mean for it."
             )
         if call.get("prompt") is None:
-            yield  # the base class says what is missing
+            yield  # the base class raises the error
             return
         means = self._means_of(scheduler.stats, call)
         means = means.repeat_interleave(call.get("num_images_per_prompt") or 1, dim=0)
@@ -203,10 +208,10 @@ class PromptTeleportMixin(TeleportMixin):
             scheduler.set_mean(None)
 
     def _guidance(self, stats: GaussianStats, call: dict[str, Any]) -> float:
-        """The scale that the map follows: 1, the conditional flow, where it cannot follow the call's.
+        """The guidance scale of the transport; 1, the conditional flow, if it cannot follow the call's scale.
 
-        A negative prompt stands in for the empty one, whose statistics `unconditional` holds; and distilled
-        denoisers take the scale as an input.
+        It cannot follow a negative prompt, because `unconditional` has the statistics of the empty prompt, or
+        a distilled denoiser, which takes the scale as an input.
         """
         default = inspect.signature(type(self).__call__).parameters["guidance_scale"].default
         scale = float(call.get("guidance_scale", default))
@@ -215,7 +220,7 @@ class PromptTeleportMixin(TeleportMixin):
         return 1.0 if stats.unconditional is None or distilled or other else max(scale, 1.0)
 
     def _means_of(self, stats: GaussianStats, call: dict[str, Any]) -> Tensor:
-        """(prompts, *stats.shape): fitted, remembered or probed means of the call's prompts."""
+        """(prompts, *stats.shape): fitted, cached or probed means of the call's prompts."""
         prompts = [call["prompt"]] if isinstance(call["prompt"], str) else list(call["prompt"])
         second = call.get("prompt_2")
         seconds = list(second) if isinstance(second, list | tuple) else [second] * len(prompts)
@@ -245,7 +250,7 @@ class PromptTeleportMixin(TeleportMixin):
 
     def _probe(self, stats: GaussianStats, prompts: list[str], conditions: dict[str, Any]) -> Tensor:
         if "prompt_2" in conditions:
-            # A single text would stand for a batch of one.
+            # prompt_2 is a list here, because a single text means a batch of one.
             rows = [
                 prompt_means(self, stats, p, **{**conditions, "prompt_2": [conditions["prompt_2"]]})
                 for p in prompts
@@ -255,7 +260,7 @@ class PromptTeleportMixin(TeleportMixin):
 
 
 class TeleportStableDiffusionPipeline(PromptTeleportMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` that can replace its first steps by the closed form of a Gaussian."""
+    """`StableDiffusionPipeline` that can replace its first steps with the closed form of a Gaussian."""
 
     @adds_argument(StableDiffusionPipeline, "teleport_prompt_mean", True, _DOC)
     def __call__(self, *args: Any, teleport_prompt_mean: bool = True, **kwargs: Any) -> Any:
@@ -264,7 +269,7 @@ class TeleportStableDiffusionPipeline(PromptTeleportMixin, StableDiffusionPipeli
 
 
 class TeleportStableDiffusionXLPipeline(PromptTeleportMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` that can replace its first steps by the closed form of a Gaussian."""
+    """`StableDiffusionXLPipeline` that can replace its first steps with the closed form of a Gaussian."""
 
     @adds_argument(StableDiffusionXLPipeline, "teleport_prompt_mean", True, _DOC)
     def __call__(self, *args: Any, teleport_prompt_mean: bool = True, **kwargs: Any) -> Any:
@@ -275,13 +280,13 @@ class TeleportStableDiffusionXLPipeline(PromptTeleportMixin, StableDiffusionXLPi
 
 
 class TeleportDDPMPipeline(TeleportMixin, DDPMPipeline):
-    """`DDPMPipeline` that can replace its first steps by the closed form of a Gaussian."""
+    """`DDPMPipeline` that can replace its first steps with the closed form of a Gaussian."""
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         DDPMPipeline.__init__(self, unet, scheduler)
         if isinstance(scheduler, TeleportScheduler):
-            # As loaded, or as shared by from_pipe: the denoiser needs its hook, and the hook a scheduler that
-            # no other pipeline advances.
+            # After loading, or in from_pipe: the denoiser needs its hook, and the hook needs a scheduler that no
+            # other pipeline advances.
             self.scheduler = copy.deepcopy(scheduler.inner)
             apply_teleport(
                 self, scheduler.stats, scheduler.skip, sigma=scheduler.sigma, mean_from=scheduler.mean_from

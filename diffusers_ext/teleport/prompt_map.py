@@ -1,8 +1,8 @@
-"""From a prompt's embeddings to the mean of its samples, without a model call: a linear regression.
+"""Predicts the mean of a prompt's samples from its embeddings by linear regression, without a model call.
 
-If the embeddings e of a prompt and its samples x were jointly Gaussian, then E[x | e] = x̄ + Σ_xe Σ_ee⁻¹ (e − ē):
-the regression *is* the conditional Gaussian. It is fitted to the class means of labelled statistics, which are
-all it takes, and speaks for prompts that the fit has never seen. Our own; arXiv:2412.09726 has no conditional case.
+If the embeddings e of a prompt and its samples x are jointly Gaussian, then E[x | e] = x̄ + Σ_xe Σ_ee⁻¹ (e −
+ē): the regression *is* the conditional Gaussian. It is fitted to the class means of labelled statistics and
+also predicts the means of new prompts. This is our addition; arXiv:2412.09726 has no conditional case.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Longer embeddings than Stable Diffusion's 77 × 768 (T5's have two million entries) are averaged over tokens.
+# Embeddings longer than Stable Diffusion's 77 × 768 (T5's have two million entries) are averaged over tokens.
 LARGEST_FLAT = 2**16
 _RIDGES = tuple(10.0**e for e in range(-9, 0))
 
@@ -26,7 +26,10 @@ class PromptMap:
         components: (E, q), float32, orthonormal principal directions of the features.
         weights: (q, D), float32.
         offset: (D,), float32, average of the means.
-        score: R² of the prompts' means when each is predicted from the other prompts.
+        score: R² of the prompts' means, where each is predicted from the other prompts.
+
+    Raises:
+        ValueError: shapes that do not match.
     """
 
     center: Tensor
@@ -50,16 +53,17 @@ class PromptMap:
     def fit(cls, features: Tensor, means: Tensor, counts: Tensor, rank: int = 256) -> PromptMap:
         """Ridge regression of K means on K features, in the features' `rank` leading principal directions.
 
-        The ridge is the one of nine powers of ten that predicts each prompt's mean best from the others.
+        The ridge is chosen from nine powers of ten, as the one that predicts each prompt's mean best from the
+        others.
 
         Args:
             features: (K, E), any float dtype.
             means: (K, D).
-            counts: (K,) samples behind each mean, > 0.
-            rank: principal directions at most, ≥ 1.
+            counts: (K,) numbers of samples behind the means, > 0.
+            rank: largest number of principal directions, ≥ 1.
 
         Raises:
-            ValueError: shapes that do not match, or features that tell nothing about the means (score ≤ 0).
+            ValueError: shapes that do not match, or features that do not predict the means (score ≤ 0).
         """
         if features.ndim != 2 or means.ndim != 2 or not len(features) == len(means) == counts.numel() > 2:
             raise ValueError(
@@ -83,7 +87,7 @@ class PromptMap:
         if not best[0] > 0:
             raise ValueError(
                 f"The embeddings of these {len(e)} prompts do not predict each other's means (R² {best[0]:.2f}):"
-                " fit to more prompts, or to more samples of each."
+                " fit to more prompts, or to more samples per prompt."
             )
         weights = (best[1] / s)[:, None] * projected
         return cls(center.float(), v.T.float().contiguous(), weights.float(), offset.float(), best[0])
@@ -92,7 +96,7 @@ class PromptMap:
         """Means (B, D), float32, on the features' device; ValueError unless `features` is (B, E)."""
         if features.ndim != 2 or features.shape[1] != self.center.numel():
             raise ValueError(
-                f"The prompt map was fitted on {self.center.numel()} features a prompt, these have shape"
+                f"The prompt map was fitted on {self.center.numel()} features per prompt, these have shape"
                 f" {tuple(features.shape)}: use it with the text encoder it was fitted with."
             )
         center, components, weights, offset = (
@@ -103,6 +107,6 @@ class PromptMap:
 
 
 def features_of(prompt_embeds: Tensor) -> Tensor:
-    """Embeddings (B, tokens, width) as (B, E) float32: flat, or the tokens' mean where that is too long."""
+    """Embeddings (B, tokens, width) as (B, E) float32: flattened, or averaged over tokens if too long."""
     flat = prompt_embeds.flatten(1).float()
     return flat if flat.shape[1] <= LARGEST_FLAT else prompt_embeds.float().mean(1)

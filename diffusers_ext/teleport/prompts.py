@@ -1,4 +1,4 @@
-"""The means of prompts: a map from their embeddings, or one call of the denoiser at the highest noise."""
+"""The means of prompts: predicted from their embeddings, or read from one denoiser call at the highest noise."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from .sources import check_prompts
 
 
 def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size: int = 64) -> GaussianStats:
-    """Lets `stats` know the mean of every prompt that `pipe` can encode; costs no denoiser call, now or later.
+    """Adds a prompt map to `stats`, which predicts the mean of every prompt that `pipe` can encode.
+
+    Neither fitting nor using the map costs a denoiser call.
 
     Args:
         pipe: a text-to-image pipeline with `encode_prompt`.
-        stats: statistics fitted to pairs (samples, prompts): their `class_means` are what is learned from. Many
-            different prompts matter more than many samples of each.
-        rank: principal directions of the prompts' embeddings to use, ≥ 1.
+        stats: statistics fitted to pairs (samples, prompts); the map is fitted to their `class_means`. Many
+            different prompts matter more than many samples per prompt.
+        rank: number of principal directions of the prompts' embeddings, ≥ 1.
         batch_size: prompts encoded together.
 
     Returns:
-        A copy of `stats` with `prompt_map`. Its `score` tells how well a prompt's mean is predicted from the
-        other prompts: 1 is perfect.
+        A copy of `stats` with `prompt_map`. Its `score` is the R² of the prompts' means, where each is
+        predicted from the other prompts; 1 is perfect.
 
     Raises:
         ValueError: statistics without class means, a pipeline without `encode_prompt`, or prompts whose
-            embeddings tell nothing about their means.
+            embeddings do not predict their means.
     """
     if stats.class_means is None or stats.class_names is None:
         raise ValueError(
-            "A prompt map is learned from class means: fit the statistics to pairs (tensor, prompts)."
+            "A prompt map is fitted to class means: fit the statistics to pairs (tensor, prompts)."
         )
     names = stats.class_names
     counts = torch.tensor(stats.class_counts or [1] * len(names))
@@ -55,7 +57,7 @@ def prompt_features(pipe: Any, prompts: Sequence[str]) -> Tensor:
 
 
 class OneCall(TeleportScheduler):
-    """The wrapped scheduler with one model call only, whose prediction `_look` reads and turns into the result."""
+    """A scheduler that makes one model call only. `_look` reads its prediction and returns the result."""
 
     def _one_step(self, *args: Any, **kwargs: Any) -> None:
         self._set_timesteps(*args, **kwargs)
@@ -79,7 +81,7 @@ class OneCall(TeleportScheduler):
 
 
 class _FirstCall(OneCall):
-    """Reads the implied mean off a call at the highest noise."""
+    """Computes the implied mean from a call at the highest noise level."""
 
     found: Tensor
 
@@ -102,22 +104,23 @@ def prompt_means(
 ) -> Tensor:
     """The mean that the denoiser itself implies for each prompt, from one call at the highest noise level.
 
-    The Gaussian denoiser D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) is solved for μ, with the model's x0-prediction as
-    D (`GaussianStats.implied_mean`). The calls are made without guidance, so that the mean is that of the
-    prompt's own distribution; give `guidance_scale=` for the guided one. Not in arXiv:2412.09726, which has
-    no conditional case.
+    The Gaussian denoiser D = μ + aΣ(a²Σ + s²I)⁻¹(x − aμ) is solved for μ, with the model's x0-prediction as D
+    (`GaussianStats.implied_mean`). The calls use no guidance, so that the mean is that of the prompt's own
+    distribution; pass `guidance_scale=` for the guided one. This is our addition; arXiv:2412.09726 has no
+    conditional case.
 
     Args:
         pipe: a text-to-image pipeline with a supported scheduler, or a `TeleportScheduler` around one. Its
-            scheduler is put back, also after an error.
-        stats: statistics whose covariance to use: the within-prompt one, as `pipeline_samples` with prompts
-            gives it.
+            scheduler is restored, also after an error.
+        stats: statistics whose covariance is used: the within-prompt one, as from `pipeline_samples` with
+            prompts.
         prompts: B texts, or one.
-        num_calls: calls to average, ≥ 1, each on its own noise.
-        seed: of the noise, which is the same for every prompt: a prompt's mean does not depend on the others.
-        batch_size: prompts a call, ≥ 1.
+        num_calls: number of calls to average, ≥ 1, each with its own noise.
+        seed: seed of the noise, which is the same for every prompt, so that a prompt's mean does not depend
+            on the other prompts.
+        batch_size: prompts per call, ≥ 1.
         call_kwargs: passed to the pipeline, such as `height`, `width` and `num_inference_steps` (with
-            "leading" timestep spacing more steps start at higher noise).
+            "leading" timestep spacing, more steps start at higher noise).
 
     Returns:
         (B, *stats.shape) float32 on the CPU, for `TeleportScheduler.set_mean`.

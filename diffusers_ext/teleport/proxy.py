@@ -1,4 +1,4 @@
-"""A scheduler around another one: it answers for the wrapped one, and is saved with its statistics."""
+"""The base of `TeleportScheduler`: wraps another scheduler, delegates to it, and is saved with statistics."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 
 class Delegated:
-    """A method of the wrapped scheduler that goes through ours, and exists only where the wrapped one has it.
+    """A method that replaces one of the wrapped scheduler, and exists only if the wrapped scheduler has it.
 
-    Pipelines ask `hasattr(scheduler, "scale_model_input")` and read `inspect.signature(scheduler.step)` to
-    decide what to pass, so both must answer as the wrapped scheduler does.
+    Pipelines check `hasattr(scheduler, "scale_model_input")` and inspect the signature of `scheduler.step` to
+    decide what to pass, so both must match the wrapped scheduler.
     """
 
     def __init__(self, through: Callable[..., Any]):
@@ -41,10 +41,10 @@ class Delegated:
 
 
 class SchedulerProxy(SchedulerMixin, ConfigMixin):
-    """A scheduler around another one, which answers for it and is saved with its statistics.
+    """Wraps a scheduler, delegates to it, and is saved with its statistics.
 
-    `scheduler_config.json` holds the wrapped scheduler's config and, under one private key, its class name
-    and how far to skip, so that the same file still configures the plain scheduler.
+    `scheduler_config.json` contains the config of the wrapped scheduler and, under one private key, its class
+    name and how far to skip. The same file therefore still configures the plain scheduler.
     """
 
     inner: Any
@@ -54,7 +54,7 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
     mean_from: str
 
     def to_json_string(self) -> str:
-        """The wrapped config plus our keys, as `save_pretrained` writes it."""
+        """The wrapped scheduler's config with our keys, as `save_pretrained` writes it."""
         config = json.loads(self.inner.to_json_string())
         config["_class_name"] = type(self).__name__
         config[_CONFIG_KEY] = {
@@ -67,16 +67,16 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Not possible: a config holds no statistics. Use `from_scheduler` or `from_pretrained`."""
+        """Raises a ValueError: a config has no statistics. Use `from_scheduler` or `from_pretrained`."""
         raise ValueError(
-            "A TeleportScheduler needs statistics, which a config does not hold: use "
+            "A TeleportScheduler needs statistics, which a config does not contain: use "
             "TeleportScheduler.from_scheduler(Scheduler.from_config(config), stats) or from_pretrained(...)."
         )
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Writes `teleport_stats.npz` and `scheduler_config.json`; what `set_mean` was given is not saved."""
+        """Writes `teleport_stats.npz` and `scheduler_config.json`. The means of `set_mean` are not saved."""
         os.makedirs(save_directory, exist_ok=True)
         saving.write_archive(save_directory, self.stats.to_dict_of_arrays())
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -89,7 +89,7 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Loads what `save_pretrained` wrote, from a folder or a Hub repository.
+        """Loads a scheduler saved by `save_pretrained`, from a folder or a Hub repository.
 
         Raises:
             ValueError: the config is that of a plain scheduler, or the statistics are missing or damaged.
@@ -112,10 +112,10 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
         scheduler = build(inner, stats, ours["skip"], ours["sigma"], ours["mean_from"])
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
-    # -- everything else is the wrapped scheduler's
+    # -- everything else is delegated to the wrapped scheduler
 
     def __getattr__(self, name: str) -> Any:
-        # Private names stay out: copy and pickle probe them on an instance that has no `inner` yet.
+        # Private names are not delegated: copy and pickle look them up on instances without `inner`.
         if name.startswith("_") or "inner" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner, name)
@@ -125,18 +125,19 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
 
     @property
     def compatibles(self) -> list[Any]:
-        """Classes that `OtherScheduler.from_config(scheduler.config)` works for: the wrapped one's."""
+        """Classes that can be made with `from_config(scheduler.config)`: those of the wrapped scheduler."""
         return self.inner.compatibles
 
     @property
     def _internal_dict(self) -> FrozenDict:
-        # What `config` returns. The class name is the wrapped one, so that OtherScheduler.from_config(config)
-        # drops the wrapped scheduler's own options without a warning; ours are written when saving.
+        # The value of `config`. It has the class name of the wrapped scheduler, so that
+        # OtherScheduler.from_config(config) drops that scheduler's own options without a warning. Our keys are
+        # added when saving.
         return FrozenDict({**self.inner.config, "_class_name": type(self.inner).__name__})
 
     @_internal_dict.setter
     def _internal_dict(self, config: dict[str, Any]) -> None:
-        # Stable Diffusion pipelines patch outdated scheduler configs in place; the wrapped one must see it.
+        # Stable Diffusion pipelines update outdated configs in place; the wrapped scheduler needs the change.
         self.inner._internal_dict = FrozenDict(config)
 
 

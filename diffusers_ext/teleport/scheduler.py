@@ -1,12 +1,12 @@
-"""`TeleportScheduler`: any supported diffusers scheduler, minus its first k steps.
+"""`TeleportScheduler`: any supported diffusers scheduler without its first k steps.
 
 At high noise the learned score is that of a Gaussian, whose probability-flow ODE has a closed form (Wang and
-Vastola, TMLR 2024, arXiv 2412.09726). So the first k steps of the solver are replaced by that map, applied to
-the initial noise, and the wrapped scheduler runs the rest of *its own full* grid: slicing the grid instead
-would change `init_noise_sigma`, the order lists of the singlestep solver and the final-step rules.
+Vastola, TMLR 2024, arXiv:2412.09726). The first k steps of the solver are replaced with this closed form,
+applied to the initial noise, and the wrapped scheduler runs the rest of *its own full* grid. Slicing the grid
+instead would change `init_noise_sigma`, the order lists of the singlestep solver and the final-step rules.
 
-Own additions, in neither the paper nor its code: a per-prompt mean (`set_mean`) and a mean read off the first
-guided model call (`mean_from="first_call"`).
+Our additions, in neither the paper nor its code: a mean for each prompt (`set_mean`), and a mean computed
+from the first guided model call (`mean_from="first_call"`).
 """
 
 import inspect
@@ -26,22 +26,25 @@ from .skipping import check_reach, max_skip, restart_pndm, steps_to_sigma
 
 
 class TeleportScheduler(SchedulerProxy):
-    """Wraps `scheduler`, replacing its first steps by the closed form of a Gaussian.
+    """Wraps `scheduler` and replaces its first steps with the closed form of a Gaussian.
 
     Args:
-        scheduler: a supported diffusers scheduler (`diffusers_ext.core.schedules.SUPPORTED`); it is kept, not copied, and is given
-            back by `inner`.
-        stats: statistics of the latents the denoiser was trained on, fitted on (C, H, W) or, for Flux, also
-            on packed (tokens, 4C) latents.
-        skip: fraction of the steps to skip, in [0, 1); or `"auto"`: down to `stats.calibration["sigma"]`.
-        sigma: instead of `skip`, go to the last grid point with noise-to-signal ratio s/a ≥ `sigma` (> 0).
-        mean_from: `"stats"`: the map happens before the first model call, with the mean of `stats` or of
-            `set_mean`. `"first_call"`: the first model call is made at full noise, the mean its guided
-            x0-prediction implies replaces that of `stats`, and then the map happens; it costs one call, and
-            fits the prompt on any pipeline.
+        scheduler: a supported diffusers scheduler (`diffusers_ext.core.schedules.SUPPORTED`). It is not
+            copied; `inner` returns it.
+        stats: statistics of the latents that the denoiser was trained on, fitted to (C, H, W) latents or, for
+            Flux, also to packed (tokens, 4C) ones.
+        skip: fraction of the steps to skip, in [0, 1), or `"auto"` to skip down to
+            `stats.calibration["sigma"]`.
+        sigma: instead of `skip`, skip to the last grid point with a noise-to-signal ratio s/a ≥ `sigma` (>
+            0).
+        mean_from: with `"stats"` the transport precedes the first model call and uses the mean of `stats` or
+            of `set_mean`. With `"first_call"` the first model call is made at full noise, the mean that its
+            guided x0-prediction implies replaces that of `stats`, and the transport follows. This costs one
+            call, and adapts to the prompt with any pipeline.
 
-    At least one step of the wrapped scheduler always remains. With nothing to skip (also one single step in
-    `"first_call"` mode, which would save nothing) every call goes to the wrapped scheduler unchanged.
+    At least one step of the wrapped scheduler always remains. If there is nothing to skip (or only a single
+    step in `"first_call"` mode, which would save nothing), every call goes to the wrapped scheduler
+    unchanged.
 
     Raises:
         ValueError: an unsupported or already wrapped scheduler, a `skip`, `sigma` or `mean_from` out of
@@ -58,7 +61,7 @@ class TeleportScheduler(SchedulerProxy):
     ):
         if isinstance(scheduler, TeleportScheduler):
             raise ValueError(
-                "This scheduler is a TeleportScheduler already. Wrap what it wraps: "
+                "This scheduler is a TeleportScheduler already. Wrap its inner scheduler: "
                 "TeleportScheduler.from_scheduler(scheduler.inner, stats, ...)."
             )
         scaling(scheduler)
@@ -93,16 +96,16 @@ class TeleportScheduler(SchedulerProxy):
 
     def _forget_schedule(self) -> None:
         self._levels: list[Level] = []
-        self._skipped = 0  # outer steps that the map spans
-        self._offset = 0  # entries of the wrapped grid that the exposed one lacks
+        self._skipped = 0  # outer steps that the transport replaces
+        self._offset = 0  # entries that the exposed grid lacks at its start
         self._timesteps: torch.Tensor | None = None
         self._forget_start()
 
     def _forget_start(self) -> None:
-        self._waiting = False  # the first step has yet to be taken
-        self._input_scaled = False  # the pipeline showed us the first model input itself
-        self._input_mapped = False  # ... or a hook on the denoiser did
-        self._disarmed = False  # ... or that hook saw the call of another pipeline
+        self._waiting = False  # the first step has not been taken yet
+        self._input_scaled = False  # the first model input was mapped by scale_model_input
+        self._input_mapped = False  # ... or by a hook on the denoiser
+        self._disarmed = False  # the hook was called by another pipeline
         self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -140,16 +143,16 @@ class TeleportScheduler(SchedulerProxy):
         return max(min(wanted, max_skip(self.inner, count)), 0)
 
     def _calibrated_sigma(self, count: int) -> float | None:
-        """What `calibrate_skip` found for the smallest calibrated step count that is not below `count`."""
+        """The result of `calibrate_skip` for the smallest calibrated step count that is not below `count`."""
         sigma = self.stats.calibration["sigma"]
         if not isinstance(sigma, dict):
             return sigma
         fitting = [n for n in map(int, sigma) if n >= count]
-        # Above the largest count the solver's own error is smaller than any that was compared with.
+        # Above the largest calibrated count the solver's error is smaller than all that were compared.
         return sigma[str(min(fitting))] if fitting else None
 
     def _begin_at(self, index: int) -> None:
-        # DDIM, DDPM and PNDM look their position up by timestep or count calls; the others are told.
+        # DDIM, DDPM and PNDM find their position from the timestep or by counting calls; others need the index.
         if hasattr(self.inner, "set_begin_index"):
             self.inner._step_index = None
             self.inner.set_begin_index(index)
@@ -169,12 +172,12 @@ class TeleportScheduler(SchedulerProxy):
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """What the pipeline iterates over: the grid without its skipped part."""
+        """The timesteps that the pipeline iterates over: the grid without its skipped part."""
         return self.inner.timesteps if self._timesteps is None else self._timesteps
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """The wrapped σ grid cut like `timesteps`; AttributeError where the wrapped scheduler has none."""
+        """The wrapped σ grid cut like `timesteps`; AttributeError if the wrapped scheduler has none."""
         sigmas = self.inner.sigmas
         kept = sigmas[self._offset :]
         first_call = self._skipped > 0 and self.mean_from == "first_call"
@@ -192,23 +195,24 @@ class TeleportScheduler(SchedulerProxy):
 
     @property
     def num_skipped_steps(self) -> int:
-        """Outer steps the sampling saves under the current schedule; a `first_call` costs one of them."""
+        """Outer steps that the current schedule saves; `first_call` uses up one of them."""
         return self._skipped - (1 if self._skipped and self.mean_from == "first_call" else 0)
 
     @property
     def skipped_to(self) -> float | None:
-        """σ = s/a where the wrapped scheduler takes over; None when nothing is skipped."""
+        """σ = s/a where the wrapped scheduler takes over; None if nothing is skipped."""
         return noise_to_signal(self._levels[self._skipped]) if self._skipped else None
 
-    # -- the map
+    # -- the transport
 
     def set_mean(self, mean: torch.Tensor | None, guidance_scale: float = 1.0) -> None:
-        """Uses `mean` in place of that of `stats` until it is changed; None goes back to the statistics.
+        """Uses `mean` in place of the mean of `stats` until it is changed; None restores that of `stats`.
 
         Args:
             mean: (*shape), or (B, *shape) with one mean for every image of the batch, float, in x0 units.
-            guidance_scale: the pipeline's own, for a map along the guided flow (`guided_transport`). It needs
-                within-prompt statistics with an `unconditional` part. 1 leaves guidance out of the map.
+            guidance_scale: the pipeline's guidance scale, for a transport along the guided flow
+                (`guided_transport`). It needs within-prompt statistics with an `unconditional` part. 1 is a
+                transport without guidance.
 
         Raises:
             ValueError: a mean of another shape or with NaN, or guidance without `stats.unconditional`.
@@ -216,7 +220,7 @@ class TeleportScheduler(SchedulerProxy):
         if guidance_scale != 1 and self.stats.unconditional is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs statistics with an unconditional part: fit them to pairs"
-                " (tensor, prompts), or leave guidance out of the map with guidance_scale=1."
+                " (tensor, prompts), or use guidance_scale=1 for a transport without guidance."
             )
         self._guidance_scale = float(guidance_scale)
         self._cache = None
@@ -233,7 +237,7 @@ class TeleportScheduler(SchedulerProxy):
                 f"The mean has shape {tuple(mean.shape)}; expected {shape} or (batch, *{shape})."
             )
         if not torch.isfinite(mean).all():
-            raise ValueError("The mean holds NaN or infinite values.")
+            raise ValueError("The mean contains NaN or infinite values.")
         self._mean = mean
 
     def _transport(self, sample: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
@@ -247,7 +251,7 @@ class TeleportScheduler(SchedulerProxy):
         return moved.to(sample.dtype)
 
     def _rows(self, sample: torch.Tensor) -> torch.Tensor:
-        """`sample` as (B, *stats.shape); ValueError where its rows are of another shape."""
+        """`sample` as (B, *stats.shape); ValueError if its rows have another shape."""
         shape = tuple(self.stats.shape)
         if tuple(sample.shape[1:]) == shape:
             return sample
@@ -259,7 +263,9 @@ class TeleportScheduler(SchedulerProxy):
         )
 
     def _mapped(self, sample: torch.Tensor) -> torch.Tensor:
-        """`sample` (the batch, possibly repeated for guidance) at the level where the solver starts."""
+        """`sample` (the batch, possibly repeated for guidance), transported to the level where the solver
+        starts.
+        """
         if self._cache is not None:
             before, after = self._cache
             rows = len(sample)
@@ -271,14 +277,14 @@ class TeleportScheduler(SchedulerProxy):
         mean = self._mean
         if mean is None and self.stats.prompt_map is not None:
             raise ValueError(
-                "The statistics hold one mean for each prompt, and none was set. Turn teleportation on with"
+                "The statistics have one mean for each prompt, and none was set. Add teleportation with"
                 " dx.apply_teleport(pipe, stats) (or dx.apply_teleport(pipe) after loading), which reads the prompt,"
-                " or give a mean with scheduler.set_mean."
+                " or set a mean with scheduler.set_mean."
             )
         if mean is not None:
             mean = mean.to(sample.device)
             if mean.ndim > len(self.stats.shape):
-                # Guidance repeats the whole batch: rows 0..B−1 again and again.
+                # Guidance repeats the batch as a whole: rows 0..B−1, then rows 0..B−1 again.
                 if len(sample) % len(mean):
                     raise ValueError(
                         f"set_mean was given {len(mean)} means for a batch of {len(sample)} rows."
@@ -289,17 +295,18 @@ class TeleportScheduler(SchedulerProxy):
         return moved
 
     def map_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-        """What the denoiser must be shown instead of `sample`, where the pipeline skips `scale_model_input`.
+        """The model input that replaces `sample`, for pipelines that do not call `scale_model_input`.
 
-        Called by the hook of `apply_teleport`. It changes nothing after the first step, and nothing for a
-        call at another timestep than the first one of this schedule, as a second pipeline that shares the
-        denoiser makes it.
+        The hook of `apply_teleport` calls it. It returns `sample` unchanged after the first step, and at
+        other timesteps than the first one of this schedule: such calls come from a second pipeline that
+        shares the denoiser.
         """
         if not self._waiting or self._input_scaled or self.mean_from != "stats":
             return sample
         if self._disarmed or not _same_time(timestep, float(self.timesteps[0])):
-            # Our sampling was abandoned before its first step, and a pipeline that shares the denoiser is
-            # running, which will come past our first timestep too. If it was not, `step` says so.
+            # Our run was interrupted before its first step, and another pipeline that shares the denoiser is
+            # running. It will also reach our first timestep, so the hook is disarmed. If our run is not over,
+            # `step` raises an error.
             self._disarmed, self._input_mapped = True, False
             return sample
         self._input_mapped = True
@@ -319,7 +326,7 @@ class TeleportScheduler(SchedulerProxy):
         if self._waiting:
             sample = self._first_sample(sample)
         if isinstance(self.inner, diffusers.LMSDiscreteScheduler):
-            # It takes its order from the step index, which counts skipped steps it has no derivatives of.
+            # LMS takes its order from the step index, which includes the skipped steps without derivatives.
             call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
             call.apply_defaults()
             call.arguments["order"] = min(call.arguments["order"], len(self.inner.derivatives) + 1)
@@ -329,7 +336,7 @@ class TeleportScheduler(SchedulerProxy):
     def _first_sample(self, sample: torch.Tensor) -> torch.Tensor:
         if not (self._input_scaled or self._input_mapped):
             raise ValueError(
-                "The first model call saw the initial noise at the timestep of a later step, because this "
+                "The first model call got the initial noise at the timestep of a later step, because this "
                 "pipeline never calls scale_model_input. Use dx.apply_teleport(pipe, stats, ...) (or "
                 "dx.apply_teleport(pipe) if pipe.scheduler is a TeleportScheduler already), which adds a "
                 'hook on its denoiser, or mean_from="first_call", which needs none.'
@@ -339,8 +346,8 @@ class TeleportScheduler(SchedulerProxy):
         shown = self._cache[0][: len(sample)] if self._cache else sample
         if not torch.equal(shown, sample.to(shown.dtype)):
             raise ValueError(
-                "The first model call saw other latents than the ones handed to step, so the map would be "
-                'applied to one of them only. Use mean_from="first_call" with this pipeline.'
+                "The first model call got other latents than step, so the transport would be applied to one of "
+                'them only. Use mean_from="first_call" with this pipeline.'
             )
         sample = self._mapped(sample)
         self._forget_start()
@@ -361,7 +368,7 @@ class TeleportScheduler(SchedulerProxy):
         return moved, clean
 
     def _refuse_noised_start(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        # Inpainting also noises its image after every step; by then the sampling is past the map.
+        # Inpainting also adds noise to its image after every step, when the transport is already done.
         if self._waiting:
             raise ValueError(
                 f"The pipeline calls {name} before the first step: it starts from a noised image, and "
@@ -383,7 +390,7 @@ class TeleportScheduler(SchedulerProxy):
 
 
 def _same_time(timestep: Any, expected: float) -> bool:
-    """Whether a denoiser's `timestep` argument is `expected`, also in thousandths and rounded to bfloat16."""
+    """Whether a denoiser's `timestep` argument is `expected`, also in thousandths or rounded to bfloat16."""
     if timestep is None:
         return False
     value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)

@@ -1,4 +1,4 @@
-"""Which steps of a scheduler's grid are skipped."""
+"""Selects the steps of a scheduler's grid that are skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gaussian import GaussianStats
 
 
 def check_reach(skip: Any, sigma: Any, stats: GaussianStats) -> None:
-    """Validates how far to skip; see `TeleportScheduler`."""
+    """Validates `skip` and `sigma` and raises a ValueError if they are invalid; see `TeleportScheduler`."""
     if sigma is not None:
         if skip != "auto":
             raise ValueError(f"Give either skip or sigma, not both (skip={skip!r}, sigma={sigma!r}).")
@@ -32,15 +32,15 @@ def check_reach(skip: Any, sigma: Any, stats: GaussianStats) -> None:
 
 
 def max_skip(scheduler: Any, count: int) -> int:
-    """How many of `count` outer steps may be skipped: one must remain, four for PNDM's Runge-Kutta start."""
+    """How many of `count` outer steps may be skipped: all but one, or but four for PNDM's Runge-Kutta start."""
     if is_pndm(scheduler) and not scheduler.config.skip_prk_steps:
         return max(count - scheduler.pndm_order, 0)
     return count - 1
 
 
 def steps_to_sigma(levels: list[Level], sigma: float) -> int:
-    """Index of the last grid point whose noise-to-signal ratio is still at least `sigma`; 0 where none is."""
-    # The grid is kept in float32, so a σ read off it may come back a rounding error higher.
+    """Index of the last grid point whose noise-to-signal ratio is still at least `sigma`; 0 if there is none."""
+    # The grid is float32, so a σ taken from it may exceed the stored value by a rounding error.
     reached = [i for i, level in enumerate(levels) if noise_to_signal(level) >= sigma * (1 - 1e-6)]
     return max(reached, default=0)
 
@@ -48,9 +48,9 @@ def steps_to_sigma(levels: list[Level], sigma: float) -> int:
 def restart_pndm(scheduler: Any, skip: int) -> None:
     """Shortens PNDM's grid by its `skip` noisiest points, so that its warm-up happens at the new start.
 
-    PNDM tells where it is from a call counter: with `skip_prk_steps` the first point after the start is
-    visited twice (a Heun step), without it three Runge-Kutta steps of four calls open the sampling. Slicing
-    `timesteps` would hand it the wrong points for those calls. `set_timesteps` undoes this.
+    PNDM finds its position by counting calls. With `skip_prk_steps` it visits the first point after the start
+    twice (a Heun step). Without, it starts with three Runge-Kutta steps of four calls each. Slicing
+    `timesteps` would give these calls the wrong points. `set_timesteps` undoes this.
     """
     grid = scheduler._timesteps[: len(scheduler._timesteps) - skip]
     down = grid[::-1]

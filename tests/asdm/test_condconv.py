@@ -180,7 +180,7 @@ def test_saved_and_loaded() -> None:
 @pytest.mark.parametrize("config", SHAPES)
 def test_folded(config: dict[str, Any]) -> None:
     made = layer(**config)
-    with pytest.raises(ValueError, match=r"mixes its kernel anew for every picture.*constant routing"):
+    with pytest.raises(ValueError, match=r"mixes a kernel for every image.*constant routing"):
         made.fold()
     nn.init.zeros_(made.routing.weight)
     folded = made.fold()
@@ -209,7 +209,9 @@ def test_experts_that_do_not_fit() -> None:
         CLMECondConv2d.from_convs(convs(1, padding_mode="circular")[0], convs(1))
     with pytest.raises(ValueError, match=r"Removed convolution 0 must be a torch\.nn\.Conv2d, got Linear"):
         CLMECondConv2d.from_convs(kept, [nn.Linear(2, 2)])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="num_experts counts the kept convolution, so 1 or more, got 0"):
+    with pytest.raises(
+        ValueError, match="num_experts includes the kept convolution: expected 1 or more, got 0"
+    ):
         CLMECondConv2d.like(kept, 0)
 
 

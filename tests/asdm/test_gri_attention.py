@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_ext.asdm import gri_windows
+from diffusers_ext.asdm import gri_attention as module
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, full_macs, gri_attention, gri_macs
 
 # Sums of at most a few hundred terms of order 1 in another order: float64 and float32 rounding.
@@ -91,7 +91,8 @@ def test_far_tokens_are_seen_through_their_cells_alone() -> None:
     q, k, v = qkv(8, 8, batch=1)
     before = gri_attention(q, k, v, 8, 8, window=4, pool=2)
     swapped = v.clone()
-    # Tokens (7, 6) and (7, 7) are in one cell: trading places changes their own window's sums only by their keys.
+    # Tokens (7, 6) and (7, 7) are in one cell: trading places changes their own window's sums only by their
+    # keys.
     swapped[:, [62, 63]] = v[:, [63, 62]]
     after = gri_attention(q, k, swapped, 8, 8, window=4, pool=2)
     changed = (after - before).abs().amax((0, 2, 3)).unflatten(0, (8, 8)) > 1e-9
@@ -141,7 +142,7 @@ def test_macs_are_those_of_the_dispatched_attention(height: int, width: int, win
         return query
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gri_windows, "dispatch_attention_fn", spy)
+        patch.setattr(module, "dispatch_attention_fn", spy)
         gri_attention(*qkv(height, width, batch=1), height, width, window, pool)
     assert seen == [gri_macs(height, width, 6, window, pool)]
 
@@ -183,9 +184,9 @@ def test_the_processor_alone_takes_a_square_or_its_own_size() -> None:
     assert torch.equal(square, attention(GRIAttnProcessor(4, 2, 6, 6))(x))
     assert not torch.allclose(square, attention(GRIAttnProcessor(4, 2, 4, 9))(x), atol=1e-4)
     assert torch.equal(square, attention(GRIAttnProcessor(4, 2))(x))
-    with pytest.raises(ValueError, match=r"35 tokens are no square picture.*height and width"):
+    with pytest.raises(ValueError, match=r"35 tokens are not a square image.*height and width"):
         attention(GRIAttnProcessor(4, 2))(x[:, :35])
-    with pytest.raises(ValueError, match=r"made for 6 × 5 tokens, and was given 36"):
+    with pytest.raises(ValueError, match=r"expected 6 × 5 tokens, got 36"):
         attention(GRIAttnProcessor(4, 2, 6, 5))(x)
 
 
@@ -212,5 +213,5 @@ def test_what_the_processor_refuses() -> None:
     with pytest.raises(ValueError, match="takes no attention_mask"):
         gri(x, attention_mask=torch.zeros(2, 1, 36))
     gri.processor._parallel_config = object()
-    with pytest.raises(ValueError, match="no context parallelism"):
+    with pytest.raises(ValueError, match="disable context parallelism"):
         gri(x)

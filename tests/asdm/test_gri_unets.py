@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 import diffusers_ext as dx
-from diffusers_ext.asdm import gri_windows
+from diffusers_ext.asdm import gri_attention as module
 from diffusers_ext.asdm.apply import apply_gri_attention, gri_attention_of, remove_gri_attention
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor
 from tests import tiny
@@ -236,7 +236,7 @@ def test_other_processors_are_never_dropped(unet: Any, make: Any) -> None:
     other = make()
     unet.get_submodule(DOWN).set_processor(other)
     with pytest.raises(
-        ValueError, match=rf"{DOWN} has a {type(other).__name__}, which GRI attention would drop"
+        ValueError, match=rf"{DOWN} has a {type(other).__name__}, which GRI attention cannot replace"
     ):
         apply_gri_attention(unet)
     assert gri_attention_of(unet) is None
@@ -252,9 +252,7 @@ def test_fused_projections(unet: Any) -> None:
     apply_gri_attention(unet, window=4, pool=2)
     with_gri = predict(unet)
     unet.fuse_qkv_projections()
-    with pytest.raises(
-        ValueError, match=r"GRI attention was put on .* but FusedAttnProcessor2_0 stands there now"
-    ):
+    with pytest.raises(ValueError, match=r"had GRI attention, but now has a FusedAttnProcessor2_0"):
         predict(unet)
     with pytest.raises(ValueError, match=r"unfuse_qkv_projections\(\) first"):
         remove_gri_attention(unet)
@@ -269,7 +267,7 @@ def test_a_processor_set_since_is_left_where_it_is(unet: Any) -> None:
     apply_gri_attention(unet, window=4, pool=2)
     mine = AttnProcessor2_0()
     unet.get_submodule(DOWN).set_processor(mine)
-    with pytest.raises(ValueError, match="AttnProcessor2_0 stands there now"):
+    with pytest.raises(ValueError, match="now has a AttnProcessor2_0"):
         predict(unet)
     remove_gri_attention(unet)
     assert unet.get_submodule(DOWN).processor is mine
@@ -282,13 +280,13 @@ def test_a_processor_set_since_is_left_where_it_is(unet: Any) -> None:
 def test_it_follows_the_backend(unet: Any, monkeypatch: pytest.MonkeyPatch, restored_backend: None) -> None:
     apply_gri_attention(unet, window=4, pool=2)
     asked: list[Any] = []
-    real = gri_windows.dispatch_attention_fn
+    real = module.dispatch_attention_fn
 
     def spy(*tensors: Tensor, backend: Any, **rest: Any) -> Tensor:
         asked.append(backend)
         return real(*tensors, backend=backend, **rest)
 
-    monkeypatch.setattr(gri_windows, "dispatch_attention_fn", spy)
+    monkeypatch.setattr(module, "dispatch_attention_fn", spy)
     default = predict(unet)
     assert asked == [None] * 3
     for name in ("native", "_native_math"):

@@ -48,22 +48,22 @@ def analysis() -> PruningProfile:
     [
         (("layers.0",), "Unknown cut 'layers.0': expected layer.S,"),
         (("layer.3",), "Cut 'layer.3': the UNet has the resolutions 0 to 2"),
-        (("layer.1",) * 2, "takes 8 channels to 16, so it cannot go"),
+        (("layer.1",) * 2, "maps 8 channels to 16 and cannot be removed"),
         (("layer.0",) * 3, "resolution 0 has no layers left"),
         (("attention.down.2",), "down_blocks.2 of the original UNet has no attention"),
         (("attention.up.0", "attention.up.0"), "up_blocks.2 of the original UNet has no attention"),
-        (("mid", "mid"), "the UNet has no mid block (any more): leave this cut out"),
+        (("mid", "mid"), "the UNet has no mid block left: omit this cut"),
         (("mid", "mid.attention"), "the UNet has no mid block"),
-        (("mid.attention", "mid.attention"), "the mid block has no attention (any more)"),
+        (("mid.attention", "mid.attention"), "the mid block has no attention left: omit this cut"),
         (("attention:mid_block.attentions.0", "mid.attention"), "the mid block has no attention"),
-        (("stage.1",), "only the innermost of two or more resolutions can go, which is stage.2"),
+        (("stage.1",), "only the innermost of two or more resolutions can be removed, here stage.2"),
         (("stage.2", "stage.1"), "resolution 1 has 16 channels and the one above 8"),
         (("stage.2", "mid"), "the UNet has no mid block"),
         (("stage.2", "layer.2"), "the UNet has the resolutions 0 to 1"),
         (("gri.2",), "resolution 2 has no attention"),
         (("gri.0", "gri.0"), "resolution 0 has GRI attention already"),
-        (("attention:up_blocks.0.attentions.0",), "there is no such attention (any more)"),
-        (("layer.0", "attention:down_blocks.0.attentions.1"), "there is no such attention (any more)"),
+        (("attention:up_blocks.0.attentions.0",), "there is no such attention in what is left"),
+        (("layer.0", "attention:down_blocks.0.attentions.1"), "there is no such attention in what is left"),
         (("attention:down_blocks.0.resnets.0",), "there is no such attention"),
     ],
 )
@@ -73,7 +73,7 @@ def test_refused_cuts(cuts: tuple[str, ...], text: str) -> None:
 
 
 def test_refused_unets() -> None:
-    with pytest.raises(ValueError, match=r"the UNet has no mid block .*: leave this cut out"):
+    with pytest.raises(ValueError, match="the UNet has no mid block left: omit this cut"):
         dx.PruningPlan({**SMALL, "mid_block_type": None}, (("mid",),))
     odd = {**SMALL, "down_block_types": ("AttnDownBlock2D",) * 3}
     with pytest.raises(ValueError, match="this UNet has AttnDownBlock2D"):
@@ -163,9 +163,9 @@ def test_parts_add_up_and_times_are_measured() -> None:
         measure_milliseconds(unet, example_inputs(unet.config), [], 0)
     with pytest.raises(ValueError, match="Milliseconds were not measured"):
         cost_table(unet).total.of("milliseconds")
-    with pytest.raises(ValueError, match="Costs are macs"):
+    with pytest.raises(ValueError, match="cost must be macs"):
         costs.total.of("flops")
-    with pytest.raises(ValueError, match="Give height and width of the latents"):
+    with pytest.raises(ValueError, match="both height and width of the latents"):
         cost_table(unet, height=8)
     with pytest.raises(ValueError, match="addition_embed_type='text'"):
         example_inputs({**SMALL, "addition_embed_type": "text"})
@@ -246,10 +246,10 @@ def test_random_plans_reach_the_target_too(analysis: PruningProfile) -> None:
 
 def test_targets_out_of_reach(analysis: PruningProfile) -> None:
     for wrong in (0.0, 1.0, 22):
-        with pytest.raises(ValueError, match=r"target is the share of the cost that may be left"):
+        with pytest.raises(ValueError, match=r"target is the share of the cost that may remain"):
             analysis.plan(wrong)
     with pytest.raises(
-        ValueError, match=r"leave 1.0% of its macs: they leave at least .* Give a target of 0\."
+        ValueError, match=r"leave 1.0% of its macs: they leave at least .* Set a target of 0\."
     ):
         analysis.plan(0.01)
     with pytest.raises(ValueError, match="or allow more than a stock UNet"):
@@ -258,7 +258,7 @@ def test_targets_out_of_reach(analysis: PruningProfile) -> None:
         analysis.random_plan(0.01)
     with pytest.raises(ValueError, match="num_stages must be 1 or more"):
         analysis.plan(0.5, num_stages=0)
-    with pytest.raises(ValueError, match="Give probes"):
+    with pytest.raises(ValueError, match="Expected inputs"):
         dx.plan_pruning(network(), [], 0.5)
 
 
@@ -285,7 +285,7 @@ def test_presets() -> None:
         preset_plan("bk", small)
     with pytest.raises(ValueError, match="resolution 2 has 32 channels and the one above 16"):
         preset_plan("bk-tiny", sdxl)
-    with pytest.raises(ValueError, match=r"this UNet's have \[1, 1\]: plan it with plan_pruning"):
+    with pytest.raises(ValueError, match=r"this UNet has \[1, 1\] layers: plan it with plan_pruning"):
         preset_plan("bk-base", thin)
     with pytest.raises(ValueError, match="needs three or more resolutions"):
         preset_plan("incubation", thin)
@@ -305,7 +305,7 @@ def test_files(analysis: PruningProfile, tmp_path: Path) -> None:
         dx.PruningPlan.load(path)
     for text in ("{", "[]", "{}"):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"plan.json is no pruning plan"):
+        with pytest.raises(ValueError, match=r"plan.json is not a pruning plan"):
             dx.PruningPlan.load(path)
 
 
@@ -325,7 +325,7 @@ def test_tables_and_plot(analysis: PruningProfile, tmp_path: Path) -> None:
         "mid_block",
         "layer.0 × 2",
         "gri.0",
-        "whole UNet",
+        "full UNet",
         plan.cuts[0],
     ):
         assert part in text

@@ -22,8 +22,8 @@ from diffusers import UNet2DConditionModel
 unet = UNet2DConditionModel.from_pretrained(sys.argv[1]).eval()
 given = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
-    # Another process may sum a convolution in another order: rounding of float32, some twenty layers deep, outputs of
-    # order 1.
+    # Another process may sum a convolution in another order: rounding of float32, some twenty layers deep,
+    # outputs of order 1.
     torch.testing.assert_close(unet(**given["inputs"]).sample, given["output"], rtol=1e-4, atol=1e-5)
 assert "diffusers_ext" not in sys.modules
 """
@@ -274,7 +274,7 @@ def test_errors() -> None:
     refused("This plan is for another UNet: the one it was made for has the fingerprint", other, cuts)
     refused("block_out_channels: [8, 16, 16] expected, [8, 16, 32] given", other, cuts)
     refused("its student of stage 1", teacher, cuts, from_stage=1)
-    refused("The plan has the stages 0 (nothing cut) to 2, got 3", teacher, cuts, num_stages=3)
+    refused("The plan has the stages 0 (no cuts) to 2, got 3", teacher, cuts, num_stages=3)
     refused("from_stage=2 must lie between 0 and num_stages=1", teacher, cuts, from_stage=2, num_stages=1)
     refused("Pruning needs a UNet2DConditionModel, got Linear", torch.nn.Linear(1, 1), cuts)
     dx.apply_gri_attention(teacher)

@@ -123,10 +123,10 @@ def test_in_a_pipeline(tmp_path: Path) -> None:
     [
         (
             {"removed_attentions": ["down_blocks.9.attentions.0"]},
-            "removed_attentions: nothing is at 'down_blocks.9",
+            "removed_attentions: expected a Module at 'down_blocks.9.attentions.0', found nothing",
         ),
-        ({"removed_attentions": ["down_blocks.0.resnets.0"]}, "is no attention's path"),
-        ({"cond_convs": {"conv_norm_out": 2}}, "cond_convs: a GroupNorm is at 'conv_norm_out'"),
+        ({"removed_attentions": ["down_blocks.0.resnets.0"]}, "removed_attentions: expected paths like"),
+        ({"cond_convs": {"conv_norm_out": 2}}, "expected a Conv2d at 'conv_norm_out', found a GroupNorm"),
         ({"cond_convs": {"conv_in": 0}}, "num_experts"),
         ({"gri_attention": {"paths": ["mid"]}}, "There is no attn1 at or under 'mid'"),
     ],

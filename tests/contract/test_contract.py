@@ -348,7 +348,9 @@ def test_loading_in_a_fresh_process(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS["golden-noise"].pipelines)
-@pytest.mark.parametrize("methods", list(itertools.combinations(["teleport", "golden-noise", "smooth-lora"], 2)))
+@pytest.mark.parametrize(
+    "methods", list(itertools.combinations(["teleport", "golden-noise", "smooth-lora"], 2))
+)
 @pytest.mark.parametrize("taken_off_first", [0, 1])
 @pytest.mark.parametrize("put_on_first", [0, 1])
 def test_methods_stack_and_come_off_in_any_order(

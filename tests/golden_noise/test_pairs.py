@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffusers_ext as dx
+from diffusers_ext.core.storage import ShardStore
 from diffusers_ext.golden_noise.pairs import (
     NoisePairs,
     PairSettings,
     collect_pairs,
     describe_model,
     read_summary,
-    shard_path,
-    write_manifest,
 )
 from tests import tiny
 
@@ -95,6 +94,10 @@ def test_other_pipelines(name: str, tmp_path: Path) -> None:
         assert torch.allclose(pipe._pack_latents(pairs.golden.float(), 2, 4, 8, 8), golden, atol=2e-3)
 
 
+def shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.safetensors"
+
+
 def test_two_processes_make_what_one_makes(folder: Path, tmp_path: Path) -> None:
     for rank in (1, 0):
         collect(tmp_path, rank=rank, world=2)
@@ -104,9 +107,9 @@ def test_two_processes_make_what_one_makes(folder: Path, tmp_path: Path) -> None
 def test_a_lost_shard_is_made_again_and_the_others_are_not(folder: Path, tmp_path: Path) -> None:
     collect(tmp_path)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
-    lost = shard_path(tmp_path, 1)
+    lost = shard(tmp_path, 1)
     lost.unlink()
-    (tmp_path / "pairs-000001.99.partial").write_bytes(b"half")
+    (tmp_path / "shard-000001.99.partial").write_bytes(b"half")
     assert collect(tmp_path).tried == 5
     assert same(folder, tmp_path)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != lost)
@@ -127,7 +130,7 @@ def test_a_scorer_filters_with_a_margin(tmp_path: Path) -> None:
     pairs = NoisePairs.load(tmp_path)
     assert pairs.index.tolist() == [1, 3]
     assert pairs.prompts == ["a bbb", "a aaa"]
-    assert torch.allclose(load_file(shard_path(tmp_path, 0))["scores"], torch.tensor([[0.0, 0.6]]))
+    assert torch.allclose(load_file(shard(tmp_path, 0))["scores"], torch.tensor([[0.0, 0.6]]))
     assert collect(tmp_path, count=4, settings=settings, scorer=scorer, scorer_name="ours") == counts
     assert len(seen) == 4
 
@@ -137,7 +140,7 @@ def test_nothing_kept_is_remembered_and_said(tmp_path: Path) -> None:
         return np.zeros(len(prompts))
 
     assert collect(tmp_path, count=2, scorer=never, scorer_name="never").kept == 0
-    assert read_summary(shard_path(tmp_path, 0)).tried == 2
+    assert read_summary(shard(tmp_path, 0)).tried == 2
     with pytest.raises(ValueError, match=r"holds no pairs: .* lower its --margin"):
         NoisePairs.load(tmp_path)
 
@@ -158,7 +161,7 @@ def test_other_settings_or_models_do_not_mix(folder: Path, tmp_path: Path) -> No
         collect(tmp_path, count=1, seed=1)
     with pytest.raises(ValueError, match=r"'guidance_scale': 4.0.* there"):
         collect(tmp_path, count=1, settings=PairSettings(num_inference_steps=4))
-    with pytest.raises(ValueError, match=r"pairs that were made otherwise .model:"):
+    with pytest.raises(ValueError, match=r"made otherwise .model:"):
         collect(tmp_path, tiny.build("sd", seed=1), count=1)
     assert describe_model(tiny.build("sd")) == describe_model(tiny.build("sd"))
     assert describe_model(tiny.build("sd"))["weights"] != describe_model(tiny.build("sd", seed=1))["weights"]
@@ -179,19 +182,19 @@ def test_wrong_counts(options: Any, message: str, tmp_path: Path) -> None:
 
 
 def test_broken_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no noise pairs: manifest\.json is missing"):
+    with pytest.raises(ValueError, match=r"No noise pairs: .* recipe\.json is missing"):
         NoisePairs.load(tmp_path)
     collect(tmp_path, count=2)
-    path = shard_path(tmp_path, 0)
+    path = shard(tmp_path, 0)
     whole = path.read_bytes()
     for broken in (b"", whole[:100], whole[:-10]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"pairs-000000\.safetensors is not a whole shard"):
+        with pytest.raises(ValueError, match=r"shard-000000\.safetensors is not a whole safetensors file"):
             NoisePairs.load(tmp_path)
-        with pytest.raises(ValueError, match="delete it and collect again"):
+        with pytest.raises(ValueError, match="delete it and make it again"):
             collect(tmp_path, count=2)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="no shard of noise pairs: it holds x"):
+    with pytest.raises(ValueError, match="not a shard of noise pairs: it holds x"):
         NoisePairs.load(tmp_path)
     tensors = {"noise": torch.zeros(1, 4, 8, 8), "golden": torch.zeros(1, 4, 8, 8), "index": torch.zeros(1)}
     names = {"prompts": json.dumps(["a"]), "tried": "1"}
@@ -204,13 +207,13 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     save_file(tensors, path, names)
     save_file(
         {**tensors, "noise": torch.zeros(1, 4, 4, 4), "golden": torch.zeros(1, 4, 4, 4)},
-        shard_path(tmp_path, 1),
+        shard(tmp_path, 1),
         names,
     )
     with pytest.raises(ValueError, match="pairs of different shapes"):
         NoisePairs.load(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
+    (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match="not whole"):
         NoisePairs.load(tmp_path)
     with pytest.raises(ValueError, match="not whole"):
-        write_manifest(tmp_path, {})
+        ShardStore(tmp_path, {})

@@ -9,14 +9,8 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscret
 
 import diffusers_ext as dx
 from diffusers_ext.core.pipeline import model_output
-from diffusers_ext.core.schedules import first_order_scheduler
-from diffusers_ext.golden_noise.redenoise import (
-    Level,
-    displacement_factor,
-    move,
-    schedule_levels,
-    split_prediction,
-)
+from diffusers_ext.core.schedules import first_order_scheduler, grid_levels
+from diffusers_ext.golden_noise.redenoise import displacement_factor, move
 from tests import tiny
 
 SD: dict[str, Any] = {
@@ -39,7 +33,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("steps", "factor"), [(10, 0.385), (50, 0.110)])
 def test_the_factor_on_stable_diffusions_schedule(steps: int, factor: float) -> None:
-    top, below = schedule_levels(ddim(steps), 2)
+    top, below = grid_levels(ddim(steps))[:2]
     assert displacement_factor(top, below) == pytest.approx(factor, abs=5e-4)
     x, guided, plain = draw(0), draw(1), draw(2)
     lower = move(guided, x, top, below, "epsilon")
@@ -53,7 +47,7 @@ def test_the_factor_on_stable_diffusions_schedule(steps: int, factor: float) -> 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_step_down_is_ddims_and_the_step_up_is_its_inverse_schedulers(kind: str, steps: int) -> None:
     scheduler = ddim(steps, prediction_type=kind)
-    top, below = schedule_levels(scheduler, 2)
+    top, below = grid_levels(scheduler)[:2]
     x, output = draw(0), draw(1)
     expected = scheduler.step(output, int(scheduler.timesteps[0]), x).prev_sample
     lower = move(output, x, top, below, kind)
@@ -68,32 +62,13 @@ def test_the_step_down_is_ddims_and_the_step_up_is_its_inverse_schedulers(kind: 
 def test_a_flow_moves_by_the_difference_of_velocities() -> None:
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
-    top, below = schedule_levels(scheduler, 2)
-    assert top == Level(0.0, 1.0)
+    top, below = grid_levels(scheduler)[:2]
+    assert top == (0.0, 1.0)
     x, guided, plain = draw(0), draw(1), draw(2)
     lower = move(guided, x, top, below, "flow_prediction")
     assert torch.allclose(lower, scheduler.step(guided, scheduler.timesteps[0], x).prev_sample, atol=1e-5)
     back = move(plain, lower, below, top, "flow_prediction")
-    assert torch.allclose(back - x, (top.sigma - below.sigma) * (plain - guided), atol=1e-5)
-
-
-def test_every_prediction_type_says_the_same() -> None:
-    level, clean, noise = Level(0.6, 0.8), draw(0), draw(1)
-    x = level.alpha * clean + level.sigma * noise
-    outputs = {
-        "epsilon": noise,
-        "sample": clean,
-        "v_prediction": level.alpha * noise - level.sigma * clean,
-    }
-    for kind, output in outputs.items():
-        for found, expected in zip(split_prediction(output, x, level, kind), (clean, noise)):
-            assert torch.allclose(found, expected, atol=1e-5)
-    flow = Level(0.2, 0.8)
-    x = flow.alpha * clean + flow.sigma * noise
-    for found, expected in zip(split_prediction(noise - clean, x, flow, "flow_prediction"), (clean, noise)):
-        assert torch.allclose(found, expected, atol=1e-5)
-    with pytest.raises(ValueError, match="prediction_type must be one of"):
-        split_prediction(noise, x, level, "score")
+    assert torch.allclose(back - x, (top[1] - below[1]) * (plain - guided), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -115,7 +90,7 @@ def test_on_pipelines_it_is_the_formula(name: str, legacy: bool) -> None:
     pipe.scheduler = scheduler = first_order_scheduler(original)
     options = {**call, "num_inference_steps": 6}
     guided = model_output(pipe, noise, {**options, "guidance_scale": 4.0})
-    levels = schedule_levels(scheduler, 3)
+    levels = grid_levels(scheduler)[:3]
     kind = "flow_prediction" if name in ("sd3", "flux") else "epsilon"
     lower = move(guided, noise, levels[0], levels[1], kind)
     back = model_output(pipe, lower, {**options, "guidance_scale": 1.0})
@@ -124,7 +99,7 @@ def test_on_pipelines_it_is_the_formula(name: str, legacy: bool) -> None:
     elif kind == "epsilon":
         expected = noise + displacement_factor(levels[0], levels[1]) * (back - guided)
     else:
-        expected = noise + (levels[0].sigma - levels[1].sigma) * (back - guided)
+        expected = noise + (levels[0][1] - levels[1][1]) * (back - guided)
     # Noise of the top level divided by a small alpha and back.
     assert torch.allclose(made, expected, atol=1e-3)
     assert not torch.allclose(made, noise, atol=1e-3)
@@ -158,7 +133,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="not finite"):
         dx.redenoise(pipe, noise, **call)
     assert isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler)
-    with pytest.raises(ValueError, match="no alphas_cumprod and is no flow"):
+    with pytest.raises(ValueError, match="no alphas_cumprod and is not a flow"):
         first_order_scheduler(diffusers.EDMEulerScheduler())
     with pytest.raises(ValueError, match="DDPMPipeline has no guidance_scale"):
         dx.redenoise(tiny.build("ddpm"), noise)

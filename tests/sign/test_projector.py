@@ -82,7 +82,7 @@ def test_refusals() -> None:
     unknown = DDPMScheduler(prediction_type="score")
     with pytest.raises(ValueError, match="got 'score'"):
         Projector(pipe.unet, unknown, 440)
-    with pytest.raises(ValueError, match="timestep 1000 is beyond the schedule's 1000"):
+    with pytest.raises(ValueError, match="timestep 1000 is outside the schedule of 1000"):
         Projector(pipe.unet, pipe.scheduler, 1000)
     learned = SimpleNamespace(config=SimpleNamespace(in_channels=3, out_channels=6))
     with pytest.raises(ValueError, match="takes 3 channels and gives 6"):

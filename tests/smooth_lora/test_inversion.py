@@ -124,7 +124,7 @@ def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path)
         ddim_invert(pipe, latents, scenes[1][:2])
     with pytest.raises(ValueError, match=r"Expected latents \(B, 4, H, W\)"):
         ddim_invert(pipe, latents[:, :3], scenes[1])
-    with pytest.raises(ValueError, match="picture of width 64, got 32"):
+    with pytest.raises(ValueError, match="image of width 64, got 32"):
         ddim_invert(pipe, latents, scenes[1], width=32)
     other = tiny.build("sd")
     other.scheduler = diffusers.EDMEulerScheduler()
@@ -132,7 +132,7 @@ def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path)
         ddim_invert(other, latents, scenes[1])
     with pytest.raises(ValueError, match="StableDiffusionXLPipeline does not have"):
         null_text_invert(tiny.build("sdxl"), latents, scenes[1])
-    with pytest.raises(ValueError, match=r"optimises in float32, the pipeline is torch\.float16"):
+    with pytest.raises(ValueError, match=r"optimizes in float32, the pipeline is torch\.float16"):
         null_text_invert(tiny.build("sd", dtype=torch.float16), latents, scenes[1])
     with pytest.raises(ValueError, match="learning_rate above 0"):
         null_text_invert(pipe, latents, scenes[1], learning_rate=0.0)

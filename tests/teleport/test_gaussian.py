@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_ext.core.predictions import flow_level, ve_level, vp_level
-from diffusers_ext.teleport import gaussian_io as module
+from diffusers_ext.teleport import saving as module
 from diffusers_ext.teleport.closed_form import (
     Gaussian,
     gaussian_denoiser,

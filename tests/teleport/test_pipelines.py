@@ -71,7 +71,7 @@ def test_load_equals_apply_and_unload_undoes_it(name: str, tmp_path: Path) -> No
     assert pipe.unload_teleport() is pipe
     assert pipe.scheduler is scheduler
     assert torch.equal(tiny.images(pipe, name), before)
-    with pytest.raises(OSError, match="could not be had from the Hub"):
+    with pytest.raises(OSError, match="could not be downloaded from the Hub"):
         pipe.load_teleport("nobody/nothing", skip=0.5)
 
 

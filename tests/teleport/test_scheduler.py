@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import diffusers_ext as dx
-from diffusers_ext.core import families
-from diffusers_ext.teleport import levels
+from diffusers_ext.core import families, schedules
+from diffusers_ext.core.predictions import Level
 from diffusers_ext.teleport.saving import ARCHIVE_NAME
 from diffusers_ext.teleport.scheduler import TeleportScheduler
 from tests import tiny
@@ -67,9 +67,9 @@ STOCHASTIC: dict[str, Callable[[], Any]] = {
 ALL = {**DETERMINISTIC, **STOCHASTIC}
 
 
-def current_level(inner: Any, t: Tensor) -> levels.Level:
+def current_level(inner: Any, t: Tensor) -> Level:
     """The level at which `inner` expects its next model call, second-order midpoints included."""
-    kind = levels.family(inner)
+    kind = schedules.scaling(inner)
     if kind == "alphas":
         alpha_bar = float(inner.alphas_cumprod[int(t)])
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
@@ -85,9 +85,9 @@ def current_level(inner: Any, t: Tensor) -> levels.Level:
     return (1 - float(sigma), float(sigma)) if kind == "flow" else (1.0, float(sigma))
 
 
-def exact_output(inner: Any, clean: Tensor, x: Tensor, level: levels.Level) -> Tensor:
+def exact_output(inner: Any, clean: Tensor, x: Tensor, level: Level) -> Tensor:
     """What a model of `inner`'s prediction type returns when its x0-prediction is `clean`."""
-    (a, s), kind = level, levels.family(inner)
+    (a, s), kind = level, schedules.scaling(inner)
     if kind == "edm":
         data = inner.config.sigma_data
         norm = s**2 + data**2
@@ -161,7 +161,7 @@ def test_skipping_costs_no_accuracy(name: str, mean_from: str, stats: Any, noise
     result = sample(full, noise, stats)
     teleport = wrap(name, stats, mean_from=mean_from)
     skipped = sample(teleport, noise, stats)
-    start = levels.grid_levels(full)[0]
+    start = schedules.grid_levels(full)[0]
     reference = stats.transport(noise * getattr(full, "init_noise_sigma", 1.0), start, (1.0, 0.0))
     # Data have a standard deviation around 0.6: errors below 0.002 are no longer the skipped part's.
     assert rms(skipped, reference) <= max(1.1 * rms(result, reference), 0.002)
@@ -293,7 +293,7 @@ def test_packed_latents(mean_from: str, noise: Tensor) -> None:
 
     class Packed:  # the same exact denoiser, on packed latents
         @staticmethod
-        def denoise(x: Tensor, level: levels.Level, mean: Any = None) -> Tensor:
+        def denoise(x: Tensor, level: Level, mean: Any = None) -> Tensor:
             return families.pack(stats.denoise(families.unpack(x, SHAPE), level, mean))
 
     assert torch.equal(families.unpack(families.pack(noise), SHAPE), noise)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import diffusers_ext as dx
-from diffusers_ext.teleport import levels
+from diffusers_ext.core import schedules
 from diffusers_ext.teleport.sources import check_rank, encoded_images, pipeline_samples
 from tests import tiny
 
@@ -228,9 +228,9 @@ def test_resolution_resizes_and_crops_the_centre(tmp_path: Path) -> None:
     assert torch.equal(grey, encode(ddpm, wide))
     assert torch.equal(encode(ddpm, wide[..., :1]), grey)
     mixed = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 6))]
-    with pytest.raises(ValueError, match=r"picture 1 is 6×8, picture 0 8×8: pass resolution="):
+    with pytest.raises(ValueError, match=r"image 1 is 6×8, image 0 8×8: pass resolution="):
         encode(ddpm, mixed)
-    with pytest.raises(ValueError, match="resolution= resizes pictures and uint8 arrays only"):
+    with pytest.raises(ValueError, match="resolution= resizes images and uint8 arrays only"):
         encode(ddpm, -torch.ones(1, 3, 8, 8), resolution=4)
 
 
@@ -252,19 +252,19 @@ def test_labels(vae: Any) -> None:
         batches = encoded_images(vae, batch_size=3, **options, **QUIET)
         return [name for _, batch in batches for name in batch]
 
-    assert names(pictures=table, labels="kind") == ["cat", "dog", "cat", "dog"]
-    assert names(pictures=table, labels="text") == list("abab")
-    assert names(pictures=table, labels=[1, 2, 3, 4]) == list("1234")
-    assert names(pictures=values, labels=list("wxyz")) == list("wxyz")
+    assert names(images=table, labels="kind") == ["cat", "dog", "cat", "dog"]
+    assert names(images=table, labels="text") == list("abab")
+    assert names(images=table, labels=[1, 2, 3, 4]) == list("1234")
+    assert names(images=values, labels=list("wxyz")) == list("wxyz")
     stats = dx.GaussianStats.fit(encoded_images(vae, table, labels="kind", **QUIET), rank=2)
     assert stats.class_names == ("cat", "dog")
     with pytest.raises(ValueError, match="has no column 'label'; its columns are image, kind, text"):
         encoded_images(vae, table, labels="label")
     with pytest.raises(ValueError, match="has no column 'img'"):
         encoded_images(vae, table, image_column="img")
-    with pytest.raises(ValueError, match="row 0 of the data set is no picture but a int"):
+    with pytest.raises(ValueError, match="row 0 of the data set is not an image but a int"):
         encode(vae, table, image_column="kind")
-    with pytest.raises(ValueError, match="4 pictures and 1 labels"):
+    with pytest.raises(ValueError, match="4 images and 1 labels"):
         encoded_images(vae, values, labels=["a"])
     with pytest.raises(ValueError, match=r"only a datasets\.Dataset has columns"):
         encoded_images(vae, values, labels="kind")
@@ -277,17 +277,17 @@ def test_labels(vae: Any) -> None:
 
 
 def test_pictures_refuse(vae: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a folder of pictures"):
+    with pytest.raises(ValueError, match="is not a folder of images"):
         encoded_images(vae, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         encoded_images(vae, tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
         encode(vae, tmp_path)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "cut.jpg")
     (tmp_path / "broken.png").unlink()
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read as an image"):
         encode(vae, tmp_path)
     with pytest.raises(ValueError, match="the list or array is empty"):
         encoded_images(vae, [])
@@ -295,11 +295,11 @@ def test_pictures_refuse(vae: Any, tmp_path: Path) -> None:
         encoded_images(vae, torch.linspace(0, 1, 192).reshape(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"must be \(N, C, H, W\), float"):
         encoded_images(vae, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="An array of pictures must be uint8"):
+    with pytest.raises(ValueError, match="An array of images must be uint8"):
         encoded_images(vae, np.zeros((1, 8, 8, 3), int))
-    with pytest.raises(ValueError, match="Pictures must be a folder"):
+    with pytest.raises(ValueError, match="Images must be a folder"):
         encoded_images(vae, 3)
-    with pytest.raises(ValueError, match="picture 0 has 1 channels, the model 3"):
+    with pytest.raises(ValueError, match="image 0 has 1 channels, the model 3"):
         encode(vae, -torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         encoded_images(vae, pictures(), batch_size=0)
@@ -329,7 +329,7 @@ def gaussian_denoiser(pipe: Any, stats: dx.GaussianStats, monkeypatch: pytest.Mo
         calls.append(len(x))
         inner = getattr(pipe.scheduler, "inner", pipe.scheduler)
         scale = inner.scale_model_input(torch.ones(1), t)
-        level = levels.grid_levels(inner)[0]
+        level = schedules.grid_levels(inner)[0]
         x = x / scale
         clean = stats.denoise(x, level, mean_of(stats, encoder_hidden_states))
         return ((x - level[0] * clean) / level[1],)
@@ -388,5 +388,5 @@ def test_prompt_means_refuse() -> None:
         dx.prompt_means(pipe, stats, "a aaa", height=16, width=16)
     assert pipe.scheduler is original
     pipe.scheduler = diffusers.LCMScheduler()
-    with pytest.raises(ValueError, match="cannot wrap LCMScheduler"):
+    with pytest.raises(ValueError, match="noise levels of LCMScheduler are not known"):
         dx.prompt_means(pipe, stats, "a aaa")

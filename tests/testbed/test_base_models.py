@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from diffusers_ext.core.images import as_tensor
+from diffusers_ext.core.images import as_tensor, encode_pixels
 from diffusers_ext.testbed import base_models
 from diffusers_ext.testbed import fashion_scenes as fs
 
@@ -50,7 +50,7 @@ def test_standardised_latents_and_the_same_reconstructions():
     for a, b in zip(before, statistics()):
         assert torch.allclose(a, b, atol=1e-5)
     with torch.no_grad():
-        latents = base_models.encode(vae, pictures)
+        latents = encode_pixels(vae, pictures)
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4)
 

@@ -1,27 +1,38 @@
 import pytest
 
-from diffusers_ext.resources import resource_dir
 from diffusers_ext.testbed import embedded
+from diffusers_ext.testbed.embedded import card_dir, has_card, pipeline_dir
 
 
-@pytest.mark.parametrize("name", embedded.NAMES)
-def test_the_checkout_or_the_wheel_has_every_resource(name):
-    assert (resource_dir(name) / "README.md").is_file()
+def test_the_checkout_has_every_model_and_pipeline():
+    for name in (
+        "fashion-ddpm",
+        "fashion-scenes",
+        "fashion-grader",
+        "sign-fashion-ddpm",
+        "asdm-fashion-scenes",
+    ):
+        assert (card_dir(name) / "README.md").is_file()
+        assert has_card(name)
+    assert (pipeline_dir("teleport_sd") / "pipeline.py").is_file()
 
 
 def test_the_wheel_goes_before_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "diffusers_ext")
-    checkout = tmp_path / "pipelines"
-    checkout.mkdir()
-    assert resource_dir("pipelines") == checkout
-    wheel = tmp_path / "diffusers_ext" / "_share" / "pipelines"
+    checkout = tmp_path / "pipelines" / "one"
+    checkout.mkdir(parents=True)
+    assert pipeline_dir("one") == checkout
+    wheel = tmp_path / "diffusers_ext" / "_share" / "pipelines" / "one"
     wheel.mkdir(parents=True)
-    assert resource_dir("pipelines") == wheel
+    assert pipeline_dir("one") == wheel
 
 
-def test_errors_name_what_is_missing_and_where(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="'weights': expected 'pipelines' or 'model_cards'"):
-        resource_dir("weights")
+def test_what_is_not_there_is_named_with_what_to_do(tmp_path, monkeypatch):
+    assert not has_card("fashion-shoes")
+    with pytest.raises(
+        FileNotFoundError, match=r"model_cards/fashion-shoes is not installed; there are: .*fashion-ddpm"
+    ):
+        card_dir("fashion-shoes")
     monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "diffusers_ext")
-    with pytest.raises(FileNotFoundError, match=r"neither at .*_share.* nor at .*: install the wheel again"):
-        resource_dir("pipelines")
+    with pytest.raises(FileNotFoundError, match=r"there are: none\. .* pip install -e"):
+        pipeline_dir("teleport_sd")

@@ -107,12 +107,12 @@ def test_save_and_load(grader, tmp_path):
     [
         (np.zeros((2, 64, 32, 3)), "Expected scenes of 32 × 64 RGB"),
         (np.zeros((2, 32, 64)), "Expected scenes of 32 × 64 RGB"),
-        (np.zeros((32, 64)), "Expected pictures as"),
+        (np.zeros((32, 64)), "Expected images as"),
         (np.full((2, 32, 64, 3), 1.5), r"in \[0, 1\] or uint8"),
         (np.full((2, 32, 64, 3), -0.1), r"in \[0, 1\] or uint8"),
         (np.full((2, 32, 64, 3), np.nan), "without NaN"),
         (np.zeros((2, 32, 64, 3), np.int64) + 200, r"of int64"),
-        (np.zeros((0, 32, 64, 3)), "Expected pictures as"),
+        (np.zeros((0, 32, 64, 3)), "Expected images as"),
         (np.zeros((3, 32, 64, 3)), "3 pictures but 2 prompts"),
     ],
 )

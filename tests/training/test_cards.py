@@ -2,10 +2,10 @@ import json
 
 from huggingface_hub import ModelCard
 
-from diffusers_ext import publishing
+from diffusers_ext.training import cards
 from diffusers_ext.training.cards import publish
 
-from .test_training_utils import arguments
+from .test_loop import arguments
 
 RECORD = {
     "steps": 6,
@@ -50,11 +50,11 @@ def test_only_push_to_hub_uploads(tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls.append(("upload", repo_id, folder_path))
 
-    monkeypatch.setattr(publishing, "HfApi", Api)
+    monkeypatch.setattr(cards, "HfApi", Api)
     args = arguments(tmp_path)
-    assert publishing.create_hub_repo(args) is None
+    assert cards.create_hub_repo(args) is None
     publish(args, ["x"], RECORD, save, "# A model", [])
     assert not calls
     args = arguments(tmp_path, "--push_to_hub", "--hub_model_id", "mine")
-    folder = publish(args, ["x"], RECORD, save, "# A model", [], publishing.create_hub_repo(args))
+    folder = publish(args, ["x"], RECORD, save, "# A model", [], cards.create_hub_repo(args))
     assert calls == [("create", "mine"), ("upload", "me/mine", folder)]

@@ -22,7 +22,7 @@ from tests.asdm.networks import SDXL, SMALL, network
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
 # One worker runs them all: they share the trained weights.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_asdm")]
+pytestmark = [pytest.mark.slow]
 
 SCRIPT = str(ROOT / "training" / "train_asdm.py")
 PLAN = (("layer.0", "layer.2"), ("layer.1", "mid.attention"))
@@ -136,8 +136,9 @@ def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path
     launch(command(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     for folder, steps in (("stage-1", 3), ("stage-2", 8)):
         one, two = weights(trained, folder), weights(tmp_path, folder)
-        # As of train_sign: Adam moves every weight by up to the learning rate a step, also where a gradient is only
-        # rounding. Nearly all must differ by less than one tenth, and none by more than they can have moved.
+        # As of train_sign: Adam moves every weight by up to the learning rate a step, also where a gradient
+        # is only rounding. Nearly all must differ by less than one tenth, and none by more than they can have
+        # moved.
         difference = torch.cat([(value - two[name]).abs().flatten() for name, value in one.items()])
         assert difference.max() < 2 * steps * 1e-3
         assert difference.quantile(0.95) < steps * 1e-4
@@ -218,8 +219,8 @@ def refused(argv: list[str], capsys: Any, monkeypatch: Any) -> str:
 
 def test_arguments_that_are_refused(base: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     for extra, message in {
-        ("--max_train_steps", "3"): "give --steps_per_stage",
-        ("--resume_from_checkpoint", "checkpoint-2"): "only 'latest'",
+        ("--max_train_steps", "3"): "use --steps_per_stage",
+        ("--resume_from_checkpoint", "checkpoint-2"): "must be 'latest'",
         ("--proportion_empty_prompts", "1.5"): "must be 0 to 1, got 1.5",
         ("--preset", "bk-base"): "not allowed with argument --plan",
     }.items():
@@ -255,7 +256,7 @@ def test_a_run_is_not_mixed_with_another(base: Path, trained: Path) -> None:
     assert "was started with another stages" in launch(other, code=1)
     recipe = json.loads(before)
     check_run(trained, recipe, resumed=True)
-    with pytest.raises(ValueError, match="holds stage-2 of an earlier run"):
+    with pytest.raises(ValueError, match="contains stage-2 of an earlier run"):
         check_run(trained, recipe, resumed=False)
     changed = {**recipe, "cond_convs": False, "seed": 1}
     with pytest.raises(

@@ -18,7 +18,7 @@ from diffusers_ext.training.checkpoints import list_checkpoints
 from tests.training.launching import ACCELERATE, PLAIN, ROOT, TWO_PROCESSES, kill_after, launch
 
 # One worker runs them all: they share the trained models.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_base")]
+pytestmark = [pytest.mark.slow]
 
 SCRIPT = str(ROOT / "training" / "train_base.py")
 TINY = ["--train_data_dir", str(SAMPLE_DIR), "--max_train_steps", "12", "--train_batch_size", "4"]

@@ -25,7 +25,7 @@ from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch
 
 # One worker runs them all: they share the pairs and the trained network.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_npnet")]
+pytestmark = [pytest.mark.slow]
 
 COLLECT, TRAIN = (str(ROOT / "training" / f"{name}.py") for name in ("collect_noise_pairs", "train_npnet"))
 PROMPTS = [f"a {letter * 3}" for letter in "abcdefghijklmnopqrstuvwxyz"]

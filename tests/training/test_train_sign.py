@@ -14,7 +14,7 @@ from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
 # One worker runs them all: they share the trained weights.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_sign")]
+pytestmark = [pytest.mark.slow]
 
 SCRIPT = str(ROOT / "training" / "train_sign.py")
 

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
 # One worker runs them all: they share the trained weights.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train_smooth_lora")]
+pytestmark = [pytest.mark.slow]
 
 SCRIPT = str(ROOT / "training" / "train_smooth_lora.py")
 
@@ -153,7 +153,9 @@ def test_refusals() -> None:
     unet = tiny.build("sd").unet
     with pytest.raises(ValueError, match="must be 0 or more, got -1"):
         SmoothLoraObjective(unet, DDPMScheduler(), None, -1)
-    with pytest.raises(ValueError, match="prediction_type is epsilon, the variation loss's v_prediction"):
+    with pytest.raises(
+        ValueError, match="prediction_type is epsilon, that of the variation loss is v_prediction"
+    ):
         SmoothLoraObjective(unet, DDPMScheduler(), StepwiseVariationLoss("v_prediction"))
     with pytest.raises(ValueError, match="rank must be 1 or more"):
         add_lora(unet, 0)
