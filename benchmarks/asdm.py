@@ -17,7 +17,7 @@ runs/asdm/plans/bk.json` or random-1, -2, -3, which have one stage: `--steps_per
 stages are two and three, for GRI attention, which needs attention left at the finest resolution.
 
 Every measurement is kept in --cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a
-picture. Latency is of the UNet alone, in turns with the teacher's. Intervals are by bootstrap over pictures, from the same
+image. Latency is of the UNet alone, in turns with the teacher's. Intervals are by bootstrap over images, from the same
 prompts and noise in every row. The Fréchet distance is on the small grader's features and is not FID.
 """
 
@@ -45,7 +45,7 @@ matplotlib.use("Agg")
 Task = tuple[str, tuple[Any, ...]]
 Found = dict[Task, dict[str, np.ndarray]]
 Row = tuple[Path, str]  # a pipeline's folder, how its UNet is run
-QUALITY = ["every word right, %", "less {}", "Fréchet distance", "less {}"]
+QUALITY = ["prompt accuracy, %", "less {}", "Fréchet distance", "less {}"]
 
 
 def parse_args() -> argparse.Namespace:
@@ -77,7 +77,7 @@ def labelled(args: argparse.Namespace) -> dict[str, Row]:
 
 
 def pictures_of(row: Row, seed: int, args: argparse.Namespace) -> Task:
-    """One student's pictures of one seed; folded layers compute the same."""
+    """One student's images of one seed; folded layers compute the same."""
     folder, variant = row
     how = AS_IS if variant == FOLDED else variant
     return "pictures", (folder, how, seed, args.num_images, args.num_inference_steps, args.guidance_scale)
@@ -95,7 +95,7 @@ def tasks_of(rows: dict[str, Row], args: argparse.Namespace) -> tuple[list[Task]
 
 
 def gathered(found: Found, args: argparse.Namespace, row: Row, name: str) -> np.ndarray:
-    """One figure of all seeds' pictures."""
+    """One figure of all seeds' images."""
     return np.concatenate([found[pictures_of(row, seed, args)][name] for seed in args.seeds])
 
 
@@ -168,7 +168,7 @@ def table_of_plans(found: Found, args: argparse.Namespace, controls: dict[str, P
         rows.setdefault(
             cuts, [label, cuts, f"{of['alone'].sum():.3f}", f"{float(of['together']):.3f}", aligned]
         )
-    header = ["", "cuts", "each alone, summed", "all together", "every word right after training, %"]
+    header = ["", "cuts", "each alone, summed", "all together", "prompt accuracy after training, %"]
     return markdown_table(header, list(rows.values()))
 
 

@@ -4,8 +4,8 @@
 
 What can go is the attentions, the mid block and a layer at the finest resolution: the embedded UNet has one layer at
 each of three resolutions, of 64, 96 and 128 channels. The cuts of `ours` were chosen by hand among nine sets of cuts, by what
-students drew for 96 held-out prompts after 50 or 100 steps of training with 16 pictures each, one run a set, CLME-CondConv on.
-After 50 steps these came to 72% with every word right (teacher 92%), and the plan of equal milliseconds with the least change of
+students drew for 96 held-out prompts after 50 or 100 steps of training with 16 images each, one run a set, CLME-CondConv on.
+After 50 steps these came to 72% prompt accuracy (teacher 92%), and the plan of equal milliseconds with the least change of
 the untrained output, which `PruningProfile.plan` finds, to 9%: the output hardly shows whether the prompt still gets in.
 """
 

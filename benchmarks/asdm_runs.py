@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/asdm.py: pictures, latencies and sizes of pruned students, kept in a folder."""
+"""The measurements of benchmarks/asdm.py: images, latencies and sizes of pruned students, kept in a folder."""
 
 import json
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def variant_of(folder: Path, variant: str) -> Any:
     """A pipeline of its own with the UNet as `variant` says.
 
     Raises:
-        ValueError: CLME-CondConv layers that mix anew for every picture cannot be folded.
+        ValueError: CLME-CondConv layers that mix anew for every image cannot be folded.
     """
     pipe = load(folder)
     if variant == GRI_ON:
@@ -77,7 +77,7 @@ def variants(folder: Path) -> list[str]:
 def pictures(
     folder: Path, variant: str, seed: int, num_images: int, steps: int, guidance: float
 ) -> dict[str, Any]:
-    """Which pictures show every word of their held-out prompt, features, and the first few."""
+    """Which images show every word of their held-out prompt, features, and the first few."""
     texts = held_out_prompts(num_images, seed)
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     found = run_scenes(variant_of(folder, variant), texts, seed=seed, **options)
@@ -105,7 +105,7 @@ def latency(folder: Path, variant: str, rounds: int) -> dict[str, Any]:
 
 
 def size(folder: Path) -> dict[str, Any]:
-    """Parameters, and MACs of one call for one picture."""
+    """Parameters, and MACs of one call for one image."""
     pipe = load(folder)
     return dict(cost_figures(pipe.unet, *LATENT, pipe.tokenizer.model_max_length))
 

@@ -81,9 +81,9 @@ def scenes(args: argparse.Namespace) -> str:
         for name, (features, grades) in results.items()
     ]
     floor = frechet_distance(load_reference("scenes-train"), reference)
-    header = ["", "every word right, %", "items, %", "colours, %", "Fréchet distance"]
+    header = ["", "prompt accuracy, %", "items, %", "colours, %", "Fréchet distance"]
     return (
-        markdown_table(header, rows) + f"\n\n{n} pictures a row, held-out prompts, DPM++ 2M,"
+        markdown_table(header, rows) + f"\n\n{n} images a row, held-out prompts, DPM++ 2M,"
         f" {args.num_inference_steps} steps; 95% intervals; floor (8,000 real train against test scenes) {floor:.2f}."
     )
 
@@ -99,8 +99,7 @@ def garments(args: argparse.Namespace) -> str:
     rows.append(["floor: real train against test garments", f"{floor:.3f}"])
     save_grid(as_tensor(run.images[:64]), 16, args.output_dir / "fashion_ddpm.png")
     return (
-        markdown_table(["", "Fréchet distance"], rows)
-        + f"\n\n{args.num_images} pictures a row; 95% intervals."
+        markdown_table(["", "Fréchet distance"], rows) + f"\n\n{args.num_images} images a row; 95% intervals."
     )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/golden_noise.py --workers 2 --output_dir benchmarks/results
 
 Every run is kept in `--cache_dir`, so an interrupted benchmark goes on where it stopped. Writes a Markdown table, a
-plot and a sheet of pictures. Intervals are over prompts: the pictures of one prompt are resampled together. Fréchet
+plot and a sheet of images. Intervals are over prompts: the images of one prompt are resampled together. Fréchet
 distances and diversity are on the small grader's features and are not FID.
 """
 
@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cache_dir", type=Path, default=Path("runs/golden_noise"))
     parser.add_argument("--num_prompts", type=int, default=400)
-    parser.add_argument("--num_seeds", type=int, default=5, help="pictures a prompt and variant")
+    parser.add_argument("--num_seeds", type=int, default=5, help="images a prompt and variant")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument(
-        "--train_data_dir", default=None, help="Fashion-MNIST's files, for a row of real pictures"
+        "--train_data_dir", default=None, help="Fashion-MNIST's files, for a row of real images"
     )
     parser.add_argument("--variants", nargs="+", default=None, help="run only these, and write no report")
     args = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
         return outcome([paths[replace(job, draw=draw)] for draw in draws])
 
     def collect_best(guidance: float, count: int) -> Outcome:
-        """The best of `count` plain pictures a seed."""
+        """The best of `count` plain images a seed."""
         return best_of([outcome([paths[Job("plain", guidance, d + k)] for d in draws]) for k in range(count)])
 
     shown = real(args.train_data_dir, args.num_prompts, args.num_seeds) if args.train_data_dir else None

@@ -1,4 +1,4 @@
-"""The tables, the plot and the sheet of pictures of benchmarks/golden_noise.py."""
+"""The tables, the plot and the sheet of images of benchmarks/golden_noise.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +37,12 @@ HEADER = [
     "guidance",
     "noise",
     "rows an image",
-    "every word right, %",
+    "prompt accuracy, %",
     "less plain's",
     "Fréchet distance",
     "less plain's",
     "diversity, less plain's, %",
-    "the same among right pictures, %",
+    "the same among right images, %",
 ]
 
 
@@ -74,9 +74,9 @@ def write_report(
         rows.append(
             [
                 "",
-                *_row(
-                    1.0, "real pictures, through the autoencoder", 0, found, ("real", 1.0), reference, seeds
-                )[1:],
+                *_row(1.0, "real images, through the autoencoder", 0, found, ("real", 1.0), reference, seeds)[
+                    1:
+                ],
             ]
         )
     main_table = markdown_table(HEADER, rows)
@@ -131,9 +131,9 @@ def paired(ours: np.ndarray, control: np.ndarray, seeds: int) -> Estimate:
 
 
 def diversity_change(ours: Outcome, plain: Outcome, seeds: int, right_only: bool = False) -> Estimate:
-    """Relative change of the mean feature distance between two pictures of one prompt, with an interval over prompts.
+    """Relative change of the mean feature distance between two images of one prompt, with an interval over prompts.
 
-    `right_only`: of those pairs of seeds whose pictures are right in both variants, as wrong pictures are
+    `right_only`: of those pairs of seeds whose images are right in both variants, as wrong images are
     diverse too.
     """
     upper = np.triu_indices(seeds, 1)
@@ -159,10 +159,10 @@ def diversity_change(ours: Outcome, plain: Outcome, seeds: int, right_only: bool
 def _note(num_prompts: int, seeds: int, reference: FeatureStats) -> str:
     floor = frechet_distance(load_reference("scenes-train"), reference)
     return (
-        f"{num_prompts * seeds:,} pictures a row: {num_prompts} held-out prompts, {seeds} seeds each, the same in every"
+        f"{num_prompts * seeds:,} images a row: {num_prompts} held-out prompts, {seeds} seeds each, the same in every"
         " row; 95% bootstrap intervals over prompts, bold where they exclude 0. A row is one evaluation of the denoiser"
         " for one image; guided steps take two. *Best of N* is chosen by the grader that the table is made with, the"
-        f" most that choosing can give. Fréchet floor (real train against real test pictures) {floor:.2f}."
+        f" most that choosing can give. Fréchet floor (real train against real test images) {floor:.2f}."
     )
 
 
@@ -186,7 +186,7 @@ def _more(
     columns = [
         "",
         "rows an image",
-        "every word right, %",
+        "prompt accuracy, %",
         "less the control's",
         "Fréchet, less",
         "diversity, less, %",
@@ -245,7 +245,7 @@ def _plot(path: Path, found: dict[tuple[str, float], Outcome], collect: Collect,
             GUIDANCES, 100 * middle, 100 * spread, color=color, marker=marker, label=name, capsize=2
         )
     left.set_xlabel("guidance scale")
-    left.set_ylabel("every word right, %")
+    left.set_ylabel("prompt accuracy, %")
     left.legend(fontsize=7)
     for variant in ("plain", "npnet"):
         color, marker = styles[variant]

@@ -32,7 +32,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of all prompts from one seed each: what the noise is and how it is sampled.
+    """Images of all prompts from one seed each: what the noise is and how it is sampled.
 
     Attributes:
         variant: `plain`, `npnet`, `re-denoised`, `random`, `shuffled` or `rescaled`.
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """Of n pictures: which are right, how sure the grader is, features (n, d), and the first few pictures."""
+    """Of n images: which are right, how sure the grader is, features (n, d), and the first few images."""
 
     aligned: np.ndarray
     confidence: np.ndarray
@@ -131,7 +131,7 @@ def starts(job: Job, texts: list[str]) -> Tensor:
 
 
 def run(job: Job, num_prompts: int, path: Path) -> Path:
-    """Makes a job's pictures, grades them and writes the outcome, unless it is there."""
+    """Makes a job's images, grades them and writes the outcome, unless it is there."""
     if path.is_file():
         return path
     torch.set_num_threads(1)
@@ -194,7 +194,7 @@ def real(data_dir: str, num_prompts: int, num_seeds: int) -> Outcome:
 
 
 def best_of(candidates: Sequence[Outcome]) -> Outcome:
-    """Of each picture's candidates the one that the grader is surest of: the most that choosing can give."""
+    """Of each image's candidates the one that the grader is surest of: the most that choosing can give."""
     choice = np.stack([c.confidence for c in candidates]).argmax(0)
 
     def choose(arrays: list[np.ndarray]) -> np.ndarray:

@@ -14,7 +14,7 @@ class PixelPipeline(DDPMPipeline):
     """`DDPMPipeline` for every solver: the stock one neither scales the model's input nor spares `step` a generator.
 
     With a `projector` (and a solver that takes timesteps) the flow starts at that projector's level from its source; in
-    no steps the source's own picture without noise is what comes out.
+    no steps the source's own image without noise is what comes out.
     """
 
     projector: Projector | None = None
@@ -23,7 +23,7 @@ class PixelPipeline(DDPMPipeline):
     def __call__(  # type: ignore[override]
         self, batch_size: int, generator: Any, num_inference_steps: int, output_type: str = "np"
     ) -> ImagePipelineOutput:
-        """Pictures (n, h, w, 1) in [0, 1]; the noise is drawn as the stock pipeline draws it."""
+        """Images (n, h, w, 1) in [0, 1]; the noise is drawn as the stock pipeline draws it."""
         config = self.unet.config
         noise = randn_tensor(
             (batch_size, config.in_channels, config.sample_size, config.sample_size), generator=generator

@@ -4,8 +4,8 @@
 
 The projector of --sign is compared with the teacher, and its projections are measured; the controls, trained as long as each
 other, are compared with the first of them. Every measurement is kept in
---cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a picture. Intervals are by
-bootstrap over pictures, from the same noise in every row. The Fréchet distance is on the small grader's features and is not FID.
+--cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a image. Intervals are by
+bootstrap over images, from the same noise in every row. The Fréchet distance is on the small grader's features and is not FID.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     add("--reference_steps", type=int, default=50, help="of the teacher's first solver")
     add("--control_steps", type=int, nargs="+", default=[1])
     add("--train_data_dir", default=str(SAMPLE_DIR), help="Fashion-MNIST's files; default: 320 test garments")
-    add("--num_projections", type=int, default=500, help="test pictures that are spoilt and projected")
+    add("--num_projections", type=int, default=500, help="test images that are corrupted and projected")
     add("--workers", type=int, default=2, help="processes of one thread each")
     return parser.parse_args()
 
@@ -171,12 +171,12 @@ def table_of_projections(of: dict[str, np.ndarray]) -> str:
             label = f"teacher's {method[:6]}, {method[7:]} NFE" if method.startswith("SDEdit") else method
             distance = frechet_interval(of[f"{key}|features"], reference).format()
             rows.append([corruption, label, "" if method == "before" else strength, mean, less, distance])
-    header = ["spoilt by", "", "strength", "PSNR, dB", "less SIGN's", "Fréchet distance"]
+    header = ["corrupted by", "", "strength", "PSNR, dB", "less SIGN's", "Fréchet distance"]
     return markdown_table(header, rows)
 
 
 def draw(path: Path, found: Found, args: argparse.Namespace) -> None:
-    """The same noise through every model; pictures spoilt and projected."""
+    """The same noise through every model; images corrupted and projected."""
     from matplotlib import pyplot as plt
 
     seed, shown = args.seeds[0], set(args.controls)
@@ -213,15 +213,15 @@ def main() -> None:
     count = args.num_images * len(args.seeds)
     projections = found["projections", (args.sign, args.train_data_dir, args.num_projections)]
     parts = [
-        f"{count} pictures a row ({len(args.seeds)} seeds), 95% intervals:",
+        f"{count} images a row ({len(args.seeds)} seeds), 95% intervals:",
         table_of_samples(found, args),
         f"{args.num_projections} test garments, and as many samples:",
         table_of_figures(found, args),
-        "The same garments, spoilt; every method at the strength of its highest PSNR:",
+        "The same garments, corrupted; every method at the strength of its highest PSNR:",
         table_of_projections(projections),
     ]
     if args.controls:
-        parts += [f"Trained equally long, {count} pictures a row:", table_of_controls(found, args)]
+        parts += [f"Trained equally long, {count} images a row:", table_of_controls(found, args)]
     page = "\n\n".join(parts)
     (args.output_dir / "sign.md").write_text(page + "\n")
     draw(args.output_dir / "sign.png", found, args)

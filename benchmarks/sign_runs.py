@@ -94,16 +94,16 @@ def figures(folder: Path | None, data_dir: str, num_images: int) -> dict[str, An
 
 
 def corrupt(data: Tensor, name: str) -> Tensor:
-    """Pictures (n, 1, h, w) in [−1, 1], spoilt; still in [−1, 1] but for noise, which is clipped."""
+    """Images (n, 1, h, w) in [−1, 1], corrupted; still in [−1, 1] but for noise, which is clipped."""
     draw = torch.Generator().manual_seed(17)
     if name.startswith("noise"):
         return (data + float(name.split()[1]) * torch.randn(data.shape, generator=draw)).clamp(-1, 1)
     if name == "blur":
         return F.avg_pool2d(F.pad(data, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
     if name == "mask":
-        spoilt = data.clone()
-        spoilt[..., 12:20, 12:20] = -1
-        return spoilt
+        corrupted = data.clone()
+        corrupted[..., 12:20, 12:20] = -1
+        return corrupted
     hit = torch.rand(data.shape, generator=draw)
     return torch.where(hit < 0.05, -1.0, torch.where(hit > 0.95, 1.0, data))
 

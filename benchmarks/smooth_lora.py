@@ -4,7 +4,7 @@
         --lora "λ = 1" model_cards/smooth-lora-fashion-scenes --control "λ = 0"
 
 Every measurement is kept in --cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown table
-and a picture. Intervals are over prompts, by bootstrap. The Fréchet distance is on the small grader's features and is
+and a image. Intervals are over prompts, by bootstrap. The Fréchet distance is on the small grader's features and is
 not FID.
 """
 
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw(path: Path, models: dict[str, Found]) -> None:
-    """Strips between the same noises with the size of every step, and `EDITS` of the same pictures."""
+    """Strips between the same noises with the size of every step, and `EDITS` of the same images."""
     from matplotlib import pyplot as plt
 
     names = list(models)
@@ -71,7 +71,7 @@ def draw(path: Path, models: dict[str, Found]) -> None:
         steps[0, column].set_ylim(bottom=0)
         steps[0, column].tick_params(labelsize=7)
         steps[0, column].legend(fontsize=6, ncols=3, loc="upper left")
-    show(edits[0, 0], np.concatenate(list(models[names[0]]["to edit"]), 1), "real pictures")
+    show(edits[0, 0], np.concatenate(list(models[names[0]]["to edit"]), 1), "real images")
     for axis, (name, found) in zip(edits[0, 1:], models.items()):
         show(axis, np.concatenate(list(found["edited"]), 1), f"edited, {name}")
     figure.savefig(path, dpi=120)

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--sample_size", type=int, default=32, help="of the latents; 64 for 512 × 512 pictures")
+    add("--sample_size", type=int, default=32, help="of the latents; 64 for 512 × 512 images")
     add("--batch_size", type=int, default=1)
     add("--width", type=int, default=320, help="of the first level; 320 for Stable Diffusion 1.5")
     add("--repetitions", type=int, default=3)

@@ -20,7 +20,7 @@ SEED = ", seed "
 
 
 def squared_errors(found: Found, guidance: float) -> np.ndarray:
-    """(n,) mean squared error of every redrawn picture, pictures in [−1, 1]."""
+    """(n,) mean squared error of every redrawn image, images in [−1, 1]."""
     return _mse(found[f"redrawn {guidance:g}"], found["real"])
 
 
@@ -80,11 +80,11 @@ def quality(models: dict[str, Found], control: str) -> str:
         aligned = proportion(ours["aligned"]).format(1, 100)
         rows.append([name, aligned, gain, frechet_interval(ours["features"], reference).format(), farther])
     compared = f"less {control}'s"
-    return markdown_table(["model", "every word right, %", compared, "Fréchet distance", compared], rows)
+    return markdown_table(["model", "prompt accuracy, %", compared, "Fréchet distance", compared], rows)
 
 
 def reconstruction(models: dict[str, Found], control: str) -> str:
-    """Errors of pictures that were inverted and redrawn."""
+    """Errors of images that were inverted and redrawn."""
     floor = _mse(models[control]["autoencoder"], models[control]["real"])
     rows = []
     for guidance in RECONSTRUCTION_GUIDANCES:
@@ -154,7 +154,7 @@ def training_seeds(models: dict[str, Found]) -> str:
         cells = [f"{m:.{d}f} ± {s:.{d}f}" for m, s, d in zip(changes.mean(0), changes.std(0, ddof=1), digits)]
         rows.append([f"{kind} less {first}, mean ± std", *cells])
     scales = [f"squared error, guidance {g:g}" for g in RECONSTRUCTION_GUIDANCES]
-    header = ["model", "ISTD", "std/mean", "every word right, %", "Fréchet distance", *scales]
+    header = ["model", "ISTD", "std/mean", "prompt accuracy, %", "Fréchet distance", *scales]
     return markdown_table(header, rows)
 
 
@@ -163,9 +163,9 @@ def write_tables(models: dict[str, Found], control: str) -> str:
     theirs = models[control]
     floor = _mse(theirs["autoencoder"], theirs["real"]).mean()
     parts = [
-        f"{len(theirs['deviations'])} paths of 11 pictures, {STEPS} DDIM steps, guidance {GUIDANCE:g}:",
+        f"{len(theirs['deviations'])} paths of 11 images, {STEPS} DDIM steps, guidance {GUIDANCE:g}:",
         smoothness(models, control),
-        f"{len(theirs['aligned'])} pictures, the same sampling:",
+        f"{len(theirs['aligned'])} images, the same sampling:",
         quality(models, control),
         f"{len(theirs['real'])} real test scenes inverted in {INVERSION_STEPS} DDIM steps without guidance and redrawn,"
         f" squared error in [−1, 1] and PSNR; the autoencoder alone has {floor:.4f}:",

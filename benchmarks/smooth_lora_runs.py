@@ -26,13 +26,13 @@ RECONSTRUCTION_GUIDANCES = (1.0, 2.0, 5.0)
 FRAMES = 12
 # Prompts and seeds of the two ends.
 STRIPS = (("a green bag", (4, 5)), ("a red sandal left of a blue dress", (1, 2)))
-# An item in another colour: what a picture shows, and what it shall show.
+# An item in another colour: what a image shows, and what it shall show.
 EDITS = (("a red bag", "a blue bag"), ("a green boot", "a yellow boot"), ("a white coat", "a red coat"))
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many prompts have a path, pictures are graded, and pictures are reconstructed."""
+    """How many prompts have a path, images are graded, and images are reconstructed."""
 
     paths: int
     pictures: int
@@ -75,7 +75,7 @@ def measure_strip(lora: Path | None) -> dict[str, np.ndarray]:
 
 
 def measure_quality(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
-    """Which pictures show every word of their prompt, and their features."""
+    """Which images show every word of their prompt, and their features."""
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     result = run_scenes(load(lora), held_out_prompts(counts.pictures, seed=22), seed=22, **options)
     return {"aligned": result.grades["aligned"], "features": result.features}

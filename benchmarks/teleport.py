@@ -248,11 +248,11 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
         "solver",
         "steps",
         "variant",
-        "calls an image",
+        "NFE",
         "Fréchet distance",
         "less the solver's at no fewer calls",
     ]
-    header += ["every word right, %", "less the solver's at no fewer calls"] if args.model == "scenes" else []
+    header += ["prompt accuracy, %", "less the solver's at no fewer calls"] if args.model == "scenes" else []
     rows = []
     for p in runs:
         variant = p.variant if p.guidance in (1.0, args.guidance_scale) else f"plain, guidance {p.guidance:g}"
@@ -272,7 +272,7 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
     note = (
         f"\n\n{n} images a row ({len(args.seeds)} seeds), the same noise"
         f"{' and prompts' if args.model == 'scenes' else ''} in every row; 95% bootstrap intervals;"
-        f" floor (real train against real test pictures) {floor:.2f}."
+        f" floor (real train against real test images) {floor:.2f}."
     )
     table = markdown_table(header, rows) + note + "\n"
     if args.model == "scenes":
@@ -289,7 +289,7 @@ def guidance_table(
     reference: FeatureStats,
 ) -> str:
     """Teleportation against the plain solver at equal calls and the best of three guidance scales for it."""
-    header = ["steps", "calls an image", "plain's best guidance", "every word right, less plain's, %"]
+    header = ["steps", "NFE", "plain's best guidance", "prompt accuracy, less plain's, %"]
     rows = []
     for p in runs:
         if p.variant == "teleport" and p.solver == "DPM++ 2M" and p.steps < 20:
@@ -340,7 +340,7 @@ def plot(
     solvers = list(dict.fromkeys(p.solver for p in runs))
     measures: list[tuple[str, dict[Point, Any]]] = [("small-feature Fréchet distance", distances)]
     if args.model == "scenes":
-        measures.insert(0, ("every word right", {p: proportion(_aligned(r)) for p, r in runs.items()}))
+        measures.insert(0, ("prompt accuracy", {p: proportion(_aligned(r)) for p, r in runs.items()}))
     figure, axes = plt.subplots(
         len(measures),
         len(solvers),
@@ -375,7 +375,7 @@ def plot(
                 )
             if values is distances:
                 axis.axhline(floor, color="0.7", linestyle=":", label="floor")
-                axis.set(yscale="log", xlabel="denoiser calls an image")
+                axis.set(yscale="log", xlabel="NFE")
             axis.set_title(solver)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(label)

@@ -221,13 +221,13 @@ def about(args: argparse.Namespace) -> str:
     )
     return (
         f"{name}; {str(args.dtype).removeprefix('torch.')}; PyTorch {torch.__version__}; random weights, so"
-        " that nothing is said of pictures.\n\n"
+        " that nothing is said of images.\n\n"
         f"Milliseconds are of one UNet call: median and quartiles of {args.repetitions} rounds, in each of which all"
         f" variants take their turn in one process{compiled}. A ratio of times is the median of the rounds' own, with a 95%"
-        " bootstrap interval over rounds. MACs are of one picture; peak memory is"
+        " bootstrap interval over rounds. MACs are of one image; peak memory is"
         f" {memory}, of an eager call.\n\n"
         "“pruned” is the plan “incubation” without its GRI attention, A-SDM as rebuilt here; + GRI: GRI attention at the finest"
-        " resolution that has attention; + CondConv: CLME-CondConv layers that mix a kernel for every picture, as they do"
+        " resolution that has attention; + CondConv: CLME-CondConv layers that mix a kernel for every image, as they do"
         " while trained; folded: made plain convolutions, which only a constant routing allows. ToMe merges"
         f" {TOME_RATIO:g} of the tokens for self-attention at that same resolution (tomesd). DeepCache (the package) is"
         f" the mean over a cycle of {len(TIMESTEPS)} calls, of which the first is computed in full; of the others, with its"
@@ -273,7 +273,7 @@ def draw(everything: dict[str, Found], path: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    """Measures and writes the page and the picture."""
+    """Measures and writes the page and the image."""
     args = parse_args()
     configs = {shape: shape_config(shape, args.sample_size, args.width) for shape in args.shape}
     if args.variant is not None:

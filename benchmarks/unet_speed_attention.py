@@ -42,7 +42,7 @@ def paired_ratio(ours: np.ndarray, control: np.ndarray) -> Estimate:
 
 
 def layers_of(shape: str, sample_size: int, width: int) -> list[tuple[int, int, int]]:
-    """(side of the picture in tokens, heads, width of a head) of the two finest attentions; see `shape_config`."""
+    """(side of the image in tokens, heads, width of a head) of the two finest attentions; see `shape_config`."""
     if shape == "sd15":
         return [(sample_size, 8, width // 8), (sample_size // 2, 8, width // 4)]
     return [(sample_size // 2, width // 32, 64), (sample_size // 4, width // 16, 64)]

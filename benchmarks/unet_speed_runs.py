@@ -157,7 +157,7 @@ def make(variant: Variant, original: Any) -> Any:
         fold_cond_convs(unet)
     else:
         for path in added:
-            # As after training: a batch of pictures then has a kernel each.
+            # As after training: a batch of images then has a kernel each.
             layer: Any = unet.get_submodule(path)
             torch.nn.init.normal_(layer.routing.weight, std=0.01)
     return unet
@@ -235,7 +235,7 @@ def patch_deep_cache(unet: Any) -> Any:
 
 @torch.no_grad()
 def count(variant: Variant, config: Mapping[str, Any]) -> tuple[int, float]:
-    """(parameters, multiply-accumulates of a UNet call for one picture, the mean over a cycle).
+    """(parameters, multiply-accumulates of a UNet call for one image, the mean over a cycle).
 
     Counted as `count_macs` does, without weights, on the module itself: no config says what the libraries patch.
 

@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import typer
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -64,7 +66,54 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_version() -> None:
-    assert run("version") == dx.__version__
+    assert run("version") == run("--version") == dx.__version__
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusers_ext", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == dx.__version__, done.stderr
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Any:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_command_and_option_has_help() -> None:
+    found = dict(_commands(typer.main.get_command(cli.app)))
+    expected = {("fit-gaussian",), ("istd",), ("convert", "npnet"), ("asdm", "plan"), ("demo",), ("version",)}
+    assert set(found) == expected
+    for path, command in found.items():
+        assert command.help, path
+        silent = [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)]
+        assert not silent, (path, silent)
+
+
+def test_errors_that_are_not_the_users_are_one_line_too(
+    sd: Path, ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a aaa\n")
+    prompts = ("--prompts", tmp_path / "prompts.txt")
+    text = run("istd", ddpm, *prompts, code=1)
+    assert text.endswith("Error: DDPMPipeline takes no prompts: this command needs a text-to-image pipeline.")
+    assert "needs a text-to-image pipeline" in run("asdm", "plan", ddpm, "--target", 0.9, *prompts, code=1)
+    if not torch.cuda.is_available():
+        text = run("istd", sd, *prompts, "--device", "cuda", code=1)
+        assert text == "Error: --device cuda: PyTorch finds no CUDA device. Use --device cpu."
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("something\nunforeseen")
+
+    monkeypatch.setattr("diffusers_ext.metrics.istd.compute_istd", broken)
+    text = run("istd", sd, *prompts, code=1)
+    assert text.endswith(
+        "Error: RuntimeError: something unforeseen (DIFFUSERS_EXT_DEBUG=1 shows the traceback)"
+    )
+    monkeypatch.setenv("DIFFUSERS_EXT_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        run("istd", sd, *prompts, code=1)
 
 
 def test_fit_from_samples(sd: Path, tmp_path: Path) -> None:
@@ -164,7 +213,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, ddpm: Path, tmp_path: Pa
 
     monkeypatch.setattr("diffusers_ext.teleport.commands.require", missing)
     text = run("fit-gaussian", ddpm, "--dataset", "some/pictures", "--rank", 1, code=1)
-    assert 'pip install "diffusers-ext[train]" brings it.' in text
+    assert 'pip install "diffusers-ext[train]" installs it.' in text
 
 
 # --- examples ---
@@ -222,7 +271,7 @@ def test_istd_with_and_without_a_lora(sd: Path, tmp_path: Path) -> None:
     found = dx.compute_istd(
         pipe, ["a aaa", "a bbb"], height=8, width=8, num_inference_steps=2, guidance_scale=7.5, progress=False
     )
-    assert f"{found.istd:.3g}" in plain
+    assert f"{found.istd:.4g}" in plain
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert run(*command, "--smooth-lora", tmp_path / "lora.safetensors") != plain
     assert "Error" in run("istd", sd, "--prompts", tmp_path / "none.txt", code=1)

@@ -3,10 +3,11 @@
     accelerate launch training/collect_noise_pairs.py --pretrained_model_name_or_path MODEL \\
         --prompts prompts.txt --num_pairs 20000 --output_dir runs/pairs --scorer pickscore --margin 0.1
 
-Golden noise is the random noise re-denoised (arXiv:2411.09502): one step down with --guidance_scale, one step back
-up with --inversion_guidance_scale. With --scorer both noises' pictures are made, and a pair is kept if the golden
-one's score is higher by more than --margin. A killed run goes on when it is started again; several processes share
-the work. On several CPUs, start one process each with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+Golden noise is the random noise after re-denoising (arXiv:2411.09502): one step down with --guidance_scale,
+one step back up with --inversion_guidance_scale. With --scorer, an image is generated from each of the two
+noises, and a pair is kept if the score of the golden noise's image is higher by more than --margin. To resume
+an interrupted run, start it again. Several processes share the work. On a CPU, start several processes with
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from diffusers_ext.training.arguments import add_model_arguments, load_pipeline
 
 
 def parse_args() -> argparse.Namespace:
-    """The arguments."""
+    """Parses the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,15 +36,15 @@ def parse_args() -> argparse.Namespace:
     add(
         "--prompts",
         required=True,
-        help="text file, one prompt a line; or package.module:function of (count, seed)",
+        help="text file with one prompt per line, or package.module:function of (count, seed)",
     )
-    add("--num_pairs", type=int, default=20_000, help="attempts in all")
+    add("--num_pairs", type=int, default=20_000, help="total number of attempts")
     add("--output_dir", required=True)
     add("--seed", type=int, default=0)
-    add("--train_batch_size", type=int, default=8, help="attempts a shard, all made at once")
-    add("--height", type=int, default=None, help="of the pictures; default: the pipeline's")
-    add("--width", type=int, default=None)
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
+    add("--train_batch_size", type=int, default=8, help="attempts per shard, made in one batch")
+    add("--height", type=int, default=None, help="image height; default: the pipeline's")
+    add("--width", type=int, default=None, help="image width; default: the pipeline's")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="data type of the pipeline")
     add(
         "--scorer",
         default=None,
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Loads the pipeline, collects, and says what was kept."""
+    """Loads the pipeline, collects the pairs, and prints how many were kept."""
     args = parse_args()
     accelerator = Accelerator()
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def find_prompts(source: str, count: int, seed: int) -> list[str]:
-    """The lines of a file, or what a function returns."""
+    """The lines of a file, or the result of a function."""
     source = SHORT_NAMES.get(source, source)
     if ":" in source:
         return list(load_function(source, "prompts")(count, seed))

@@ -1,12 +1,12 @@
-"""Fits the Gaussian statistics that travel with the two base models, from their training data.
+"""Fits the Gaussian statistics that are included with the two base models, to their training data.
 
     python training/fit_base_gaussians.py --train_data_dir DIR --model_dir model_cards/fashion-ddpm
     python training/fit_base_gaussians.py --train_data_dir DIR --model_dir model_cards/fashion-scenes
 
-Writes MODEL_DIR/gaussian. For a model with prompts the covariance is the one that is left when the prompt is
-known, which belongs with a prompt's own mean, the statistics of all pictures are its unconditional part, and a map
-from the prompt's embeddings gives the mean.
-Then calibrates how far DPM++ 2M may skip, for `skip="auto"`; --calibrate_only does just that.
+Writes MODEL_DIR/gaussian. For a model with prompts, the covariance is the within-prompt one, which belongs to
+the mean of a single prompt. The statistics of all images are the unconditional part, and a map predicts the
+mean from the prompt's embeddings. The script then calibrates how far DPM++ 2M may skip, for `skip="auto"`;
+--calibrate_only does only this.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from diffusers_ext.testbed import fashion_scenes
 
 
 def main() -> None:
-    """Reads the arguments, fits and saves."""
+    """Parses the arguments, fits, calibrates and saves."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,20 +55,20 @@ def fit(args: argparse.Namespace, pipe: Any) -> dx.GaussianStats:
     if not hasattr(pipe, "vae"):
         images, _ = fashion_scenes.load_garments(args.train_data_dir, "train")
         return dx.GaussianStats.fit(_pixels(images), args.rank)
-    pictures, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
-    latents = _latents(pipe.vae, pictures)
+    images, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
+    latents = _latents(pipe.vae, images)
     names = np.array(prompts)
     pairs = (
         (x, list(n)) for x, n in zip(latents.split(1000), np.split(names, range(1000, len(names), 1000)))
     )
     within = dx.GaussianStats.fit(pairs, args.rank)
-    # The map also knows the prompts that training held out, so the table of means need not travel.
+    # The map predicts the means of all prompts, including held-out ones, so the table of means is not saved.
     mapped = dx.fit_prompt_map(pipe, within)
     return dataclasses.replace(mapped, class_means=None, class_names=None, class_counts=None)
 
 
 def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> dx.GaussianStats:
-    """`stats` with what `calibrate_skip` finds on training pictures and their prompts."""
+    """`stats` with the result of `calibrate_skip` for training images and their prompts."""
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     n = args.num_calibration_images
@@ -78,8 +78,8 @@ def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> d
         "seed": args.seed,
     }
     if hasattr(pipe, "vae"):
-        pictures, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", n, args.seed + 1)
-        options |= {"samples": _latents(pipe.vae, pictures), "prompts": prompts}
+        images, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", n, args.seed + 1)
+        options |= {"samples": _latents(pipe.vae, images), "prompts": prompts}
         options |= {"height": fashion_scenes.HEIGHT, "width": fashion_scenes.WIDTH}
         options |= {"guidance_scale": args.guidance_scale}
     else:
@@ -93,8 +93,8 @@ def _pixels(images: np.ndarray) -> Iterator[Tensor]:
         yield as_tensor(chunk) * 2 - 1
 
 
-def _latents(vae: Any, pictures: np.ndarray) -> Tensor:
-    chunks = np.array_split(pictures, max(1, len(pictures) // 250))
+def _latents(vae: Any, images: np.ndarray) -> Tensor:
+    chunks = np.array_split(images, max(1, len(images) // 250))
     return torch.cat([encode_pixels(vae, as_tensor(c) * 2 - 1) for c in tqdm(chunks, desc="encoding")])
 
 

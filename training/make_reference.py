@@ -1,8 +1,9 @@
-"""Writes the feature statistics of real pictures beside the grader, for the Fréchet distances.
+"""Writes feature statistics of real images next to the grader, for the Fréchet distances.
 
     python training/make_reference.py --train_data_dir DIR --grader model_cards/fashion-grader
 
-A distance to `*-test` is what the pages report; that between `*-train` and `*-test` is its floor.
+The documentation reports distances to `*-test`. The distance between `*-train` and `*-test` is the lowest to
+expect.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from diffusers_ext.testbed.grader import GarmentClassifier, garment_features, gr
 
 
 def main() -> None:
-    """Reads the arguments, writes four files and prints the floors and the grader's accuracy."""
+    """Parses the arguments, writes four files, and prints the distances and the grader's accuracy."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,15 @@
-"""Trains the testbed: the grader, the autoencoder, the text-to-image model and the pixel model.
+"""Trains the testbed's models: the grader, the autoencoder, the text-to-image model and the pixel model.
 
     accelerate launch training/train_base.py --model grader --train_data_dir DIR --output_dir runs/grader
     accelerate launch training/train_base.py --model vae --train_data_dir DIR --output_dir runs/vae --use_ema
     accelerate launch training/train_base.py --model scenes --train_data_dir DIR --vae runs/vae/model ...
     accelerate launch training/train_base.py --model ddpm --train_data_dir DIR --output_dir runs/ddpm ...
 
-DIR holds Fashion-MNIST's four idx files (Debian: dataset-fashion-mnist); without --train_data_dir the Hub's
-copy is used. The finished model is in OUTPUT_DIR/model with its card, ready for `from_pretrained`.
-A killed run goes on with --resume_from_checkpoint latest. On several CPUs, start one process each with
-`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`; `accelerate launch --cpu` starts only one without MPI.
+DIR contains the four idx files of Fashion-MNIST (Debian: dataset-fashion-mnist). Without --train_data_dir,
+the copy on the Hub is used. The trained model is saved in OUTPUT_DIR/model with its model card, ready for
+`from_pretrained`. --resume_from_checkpoint latest resumes an interrupted run. On a CPU, start several
+processes with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`; `accelerate launch --cpu` starts only
+one without MPI.
 """
 
 import argparse
@@ -31,7 +32,7 @@ CARDS = {
     "grader": (
         "Garment grader",
         """\
-A small classifier of Fashion-MNIST garments: it tells whether a scene shows the items of its prompt.
+A small classifier of Fashion-MNIST garments, which checks whether a scene shows the items of its prompt.
 
 ```python
 from diffusers_ext.testbed.grader import GarmentClassifier
@@ -43,8 +44,8 @@ grader = GarmentClassifier.from_pretrained("FOLDER").eval()
     "vae": (
         "Fashion Scenes autoencoder",
         """\
-A fourfold `AutoencoderKL` for 32 × 64 pictures of coloured Fashion-MNIST garments. Each of its four
-latent channels has mean 0 and variance 1 on the training scenes.
+An `AutoencoderKL` with fourfold downsampling for 32 × 64 images of coloured Fashion-MNIST garments. Each of
+its four latent channels has mean 0 and variance 1 on the training scenes.
 
 ```python
 from diffusers import AutoencoderKL
@@ -56,8 +57,8 @@ vae = AutoencoderKL.from_pretrained("FOLDER")
     "scenes": (
         "Fashion Scenes",
         """\
-Stable Diffusion in small: it draws one or two coloured Fashion-MNIST garments (32 × 64) from a prompt.
-A testbed for methods, not a model to make pictures with.
+A small Stable Diffusion that generates 32 × 64 images of one or two coloured Fashion-MNIST garments from a
+prompt. It is a testbed for methods and not meant for other uses.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -70,8 +71,8 @@ image = pipe("a red bag left of a blue boot", height=32, width=64, guidance_scal
     "ddpm": (
         "Fashion-MNIST DDPM",
         """\
-An unconditional pixel-space model of 32 × 32 grey garments. A testbed for methods, not a model to make
-pictures with.
+An unconditional pixel-space model of 32 × 32 grey garments. It is a testbed for methods and not meant for
+other uses.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -85,7 +86,7 @@ images = pipe(batch_size=16).images
 
 
 def parse_args() -> argparse.Namespace:
-    """The arguments: the testbed's own and those that all training scripts share."""
+    """Parses the testbed's own arguments and those that all training scripts share."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,12 +94,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_data_dir", default=None, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--num_scenes", type=int, default=60_000)
     parser.add_argument("--block_out_channels", type=int, nargs=3, default=None)
-    parser.add_argument("--vae", default=None, help="a trained autoencoder (for --model scenes)")
-    parser.add_argument("--grader", default=None, help="a trained grader, to validate alignment with")
+    parser.add_argument("--vae", default=None, help="folder of a trained autoencoder, for --model scenes")
+    parser.add_argument(
+        "--grader", default=None, help="folder of a trained grader, to validate prompt accuracy"
+    )
     parser.add_argument("--snr_gamma", type=float, default=None)
     parser.add_argument("--proportion_empty_prompts", type=float, default=0.1)
     parser.add_argument("--num_validation_images", type=int, default=256)
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of the validation pictures")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=2.0, help="guidance scale of the validation images"
+    )
     add_training_arguments(parser)
     args = parser.parse_args()
     if args.model == "scenes" and not args.vae:
@@ -107,7 +112,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains the wanted model; the main process writes, prints and uploads the outcome."""
+    """Trains the chosen model; the main process saves, prints and uploads the results."""
     args = parse_args()
     accelerator = make_accelerator(args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None

@@ -1,12 +1,13 @@
-"""Trains NPNet, which turns random noise into noise that suits the prompt, on pairs of noises.
+"""Trains NPNet, which maps random noise to noise that matches the prompt better, on pairs of noises.
 
     accelerate launch training/train_npnet.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir runs/pairs --output_dir runs/npnet --use_ema
 
-The pairs come from training/collect_noise_pairs.py, or with --dataset_name from a data set on the Hub that holds
-such a folder. MODEL's text encoder conditions the network. The finished network is in OUTPUT_DIR/model with its
-card: `diffusers_ext.NPNetModel.from_pretrained`. A killed run goes on with --resume_from_checkpoint latest. On
-several CPUs, start one process each with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
+The pairs come from training/collect_noise_pairs.py or, with --dataset_name, from a data set on the Hub that
+contains such a folder. The text encoder of MODEL conditions the network. The trained network is saved in
+OUTPUT_DIR/model with its model card; load it with `diffusers_ext.NPNetModel.from_pretrained`.
+--resume_from_checkpoint latest resumes an interrupted run. On a CPU, start several processes with
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from diffusers_ext.training.loop import Rows, make_accelerator, train
 ABOUT = """\
 # Golden noise for {model}
 
-An NPNet (Zhou et al., arXiv:2411.09502): it turns the random noise that a picture starts from into noise that suits
-the prompt. Trained on {pairs} pairs of {prompts} prompts.
+An NPNet (Zhou et al., arXiv:2411.09502), which maps the random initial noise to noise that matches the prompt
+better. Trained on {pairs} pairs of {prompts} prompts.
 
 ```python
 import diffusers_ext as dx
@@ -44,27 +45,28 @@ npnet = dx.NPNetModel.from_pretrained("FOLDER")
 dx.apply_golden_noise(pipe, npnet)
 ```
 
-In the table, `relative error` is the squared error on held-out prompts' pairs over that of leaving the noise as it
-is; scores are means over held-out pairs: *re-denoised* is the target itself, *random* a random change of the same
-size, *shuffled* the network with another prompt, *rescaled* the noise with only the network's mean and variance."""
+In the table, `relative error` is the squared error on pairs of held-out prompts, divided by that of the
+unchanged noise. Scores are means over held-out pairs: *re-denoised* is the target, *random* a random change
+of the same size, *shuffled* the network with another prompt, *rescaled* the random noise with the mean and
+variance of golden noise."""
 
 
 def parse_args() -> argparse.Namespace:
-    """The arguments: NPNet's own and those that all training scripts share."""
+    """Parses NPNet's own arguments and those that all training scripts share."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add_model_arguments(parser, "the pipeline that the pairs come from")
-    add("--train_data_dir", default=None, help="a folder that collect_noise_pairs.py wrote")
-    add("--dataset_name", default=None, help="a data set on the Hub that holds such a folder")
-    add("--width", type=int, default=128, help="features of a patch")
+    add("--train_data_dir", default=None, help="folder written by collect_noise_pairs.py")
+    add("--dataset_name", default=None, help="data set on the Hub that contains such a folder")
+    add("--width", type=int, default=128, help="features per patch")
     add("--depth", type=int, default=4, help="number of blocks")
-    add("--held_out_share", type=float, default=0.1, help="share of the prompts that is not trained on")
-    add("--scorer", default=None, help="of the validation pictures; see collect_noise_pairs.py")
+    add("--held_out_share", type=float, default=0.1, help="share of the prompts used for validation only")
+    add("--scorer", default=None, help="scorer of the validation images; see collect_noise_pairs.py")
     add("--num_validation_images", type=int, default=64)
-    add("--num_inference_steps", type=int, default=30, help="of the validation pictures")
-    add("--guidance_scale", type=float, default=5.5, help="of the validation pictures")
+    add("--num_inference_steps", type=int, default=30, help="steps of the validation images")
+    add("--guidance_scale", type=float, default=5.5, help="guidance scale of the validation images")
     add_training_arguments(parser)
     args = parser.parse_args()
     if (args.train_data_dir is None) == (args.dataset_name is None):
@@ -73,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains; the main process writes, prints and uploads the outcome."""
+    """Trains NPNet; the main process saves, prints and uploads the results."""
     args = parse_args()
     accelerator = make_accelerator(args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
@@ -99,8 +101,8 @@ def main() -> None:
         height, width = (size * pipe.vae_scale_factor for size in training.noise.shape[2:])
         size = {"height": height, "width": width}
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        scores, pictures = compare(npnet, pipe, few, scorer, **size, **call)
-        rows = [as_tensor(pictures[name])[:8] for name in ("plain", "npnet", "re-denoised")]
+        scores, images = compare(npnet, pipe, few, scorer, **size, **call)
+        rows = [as_tensor(images[name])[:8] for name in ("plain", "npnet", "re-denoised")]
         save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
         return {"relative error": relative_error(npnet, pipe, held_out), **scores}
 

@@ -64,8 +64,8 @@ def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[in
 
 def noise_scale(pipe: Any) -> float:
     """The factor between unit-variance noise for `latents=` and the result of `prepare_latents`."""
-    # Flow pipelines do not multiply by init_noise_sigma, even if their scheduler has it. The classes are searched
-    # one by one, because a subclass may only wrap the method.
+    # Flow pipelines do not multiply by init_noise_sigma, even if their scheduler has it. All classes are
+    # searched, because a subclass may only wrap the method.
     methods = [vars(c)["prepare_latents"] for c in type(pipe).__mro__ if "prepare_latents" in vars(c)]
     scales = any("init_noise_sigma" in inspect.unwrap(method).__code__.co_names for method in methods)
     return float(pipe.scheduler.init_noise_sigma) if scales else 1.0

@@ -79,7 +79,7 @@ def prepare_image(image: Image.Image, mode: str, size: int | tuple[int, int] | N
 
 
 def save_grid(images: Tensor, columns: int, path: str | Path, scale: int = 2) -> None:
-    """Saves images (n, C, h, w) in [0, 1] as one PNG, `columns` per row and enlarged by the factor `scale`."""
+    """Saves images (n, C, h, w) in [0, 1] as one PNG, `columns` per row, enlarged by the factor `scale`."""
     columns = min(columns, len(images))
     whole_rows = images[: len(images) // columns * columns].split(columns)
     grid = torch.cat([torch.cat(list(row), 2) for row in whole_rows], 1)
@@ -164,7 +164,7 @@ def encode_pixels(vae: Any, pixels: Tensor, generators: list[torch.Generator] | 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decodes latents in the scale of `encode_pixels` to pixels (n, C, h, w), about in [−1, 1], not clipped."""
+    """Pixels (n, C, h, w) of latents in the scale of `encode_pixels`; about in [−1, 1], not clipped."""
     shift, scale = _latent_scale(vae, latents)
     with _upcast(vae):
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample
@@ -201,7 +201,7 @@ def _latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
 
 @contextmanager
 def _upcast(vae: Any) -> Iterator[None]:
-    """Runs the block in float32 if the config says that the VAE overflows in float16; no precision is lost."""
+    """Runs the block in float32 if the VAE's config says that it overflows in float16. Loses no precision."""
     needed = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if needed:
         vae.to(torch.float32)
@@ -367,7 +367,9 @@ def _load(images: ImageSource, index: int, channels: int, resolution: int | tupl
             "and uint8 arrays only."
         )
     if image.shape[0] != channels:
-        raise ValueError(f"{images.name(index)} has {image.shape[0]} channels, but the model takes {channels}.")
+        raise ValueError(
+            f"{images.name(index)} has {image.shape[0]} channels, but the model takes {channels}."
+        )
     return image
 
 

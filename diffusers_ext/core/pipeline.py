@@ -1,4 +1,4 @@
-"""Tools for one pipeline object of any class: method hooks, temporary settings, and values read from a call."""
+"""Tools for one pipeline object of any class: method hooks, temporary settings, values read from a call."""
 
 from __future__ import annotations
 

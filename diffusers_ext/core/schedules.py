@@ -96,7 +96,7 @@ def grid_levels(scheduler: Any) -> list[Level]:
     count = (len(scheduler.timesteps) + scheduler.order - 1) // scheduler.order
     sigmas = [scheduler.sigmas[i * scheduler.order] for i in range(count)]
     if kind == "solver":
-        # VP latents, also on a Karras grid, or (1−σ, σ) with `use_flow_sigmas`: the solver converts them itself.
+        # VP latents even on a Karras grid, and (1−σ, σ) with `use_flow_sigmas`: the solver converts both.
         pairs = [scheduler._sigma_to_alpha_sigma_t(sigma) for sigma in sigmas]
         return [(float(a), float(s)) for a, s in pairs]
     if kind == "flow":

@@ -39,9 +39,7 @@ class GoldenNoise:
         self._prompt_embeds = None
 
     def remember(self, encoded: Any) -> None:
-        """Stores the first embeddings that a call encodes, the prompt's; Flux encodes the negative prompt
-        after.
-        """
+        """Stores the first embeddings of a call, those of the prompt; Flux encodes the negative one later."""
         if self._prompt_embeds is None:
             self._prompt_embeds = encoded[0] if isinstance(encoded, tuple | list) else encoded
 

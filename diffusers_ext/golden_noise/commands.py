@@ -12,7 +12,9 @@ from ..core.commands import Push, one_line_errors, say
 
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands of the method."""
-    convert = typer.Typer(no_args_is_help=True, help="Converts published weights to the format of this package.")
+    convert = typer.Typer(
+        no_args_is_help=True, help="Converts published weights to the format of this package."
+    )
     convert.command("npnet")(one_line_errors(npnet))
     app.add_typer(convert, name="convert")
 
@@ -23,7 +25,7 @@ def npnet(
     svd_attention: Annotated[
         bool,
         typer.Option(
-            help="Apply SVD attention, as the official inference code does. The SDXL weights were trained without it."
+            help="Apply SVD attention, as in the official inference code; the SDXL training had none."
         ),
     ] = True,
     push_to_hub: Push = None,

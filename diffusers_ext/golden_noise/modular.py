@@ -32,10 +32,10 @@ _MODEL_NAME = "stable-diffusion-xl"
 
 
 class GivenLatentsStep(ModularPipelineBlocks):
-    """Records for `GoldenNoiseStep` whether the caller has passed latents. Goes right before
-    `prepare_latents`.
+    """Records for `GoldenNoiseStep` whether the caller has passed latents.
 
-    `prepare_latents` overwrites its input, so the two cases look the same afterwards.
+    It goes right before `prepare_latents`, which overwrites its input, so that the two cases look the same
+    afterwards.
 
     Inputs:
         latents: (B, 4, H, W) or None.
@@ -96,8 +96,8 @@ class GoldenNoiseStep(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return (
-            "Golden noise step (arXiv:2411.09502) that maps the random noise to noise that matches the prompt better."
-            " It goes right after prepare_latents of a text-to-image workflow."
+            "Golden noise step (arXiv:2411.09502) that maps the random noise to noise that matches the prompt"
+            " better. It goes right after prepare_latents of a text-to-image workflow."
         )
 
     @property
@@ -114,8 +114,8 @@ class GoldenNoiseStep(ModularPipelineBlocks):
                 "golden_strength",
                 type_hint=float,
                 default=1.0,
-                description="0 starts from the random noise, 1 from the golden noise; other values interpolate or"
-                " extrapolate linearly.",
+                description="0 starts from the random noise, 1 from the golden noise; other values"
+                " interpolate or extrapolate linearly.",
             ),
             InputParam(
                 "latents_given",

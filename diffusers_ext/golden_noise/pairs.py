@@ -191,7 +191,7 @@ def _score(
 
 
 def describe_model(pipe: Any) -> dict[str, str]:
-    """The pipeline's class, its noise schedule and a digest of the denoiser's weights, which pairs depend on."""
+    """What the pairs depend on: pipeline class, noise schedule and a digest of the denoiser's weights."""
     config = {
         key: value
         for key, value in first_order_scheduler(pipe.scheduler).config.items()

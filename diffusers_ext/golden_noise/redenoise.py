@@ -1,5 +1,4 @@
-"""Re-denoising: golden noise from the model itself, the target that NPNet learns (arXiv:2411.09502, section
-3.1).
+"""Re-denoising: golden noise from the model itself, the target of NPNet (arXiv:2411.09502, section 3.1).
 
 One step goes down from the highest noise level with a large guidance scale, and one step goes back up with a
 small one. The difference stays in the noise. For a noise prediction ε both steps together are
@@ -35,7 +34,7 @@ def move(output: Tensor, sample: Tensor, here: Level, there: Level, prediction_t
 
 
 def displacement_factor(top: Level, below: Level) -> float:
-    """k of the module's formula: the factor from a difference of noise predictions to a change of the noise."""
+    """k of the module's formula, the factor from a difference of predictions to a change of the noise."""
     return top[1] - top[0] / below[0] * below[1]
 
 
@@ -94,8 +93,8 @@ def redenoise(
             x = move(back, lower, below, above, kind)
     if not torch.isfinite(x).all():
         raise ValueError(
-            "Re-denoising gave values that are not finite: the model overflows, or its noise schedule ends at zero SNR"
-            " (rescale_betas_zero_snr), where a noise prediction contains no information."
+            "Re-denoising gave values that are not finite: the model overflows, or its noise schedule ends at zero"
+            " SNR (rescale_betas_zero_snr), where a noise prediction contains no information."
         )
     return x
 

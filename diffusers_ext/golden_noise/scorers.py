@@ -68,8 +68,7 @@ def checked_scores(scorer: Scorer, images: np.ndarray, prompts: Sequence[str]) -
 
 
 class ClipScorer:
-    """Cosine of a CLIP model's embeddings of image and prompt, times 100 (CLIPScore; also PickScore's
-    formula).
+    """Cosine of a CLIP model's embeddings of image and prompt, times 100, as in CLIPScore and PickScore.
 
     Args:
         model: folder or Hub repository of a `CLIPModel` with its processor.

@@ -1,5 +1,4 @@
-"""Swin-Tiny (Liu et al., arXiv:2103.14030) for 224 × 224 images, with the parameter names of the NPNet
-weights.
+"""Swin-Tiny (Liu et al., arXiv:2103.14030) for 224 × 224 images, with the NPNet weights' parameter names.
 
 `transformers.SwinModel` computes the same, but its parameter names change between releases, and a saved NPNet
 would then fail to load.

@@ -26,9 +26,7 @@ class NPNetObjective(nn.Module):
         self.npnet = npnet
 
     def forward(self, noise: Tensor, golden: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) embeddings, one row per noise → the
-        loss.
-        """
+        """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) embeddings, one per noise → the loss."""
         return F.mse_loss(self.npnet(noise, prompt_embeds), golden)
 
 

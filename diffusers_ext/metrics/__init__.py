@@ -1,4 +1,4 @@
-"""Measures of images and comparisons of methods."""
+"""Image metrics, and statistics for the comparison of methods."""
 
 from ..core.methods import register
 

@@ -1,4 +1,4 @@
-"""Intervals and paired comparisons, and the tables that show them."""
+"""Confidence intervals, paired comparisons, and Markdown tables for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .frechet import FeatureStats, frechet_distance
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval."""
+    """A value with its 95% confidence interval."""
 
     value: float
     low: float
@@ -23,25 +23,25 @@ class Estimate:
         return not self.low <= number <= self.high
 
     def format(self, digits: int = 2, scale: float = 1.0) -> str:
-        """As "value [low, high]"."""
+        """Formats the estimate as "value [low, high]"."""
         value, low, high = (f"{scale * x:.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
     def marked(self, digits: int = 2, scale: float = 1.0) -> str:
-        """As `format`, in Markdown's bold where the interval excludes 0."""
+        """Same as `format`, but bold in Markdown if the interval excludes 0."""
         text = self.format(digits, scale)
         return f"**{text}**" if self.excludes(0) else text
 
 
 def proportion(right: np.ndarray) -> Estimate:
-    """Share of True in a boolean array (n,) with Wilson's score interval (Wilson 1927).
+    """Share of True in a boolean array (n,), with Wilson's score interval (Wilson 1927).
 
     Raises:
         ValueError: the array is empty.
     """
     n, z = len(right), 1.959964
     if n == 0:
-        raise ValueError("No results to average: give at least one picture.")
+        raise ValueError("No results to average: give at least one image.")
     p = float(np.mean(right))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
@@ -59,10 +59,10 @@ def bootstrap(
 
 
 def paired_difference(ours: np.ndarray, control: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of `ours − control`, two results (n,) on the same prompts and seeds, by bootstrap over the pairs.
+    """Mean of `ours − control`, two results (n,) for the same prompts and seeds, by bootstrap over the pairs.
 
     Raises:
-        ValueError: the results do not pair up.
+        ValueError: different shapes, or fewer than two results.
     """
     if ours.shape != control.shape or ours.ndim != 1 or len(ours) < 2:
         raise ValueError(
@@ -81,12 +81,16 @@ def paired_frechet_difference(
     seed: int = 0,
     group_size: int = 1,
 ) -> Estimate:
-    """Fréchet distance of `ours` less that of `control`, features (n, d) on the same seeds, to one reference.
+    """Fréchet distance of `ours` minus that of `control`, features (n, d) for the same seeds.
 
-    Rows that follow each other in groups of `group_size`, as one prompt's pictures, are resampled together.
+    Both are distances to one reference. Consecutive rows in groups of `group_size`, such as the images of one
+    prompt, are resampled together.
 
-    Resampling raises both distances alike (repeated rows lose rank), so the percentiles are centred on the
-    difference of the whole sets.
+    Resampling increases both distances by a similar amount (repeated rows reduce the rank), so the
+    percentiles are centred on the difference of the full sets.
+
+    Raises:
+        ValueError: different shapes.
     """
     if ours.shape != control.shape:
         raise ValueError(f"A paired comparison needs equal shapes, got {ours.shape} and {control.shape}.")

@@ -1,4 +1,4 @@
-"""Fréchet distance between small feature sets. Not FID: that name belongs to Inception features."""
+"""Fréchet distance between small feature sets. It is not FID, which uses Inception features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Mean (d,) and covariance (d, d) of features, float64, and the number of pictures they come from."""
+    """Mean (d,) and covariance (d, d) of features, float64, and the number of images they come from."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -40,32 +40,32 @@ class FeatureStats:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStats:
-        """Reads what `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
-            ValueError: the file is missing, truncated or of another kind.
+            ValueError: the file is missing, corrupted or of another kind.
         """
         try:
             arrays = load_file(path)
             return cls(arrays["mean"], arrays["covariance"], int(arrays["num_samples"]))
         except (OSError, KeyError, SafetensorError) as error:
             raise ValueError(
-                f"{path} is not a whole file of feature statistics ({error}): make it again."
+                f"{path} is not a valid file of feature statistics ({error}): create it again."
             ) from error
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½): two Gaussians' squared 2-Wasserstein distance.
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½): the squared 2-Wasserstein distance of two Gaussians.
 
     Dowson & Landau 1982.
 
     Raises:
-        ValueError: the features have different sizes.
+        ValueError: features of different sizes.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Features of size {a.mean.size} and {b.mean.size} cannot be compared.")
-    # The trace of the square root is the sum of the singular values of Σ₁^½ Σ₂^½: symmetric roots only,
-    # so no complex part has to be thrown away for nearly singular covariances.
+    # The trace of the square root is the sum of the singular values of Σ₁^½ Σ₂^½. These roots are symmetric,
+    # so that nearly singular covariances give no complex part.
     cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
     offset = float(((a.mean - b.mean) ** 2).sum())
     return max(0.0, offset + float(np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))

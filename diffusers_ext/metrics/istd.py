@@ -1,9 +1,10 @@
-"""ISTD: how evenly pictures change along a path between two noises.
+"""ISTD: how evenly images change along a path between two noises.
 
-Interpolation standard deviation, Guo et al., arXiv:2312.04410, section 4.2, whose code was not released: for every
-prompt one pair of noises, slerp at η = 0, 0.1 … 1, eleven pictures, the L2 distances of the ten adjacent pairs in
-pixel space, their standard deviation, and the mean of that over prompts. A model that blurs, or draws the same
-picture for every noise, has a small ISTD too: the mean distance and the distance of the ends are given with it.
+Interpolation standard deviation, Guo et al., arXiv:2312.04410, section 4.2, whose code was not released. Each
+prompt has one pair of noises, slerp at η = 0, 0.1 … 1, and eleven images. The standard deviation of the L2
+distances of the ten adjacent pairs in pixel space is averaged over prompts. A model that blurs, or that
+generates the same image for every noise, has a small ISTD too. The mean distance and the distance of the ends
+are therefore reported with it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from ..core.storage import digest, write_json
 
 @dataclass(frozen=True)
 class ISTD:
-    """Per prompt, float64 (n,); the properties are means over prompts.
+    """Results per prompt, float64 (n,); the properties are means over prompts.
 
     Attributes:
         deviations: standard deviation of a path's adjacent distances.
-        distances: their mean.
-        endpoints: distance of a path's first and last picture.
+        distances: mean of a path's adjacent distances.
+        endpoints: distance between a path's first and last image.
     """
 
     deviations: np.ndarray
@@ -49,28 +50,28 @@ class ISTD:
 
     @property
     def relative(self) -> float:
-        """Mean over prompts of standard deviation over mean distance: free of the pictures' contrast."""
+        """Mean over prompts of standard deviation over mean distance; independent of the images' contrast."""
         return float((self.deviations / np.maximum(self.distances, 1e-12)).mean())
 
     @property
     def endpoint_distance(self) -> float:
-        """Mean distance of the ends."""
+        """Mean distance between the ends."""
         return float(self.endpoints.mean())
 
 
 def path_statistics(pictures: np.ndarray, ddof: int = 0) -> tuple[float, float, float]:
-    """(standard deviation, mean) of one path's adjacent L2 distances, and the distance of its ends.
+    """(standard deviation, mean) of one path's adjacent L2 distances, and the distance between its ends.
 
     Args:
-        pictures: (m, ...) along the path, m ≥ 3, in the range that the distances shall be in.
-        ddof: 0 divides by m − 1 distances, 1 by one less.
+        pictures: (m, ...) images along the path, m ≥ 3, in the value range for the distances.
+        ddof: 0 divides by the number of distances, m − 1; 1 divides by m − 2.
 
     Raises:
-        ValueError: fewer than three pictures, or values that are not finite.
+        ValueError: fewer than three images, or values that are not finite.
     """
     x = np.asarray(pictures, dtype=np.float64).reshape(len(pictures), -1)
     if len(x) < 3 or not np.isfinite(x).all():
-        raise ValueError(f"A path needs three or more finite pictures, got {len(x)} of shape {x.shape[1:]}.")
+        raise ValueError(f"A path needs three or more finite images, got {len(x)} of shape {x.shape[1:]}.")
     steps = np.linalg.norm(np.diff(x, axis=0), axis=1)
     return float(steps.std(ddof=ddof)), float(steps.mean()), float(np.linalg.norm(x[-1] - x[0]))
 
@@ -94,22 +95,24 @@ def compute_istd(
     Args:
         pipe: any pipeline that takes `prompt` and `latents`.
         prompts: one path each; 500 in the paper.
-        num_frames: pictures a path, at equal steps of η from 0 to 1.
-        seed: of the noises; prompt i's pair depends on `(seed, i)`.
-        value_range: what black and white are in the distances; the paper's tables fit [−1, 1].
-        ddof: of the standard deviation.
-        batch_size: pictures a call.
-        cache_dir: one small file a prompt is kept there, so that an interrupted run goes on. Its names hold the
-            settings and the prompt but not the model: give every model a folder of its own.
-        progress: show a bar.
-        call_kwargs: of the pipeline: `num_inference_steps` (50 in the paper), `guidance_scale` (7.5), ...
+        num_frames: images per path, at equal steps of η from 0 to 1.
+        seed: seed of the noises; prompt i's pair depends on `(seed, i)`.
+        value_range: values of black and white for the distances. The tables of the paper are consistent with
+            [−1, 1].
+        ddof: delta degrees of freedom of the standard deviation.
+        batch_size: images per call.
+        cache_dir: folder for one small file per prompt, so that an interrupted run can be resumed. File names
+            depend on the settings and the prompt but not on the model: use a separate folder for each model.
+        progress: show a progress bar.
+        call_kwargs: passed to the pipeline: `num_inference_steps` (50 in the paper), `guidance_scale` (7.5),
+            ...
 
     Raises:
-        ValueError: no prompts, fewer than three frames, or pictures that are not finite.
+        ValueError: no prompts, fewer than three frames, or images that are not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
-        raise ValueError("Give at least one prompt: an empty list has no mean.")
+        raise ValueError("Give at least one prompt, got an empty list.")
     if num_frames < 3 or batch_size < 1:
         raise ValueError(
             f"num_frames must be 3 or more and batch_size 1 or more, got {num_frames}, {batch_size}."
@@ -121,9 +124,9 @@ def compute_istd(
         if path is not None and path.is_file():
             rows.append(json.loads(path.read_text()))
             continue
-        pictures = _path(pipe, prompt, num_frames, (seed, number), batch_size, call_kwargs)
+        images = _path(pipe, prompt, num_frames, (seed, number), batch_size, call_kwargs)
         low, high = value_range
-        rows.append(path_statistics(low + (high - low) * pictures, ddof))
+        rows.append(path_statistics(low + (high - low) * images, ddof))
         if path is not None:
             write_json(path, rows[-1])
     return ISTD(*np.array(rows).T)
@@ -132,17 +135,17 @@ def compute_istd(
 def _path(
     pipe: Any, prompt: str, frames: int, seeds: tuple[int, int], batch_size: int, call: dict[str, Any]
 ) -> np.ndarray:
-    """Pictures (frames, h, w, 3) in [0, 1] along one path."""
+    """Images (frames, h, w, 3) in [0, 1] along one path."""
     seed = (1_000_003 * seeds[0] + seeds[1]) * 2
     generators = [torch.Generator().manual_seed((seed + end) % 2**63) for end in (0, 1)]
     with quiet(pipe):
         ends, _ = initial_noise(pipe, {**call, "prompt": [prompt] * 2, "generator": generators})
         latents, _ = noise_path(ends, frames)
-        pictures = [
+        images = [
             pipe(**call, prompt=[prompt] * len(part), latents=part, output_type="np").images
             for part in latents.split(batch_size)
         ]
-    return np.concatenate(pictures)
+    return np.concatenate(images)
 
 
 def _cache_path(folder: Path, settings: dict[str, Any], number: int, prompt: str) -> Path:

@@ -1,4 +1,4 @@
-"""Structural similarity of pictures."""
+"""Structural similarity of images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _C1, _C2 = 0.01**2, 0.03**2
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean structural similarity of every pair of pictures, (n,) in [−1, 1]; 1 for equal ones.
+    """Mean structural similarity of every pair of images, (n,) in [−1, 1]; 1 for equal images.
 
-    Wang et al., *Image Quality Assessment: From Error Visibility to Structural Similarity*, IEEE TIP 2004, equation
-    13, with its Gaussian window (11 × 11, standard deviation 1.5) and constants; each channel by itself, windows
-    that lie inside the picture.
+    Wang et al., *Image Quality Assessment: From Error Visibility to Structural Similarity*, IEEE TIP 2004,
+    equation 13, with its Gaussian window (11 × 11, standard deviation 1.5) and constants. Each channel is
+    evaluated separately, with windows that lie inside the image.
 
     Args:
         a, b: (n, h, w, channels) in [0, 1], at least 11 high and wide.
 
     Raises:
-        ValueError: shapes that differ, or pictures smaller than the window.
+        ValueError: different shapes, or images smaller than the window.
     """
     if a.shape != b.shape or a.ndim != 4 or min(a.shape[1:3]) < _WINDOW:
         raise ValueError(

@@ -295,7 +295,7 @@ class SIGNPipeline(DiffusionPipeline):
             raise ValueError('This projector needs a prompt: give one, or "" for none.')
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts or count % len(texts):
-            raise ValueError(f"{count} images need one prompt or as many; got {len(texts)}.")
+            raise ValueError(f"{count} images need 1 or {count} prompts, got {len(texts)}.")
         embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
         embeds = embeds.repeat_interleave(count // len(texts), 0)
         return {"encoder_hidden_states": embeds.to(self.unet.dtype)}

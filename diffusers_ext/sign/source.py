@@ -16,16 +16,16 @@ MOST_ROWS = 16_384
 class MixtureSource(ModelMixin, ConfigMixin):
     """Noisy data as a mixture of Gaussians: maps unit noise ε to μₖ + (UₖΛₖUₖᵀ + σ²)^½ ε.
 
-    ε itself selects the component k. At the levels of interest, the strongest directions of the data are
-    still visible in the noise. A denoiser has never been trained on σ · ε there, but on noisy data, so
-    samples should start from noisy data. With one component, this is the point to which the flow of a
-    diffusion model takes ε, as far as the data are Gaussian (Wang and Vastola, arXiv:2412.09726). SIGN starts
-    from white noise, and IGN (arXiv:2311.01462) from noise with the spectrum of the data. This source is
-    ours.
+    The first element of ε selects the component k. A projector starts at a level σ where the noise does not
+    yet hide the strongest directions of the data. A denoiser at that level was trained on noisy data, not on
+    the pure noise σ · ε, so samples start from the distribution of noisy data. With one component, the source
+    maps ε to the point to which the flow of a diffusion model takes it, as far as the data are Gaussian (Wang
+    and Vastola, arXiv:2412.09726). SIGN starts from white noise, and IGN (arXiv:2311.01462) from noise with
+    the spectrum of the data. This source is ours.
 
     Args:
         shape: (C, H, W) of one sample.
-        rank: number of principal directions per component. The variance in all other directions is σ².
+        rank: number of principal directions per component. In all other directions the variance is σ².
         num_components: number of Gaussians.
     """
 

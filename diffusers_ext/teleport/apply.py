@@ -74,7 +74,7 @@ def apply_teleport(
 
 
 def remove_teleport(pipe: Any) -> Any:
-    """Restores the original scheduler object of `pipe` and removes the hooks; no-op if teleportation is off."""
+    """Restores the pipeline's original scheduler object and removes the hooks; no-op if teleportation is off."""
     _drop_hooks(pipe)
     if isinstance(pipe.scheduler, TeleportScheduler):
         pipe.scheduler = pipe.scheduler.inner
@@ -92,7 +92,7 @@ def hook_count(pipe: Any) -> int:
 
 
 def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
-    """Computes the prompts' means from the result of `pipe.encode_prompt`, each time the pipeline calls it."""
+    """Computes the means of the prompts each time the pipeline calls `encode_prompt`."""
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(
             f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt. Remove the map"
@@ -116,7 +116,7 @@ def _mean_and_guidance(
     covariance. With equal covariances, guidance only shifts the mean: μ₋ + w(μ − μ₋).
     """
     mean = stats.prompt_mean(features_of(encoded[0]))
-    # The pipeline's call sets this before it encodes. Flux takes its scale as a model input and lacks the property.
+    # Set by the pipeline's call before it encodes. Flux takes its scale as a model input and lacks it.
     guided = getattr(pipe, "do_classifier_free_guidance", False)
     scale = float(pipe.guidance_scale) if guided else 1.0
     negative = given.get("negative_prompt")
@@ -140,7 +140,7 @@ def _scales_its_input(pipe: Any) -> bool:
 
 
 def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[Any]:
-    # torch's pre-hooks and not diffusers' ModelHook: a ModelHook replaces `forward`, as CPU offloading does, and
+    # torch's pre-hooks and not diffusers' ModelHook, which replaces `forward` as CPU offloading does and
     # cannot be removed while offloading is on. Pre-hooks compose and can be removed completely.
     models = [m for m in (getattr(pipe, name, None) for name in _MODELS) if isinstance(m, nn.Module)]
     if not models:

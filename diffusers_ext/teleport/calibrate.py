@@ -158,7 +158,7 @@ class _Runner:
         self.size = num_images if self.prompts is None else len(self.prompts)
         self.seed, self.kwargs, self.calls = seed, kwargs, 0
         self.skipped_to: float | None = None
-        # Flux and similar models take the scale as a model input: with or without guidance there is one denoiser.
+        # Flux and similar models take the scale as a model input: guided or not, there is one denoiser.
         self.guided = hasattr(type(pipe), "do_classifier_free_guidance")
         default = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
         scale = kwargs.get("guidance_scale", default.default if default else 1.0)
@@ -237,8 +237,8 @@ def _squared_error(states: np.ndarray, reference: np.ndarray) -> float:
 
 # --- the level down to which the Gaussian denoises clean samples at least as well as the model ---
 #
-# Both denoise the same noised samples. The difference of their squared errors is the difference of their denoising
-# losses, in which the unknown optimal loss cancels. It is measured in pairs, on the same noise.
+# Both denoise the same noised samples. The difference of their squared errors is the difference of their
+# denoising losses, in which the unknown optimal loss cancels. It is measured in pairs, on the same noise.
 
 
 class _Probe(OneCall):

@@ -2,9 +2,10 @@
 
 A *level* is a pair (a, s) of a noisy state x = a·x₀ + s·ε; see `diffusers_ext.core.predictions`.
 
-If the data are N(μ, Σ), the state is N(aμ, a²Σ + s²I), and the probability-flow ODE scales every eigendirection
-of Σ by the ratio of its standard deviations at the two levels (Wang & Vastola, *The Unreasonable Effectiveness
-of Gaussian Score Approximation for Diffusion Models*, TMLR 2024, arXiv:2412.09726).
+If the data are N(μ, Σ), the state is N(aμ, a²Σ + s²I), and the probability-flow ODE scales every
+eigendirection of Σ by the ratio of its standard deviations at the two levels (Wang & Vastola, *The
+Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion Models*, TMLR 2024,
+arXiv:2412.09726).
 """
 
 import functools
@@ -31,7 +32,7 @@ class Gaussian(NamedTuple):
 
 
 class GuidedBasis(NamedTuple):
-    """(D, q) orthonormal columns that span both Gaussians' eigenvectors, and their coordinates (q, r) in it."""
+    """(D, q) orthonormal columns that span both Gaussians' eigenvectors, and these in its coordinates (q, r)."""
 
     columns: Tensor
     conditional: Tensor

@@ -53,14 +53,17 @@ def fit_gaussian(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Guidance scale of the samples; default: the pipeline's.")
     ] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Resize and crop images to this size.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Resize and crop images to this size.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
     image_column: Annotated[str, typer.Option(help="Image column of the data set.")] = "image",
     label_column: Annotated[
         str | None, typer.Option(help="Label column of the data set, for one mean per label.")
     ] = None,
     prompt_map: Annotated[
-        bool, typer.Option("--prompt-map", help="Fit a map that predicts a prompt's mean from its embeddings.")
+        bool,
+        typer.Option("--prompt-map", help="Fit a map that predicts a prompt's mean from its embeddings."),
     ] = False,
     seed: Seed = 0,
     dtype: Dtype = "float32",

@@ -333,8 +333,8 @@ class _LowRankScatter(_Scatter):
 
     def _close(self) -> None:
         self._trace += float(self._own.trace())
-        # The kept rows are orthogonal up to rounding, which only makes the cut slightly suboptimal: the rotation
-        # is orthogonal in any case, so it does not change the variance.
+        # The kept rows are orthogonal up to rounding, which only makes the cut slightly suboptimal: the
+        # rotation is orthogonal in any case, so it does not change the variance.
         gram = torch.cat(
             [
                 torch.cat([self._squares.diag(), self._cross.T], dim=1),
@@ -360,7 +360,7 @@ class _LowRankScatter(_Scatter):
             gram.addmm_(chunk, chunk.T)
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-        # Smaller eigenvalues are float32 rounding errors; QR gives their directions arbitrary orthogonal columns.
+        # Smaller eigenvalues are float32 rounding errors; QR replaces their directions with arbitrary ones.
         real = values > 1e-12 * values[:1]
         values = torch.where(real, values, 0.0)
         scaled = vectors * torch.where(real, values, torch.inf).rsqrt()

@@ -94,7 +94,7 @@ class GaussianStats(PushToHubMixin):
         put("class_names", None if self.class_names is None else tuple(self.class_names))
         put("class_counts", None if self.class_counts is None else tuple(map(int, self.class_counts)))
         try:
-            # The round trip copies the caller's dict, and turns tuples into lists as loading from a file does.
+            # The round trip copies the caller's dict and turns tuples into lists, as in a loaded file.
             put("calibration", json.loads(json.dumps(dict(self.calibration), allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration must hold finite JSON values only: {error}.") from error
@@ -212,7 +212,7 @@ class GaussianStats(PushToHubMixin):
         level: Level = (1.0, 0.0),
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """`n` states (n, *shape), float32, at `level`, by default clean samples, on the device of the mean."""
+        """`n` states (n, *shape), float32, at `level`, on the device of the mean. Default: clean samples."""
         noise = randn_tensor((n, *self.shape), generator=generator, device=self.mean.device)
         # White noise is the state at the level (0, 1), so sampling is transport from there.
         return self.transport(noise, (0.0, 1.0), level)
@@ -230,7 +230,11 @@ class GaussianStats(PushToHubMixin):
         return self.class_means[[index[name] for name in wanted]]
 
     def prompt_mean(self, features: Tensor) -> Tensor:
-        """Means (B, *shape), float32, of prompts with these features (B, E); ValueError without a prompt map."""
+        """Means (B, *shape), float32, of prompts with these features (B, E).
+
+        Raises:
+            ValueError: the statistics have no prompt map.
+        """
         if self.prompt_map is None:
             raise ValueError(
                 "These statistics have no prompt map: make one with dx.fit_prompt_map(pipe, stats)."

@@ -38,7 +38,7 @@ from .sources import check_rank, pipeline_samples
 
 _REMEMBERED = 256
 _CALIBRATION_IMAGES = 8
-# Call arguments beside the prompt that change the prompt's mean.
+# Call arguments other than the prompt that change the prompt's mean.
 _CONDITIONS = (
     "height",
     "width",
@@ -285,8 +285,8 @@ class TeleportDDPMPipeline(TeleportMixin, DDPMPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler):
         DDPMPipeline.__init__(self, unet, scheduler)
         if isinstance(scheduler, TeleportScheduler):
-            # After loading, or in from_pipe: the denoiser needs its hook, and the hook needs a scheduler that no
-            # other pipeline advances.
+            # After loading, or in from_pipe: the denoiser needs its hook, and the hook needs a scheduler that
+            # no other pipeline advances.
             self.scheduler = copy.deepcopy(scheduler.inner)
             apply_teleport(
                 self, scheduler.stats, scheduler.skip, sigma=scheduler.sigma, mean_from=scheduler.mean_from

@@ -1,4 +1,4 @@
-"""The means of prompts: predicted from their embeddings, or read from one denoiser call at the highest noise."""
+"""The means of prompts: predicted from embeddings, or read from one denoiser call at the highest noise."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
     @property
     def _internal_dict(self) -> FrozenDict:
         # The value of `config`. It has the class name of the wrapped scheduler, so that
-        # OtherScheduler.from_config(config) drops that scheduler's own options without a warning. Our keys are
-        # added when saving.
+        # OtherScheduler.from_config(config) drops that scheduler's own options without a warning. Our keys
+        # are added when saving.
         return FrozenDict({**self.inner.config, "_class_name": type(self.inner).__name__})
 
     @_internal_dict.setter

@@ -107,7 +107,9 @@ def to_arrays(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str
 def from_arrays(arrays: Mapping[str, np.ndarray], source: str) -> Saved:
     """The inverse of `to_arrays`; ValueError for arrays in another layout."""
     if "config" not in arrays:
-        raise ValueError(f"{source}: no entry 'config'. Expected the result of GaussianStats.to_dict_of_arrays.")
+        raise ValueError(
+            f"{source}: no entry 'config'. Expected the result of GaussianStats.to_dict_of_arrays."
+        )
     config = parse_config(str(arrays["config"]), source)
     return {n: torch.from_numpy(np.array(arrays[n])) for n in arrays if n != "config"}, config
 
@@ -151,7 +153,9 @@ def parse_config(text: str, source: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{source}: the configuration is not valid JSON ({error}). Save it again.") from error
+        raise ValueError(
+            f"{source}: the configuration is not valid JSON ({error}). Save it again."
+        ) from error
     if not isinstance(config, dict) or config.get("_class_name") != "GaussianStats":
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{source} describes {found!r}, expected 'GaussianStats': is this the right folder?")

@@ -152,7 +152,7 @@ class TeleportScheduler(SchedulerProxy):
         return sigma[str(min(fitting))] if fitting else None
 
     def _begin_at(self, index: int) -> None:
-        # DDIM, DDPM and PNDM find their position from the timestep or by counting calls; others need the index.
+        # DDIM, DDPM and PNDM find their position by timestep or by counting calls; others need the index.
         if hasattr(self.inner, "set_begin_index"):
             self.inner._step_index = None
             self.inner.set_begin_index(index)
@@ -263,9 +263,7 @@ class TeleportScheduler(SchedulerProxy):
         )
 
     def _mapped(self, sample: torch.Tensor) -> torch.Tensor:
-        """`sample` (the batch, possibly repeated for guidance), transported to the level where the solver
-        starts.
-        """
+        """`sample` (the batch, possibly repeated for guidance), transported to the solver's first level."""
         if self._cache is not None:
             before, after = self._cache
             rows = len(sample)
@@ -346,8 +344,8 @@ class TeleportScheduler(SchedulerProxy):
         shown = self._cache[0][: len(sample)] if self._cache else sample
         if not torch.equal(shown, sample.to(shown.dtype)):
             raise ValueError(
-                "The first model call got other latents than step, so the transport would be applied to one of "
-                'them only. Use mean_from="first_call" with this pipeline.'
+                "The first model call got other latents than step, so the transport would apply to only one of "
+                'them. Use mean_from="first_call" with this pipeline.'
             )
         sample = self._mapped(sample)
         self._forget_start()

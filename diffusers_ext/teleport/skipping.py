@@ -32,14 +32,14 @@ def check_reach(skip: Any, sigma: Any, stats: GaussianStats) -> None:
 
 
 def max_skip(scheduler: Any, count: int) -> int:
-    """How many of `count` outer steps may be skipped: all but one, or but four for PNDM's Runge-Kutta start."""
+    """How many of `count` outer steps may be skipped. One must remain, four for PNDM's Runge-Kutta start."""
     if is_pndm(scheduler) and not scheduler.config.skip_prk_steps:
         return max(count - scheduler.pndm_order, 0)
     return count - 1
 
 
 def steps_to_sigma(levels: list[Level], sigma: float) -> int:
-    """Index of the last grid point whose noise-to-signal ratio is still at least `sigma`; 0 if there is none."""
+    """Index of the last grid point with a noise-to-signal ratio of at least `sigma`; 0 if there is none."""
     # The grid is float32, so a σ taken from it may exceed the stored value by a rounding error.
     reached = [i for i, level in enumerate(levels) if noise_to_signal(level) >= sigma * (1 - 1e-6)]
     return max(reached, default=0)

@@ -1,1 +1,1 @@
-"""The testbed: Fashion Scenes, its grader, the small base models and how they are trained, and the demo."""
+"""The testbed: Fashion Scenes, its grader, the small base models and their training, and the demo."""

@@ -20,7 +20,7 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with all letters and merges for the words of Fashion Scenes."""
+    """A CLIP tokenizer with all letters and with merges for the words of Fashion Scenes."""
     # The order matters: an earlier merge wins wherever its pair occurs ("re" of "red" would break "green").
     words = [w for name in (*ITEMS, *COLORS, "left", "of") for w in name.replace("-", " ").split()]
     merges: list[tuple[str, str]] = []
@@ -56,7 +56,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 96) -> CLIPTextMod
 
 
 def build_vae(channels: Sequence[int] = (24, 48, 64)) -> AutoencoderKL:
-    """A fourfold autoencoder with four latent channels, without attention in the middle."""
+    """An autoencoder with fourfold downsampling, four latent channels and no attention in the mid block."""
     # diffusers annotates these as tuples of length one.
     blocks: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * len(channels),
@@ -77,7 +77,7 @@ def build_vae(channels: Sequence[int] = (24, 48, 64)) -> AutoencoderKL:
 def build_unet(
     channels: Sequence[int] = (64, 96, 128), layers_per_block: int = 1, width: int = 96
 ) -> UNet2DConditionModel:
-    """Stable Diffusion's UNet in small: three levels, attention on the first two, a mid block."""
+    """A small version of Stable Diffusion's UNet: three levels, attention on the first two, a mid block."""
     return UNet2DConditionModel(
         sample_size=(8, 16),
         in_channels=4,
@@ -92,7 +92,7 @@ def build_unet(
 
 
 def build_pixel_unet(channels: Sequence[int] = (32, 64, 64)) -> UNet2DModel:
-    """An unconditional UNet for 32 × 32 grey pictures with attention at 8 × 8."""
+    """An unconditional UNet for 32 × 32 grey images with attention at 8 × 8."""
     return UNet2DModel(
         sample_size=32,
         in_channels=1,
@@ -122,11 +122,14 @@ def stable_diffusion_scheduler() -> DDIMScheduler:
 def standardise_latents(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 256) -> None:
     """Gives each latent channel mean 0 and variance 1, by an affine map folded into the 1 × 1 latent layers.
 
-    `StableDiffusionPipeline` knows only a scaling factor; a shift would have nowhere else to live.
+    `StableDiffusionPipeline` supports only a scaling factor, so a shift cannot be stored anywhere else.
 
     Args:
         vae: changed in place; reconstructions stay the same.
-        pictures: (n, 3, h, w) in [−1, 1].
+        pictures: (n, 3, h, w) images in [−1, 1].
+
+    Raises:
+        ValueError: the autoencoder has no 1 × 1 latent layers.
     """
     latents = torch.cat([encode_pixels(vae, p) for p in pictures.split(batch_size)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -148,8 +151,8 @@ def standardise_latents(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 
 class VaeObjective(nn.Module):
     """Reconstruction and KL loss of an autoencoder.
 
-    Beside L1 and squared error, an L1 on 4 × 4 means: it is there that a colour, which covers a garment,
-    differs from a texture, and without it eight colours do not stay apart.
+    Besides L1 and squared error, the loss has an L1 term on 4 × 4 means. In these means the colour, which
+    covers a whole garment, dominates over texture. Without this term the eight colours are not kept apart.
     """
 
     def __init__(self, vae: AutoencoderKL, kl_weight: float = 1e-4, color_weight: float = 2.0) -> None:
@@ -157,7 +160,7 @@ class VaeObjective(nn.Module):
         self.vae, self.kl_weight, self.color_weight = vae, kl_weight, color_weight
 
     def forward(self, pictures: Tensor, noise: Tensor) -> Tensor:
-        """`pictures` (b, 3, h, w) in [−1, 1]; `noise` (b, 4, h/4, w/4), standard normal."""
+        """Images (b, 3, h, w) in [−1, 1] and standard normal noise (b, 4, h/4, w/4) → the loss."""
         posterior: Any = self.vae.encode(pictures).latent_dist  # type: ignore[union-attr]
         decoded: Any = self.vae.decode(posterior.mean + posterior.std * noise).sample  # type: ignore[union-attr]
         low = F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(pictures, 4))
@@ -166,12 +169,13 @@ class VaeObjective(nn.Module):
 
 
 class NoiseObjective(nn.Module):
-    """The noise-prediction loss of a diffusion model, with min-SNR weights (Hang et al. 2023) if wanted.
+    """The noise-prediction loss of a diffusion model, with optional min-SNR weights (Hang et al. 2023).
 
     Args:
         unet: predicts the noise.
-        scheduler: gives the noise schedule.
-        text_encoder: trained along; turns token ids into the UNet's context. None for an unconditional model.
+        scheduler: defines the noise schedule.
+        text_encoder: trained jointly; turns token ids into the UNet's context. None for an unconditional
+            model.
         snr_gamma: the cap of min-SNR weighting; None for equal weights.
     """
 
@@ -187,7 +191,7 @@ class NoiseObjective(nn.Module):
         self.scheduler, self.snr_gamma = scheduler, snr_gamma
 
     def forward(self, x: Tensor, noise: Tensor, timesteps: Tensor, input_ids: Tensor | None = None) -> Tensor:
-        """Clean samples and noise (b, c, h, w), timesteps (b,), token ids (b, tokens)."""
+        """Clean samples and noise (b, c, h, w), timesteps (b,), token ids (b, tokens) → the loss."""
         noisy = self.scheduler.add_noise(x, noise, timesteps)  # type: ignore[arg-type]
         if self.text_encoder is None:
             predicted = self.unet(noisy, timesteps).sample
@@ -205,5 +209,5 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """The number of parameters of all modules together."""
+    """The total number of parameters of the modules."""
     return sum(p.numel() for module in modules for p in module.parameters())

@@ -1,7 +1,8 @@
-"""How the testbed's four models are trained: the grader, the autoencoder, the scenes and the pixel model.
+"""Training of the testbed's four models: the grader, the autoencoder, the scenes and the pixel model.
 
-Each function trains one model and returns what its card needs and a function that writes it into a folder.
-Everything that draws from torch's global generator keeps its place: the order decides the initial weights.
+Each function trains one model. It returns the record for the model card and a function that writes the model
+into a folder. Code that draws from torch's global generator must keep its order, which determines the initial
+weights.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class GarmentObjective(nn.Module):
         self.classifier = classifier
 
     def forward(self, grey: Tensor, target: Tensor) -> Tensor:
-        """Grey pictures (b, 1, 32, 32) in [0, 1] and indices into `ITEMS` (b,)."""
+        """Grey images (b, 1, 32, 32) in [0, 1] and indices into `ITEMS` (b,) → the loss."""
         return F.cross_entropy(self.classifier(grey), target, label_smoothing=0.05)
 
 
 def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
-    """The classifier of garments that reads the items of a scene."""
+    """Trains the garment classifier, which recognises the items of a scene."""
     images, items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "train"))
     test, test_items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "test"))
     classifier = GarmentClassifier(tuple(args.block_out_channels or (32, 64, 64)))
@@ -68,7 +69,7 @@ def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
 
 def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
-    """The autoencoder of scenes, its latents standardised at the end."""
+    """Trains the autoencoder of scenes and standardises its latents at the end."""
     vae = base_models.build_vae(args.block_out_channels or (24, 48, 64))
     pictures, _ = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
     test, prompts = fashion_scenes.scene_arrays(
@@ -96,10 +97,10 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
 
 def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
-    """The text-to-image model: Stable Diffusion in small, its text encoder trained along."""
+    """Trains the text-to-image model, a small Stable Diffusion, together with its text encoder."""
     tokenizer = base_models.build_tokenizer()
     vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
-    vae.register_to_config(_name_or_path="")  # a saved pipeline should not hold a local path
+    vae.register_to_config(_name_or_path="")  # a saved pipeline should not contain a local path
     unet = base_models.build_unet(args.block_out_channels or (64, 96, 128))
     scheduler = base_models.stable_diffusion_scheduler()
     latents, prompts = scene_latents(accelerator, args, vae.to(accelerator.device))
@@ -135,13 +136,13 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         with scheduler_of(pipe, DPMSolverMultistepScheduler.from_config(scheduler.config)):
-            pictures = _sample_scenes(pipe, held_out, args.guidance_scale)
-        save_grid(as_tensor(pictures[:48]), 8, _validation_path(args, step))
-        return _grade_means(grader, pictures, held_out) if grader else {}
+            images = _sample_scenes(pipe, held_out, args.guidance_scale)
+        save_grid(as_tensor(images[:48]), 8, _validation_path(args, step))
+        return _grade_means(grader, images, held_out) if grader else {}
 
     def save(folder: Path) -> None:
         pipe.to("cpu").to(torch.float16)
-        # Without torch_dtype, diffusers loads its models in float32 but transformers loads as saved.
+        # Without torch_dtype, diffusers loads its models in float32, but transformers in the saved dtype.
         text_encoder.float()
         pipe.save_pretrained(folder)
 
@@ -151,7 +152,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
 
 def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
-    """The unconditional model of grey garments, in pixels."""
+    """Trains the unconditional model of grey garments, in pixel space."""
     images = torch.from_numpy(fashion_scenes.load_garments(args.train_data_dir, "train")[0])
     unet = base_models.build_pixel_unet(args.block_out_channels or (32, 64, 64))
     scheduler = DDPMScheduler(clip_sample=False)
@@ -182,18 +183,18 @@ def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 def scene_latents(
     accelerator: Accelerator, args: argparse.Namespace, vae: AutoencoderKL
 ) -> tuple[Tensor, list[str]]:
-    """Latents (n, 4, 8, 16) of the training scenes and their prompts.
+    """Latents (n, 4, 8, 16) of the training scenes, and their prompts.
 
-    Encoded once and kept in the run's folder, with a fingerprint of the pictures and the autoencoder: a
-    resumed run finds them there, one with another seed or autoencoder does not take them.
+    The latents are encoded once and stored in the run's folder with a digest of the images and the
+    autoencoder. A resumed run reuses them; a run with another seed or autoencoder encodes them again.
     """
     path = Path(args.output_dir) / "latents.safetensors"
-    pictures, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
-    made_of = digest(pictures.tobytes()) + weights_digest(vae)
+    images, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
+    made_of = digest(images.tobytes()) + weights_digest(vae)
     if accelerator.is_main_process and not (
         path.is_file() and read_tensors(path)[1].get("made_of") == made_of
     ):
-        chunks = np.array_split(pictures, max(1, len(pictures) // 256))
+        chunks = np.array_split(images, max(1, len(images) // 256))
         inputs = ((as_tensor(c) * 2 - 1).to(accelerator.device) for c in chunks)
         latents = torch.cat([encode_pixels(vae, x).cpu() for x in inputs])
         write_tensors(path, {"latents": latents}, {"made_of": made_of})
@@ -203,7 +204,7 @@ def scene_latents(
 
 @torch.no_grad()
 def reconstruct(vae: Any, pictures: Tensor) -> Tensor:
-    """Pictures (n, 3, h, w) in [0, 1] through the autoencoder and back."""
+    """Encodes and decodes images (n, 3, h, w) in [0, 1] with the autoencoder."""
     parts = [decode_latents(vae, encode_pixels(vae, p * 2 - 1)) for p in pictures.split(256)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 

@@ -1,4 +1,4 @@
-"""`diffusers-ext demo`: the embedded models without and with each method, at the same seeds, on one page."""
+"""`diffusers-ext demo`: the embedded models without and with each method at the same seeds, in one image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .embedded import REPOSITORY, card_dir, has_card, pipeline_dir
 from .fashion_scenes import SAMPLE_DIR, load_garments
 from .runs import Run, held_out_prompts, load_reference, run_garments, run_scenes
 
-# Chosen by the benchmarks, whose pages have the tables with intervals.
+# Settings of the benchmarks, whose tables have confidence intervals.
 SCENE_STEPS, SCENE_SKIP, SCENE_GUIDANCE = 6, 0.34, 2.0
 GARMENT_STEPS, GARMENT_SKIP = 20, 0.25
 # Without guidance, where golden noise gains most.
@@ -35,12 +35,12 @@ Strips = dict[str, np.ndarray]
 
 
 def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, seed: int = 0) -> Path:
-    """Generates, compares, and writes `demo.png`. What has no embedded model here is left out, and named.
+    """Generates images, compares them, and writes `demo.png`. Methods without an embedded model are skipped.
 
     Args:
-        output_dir: created if need be.
-        num_images: images a variant, at least 8.
-        seed: of the noise and the prompts.
+        output_dir: created if needed.
+        num_images: images per variant, at least 8.
+        seed: seed of the noise and the prompts.
 
     Returns:
         The path of the image.
@@ -55,28 +55,28 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
     console = Console()
     prompts = held_out_prompts(num_images, seed)
 
-    def draw_garments(pipe: Any, steps: int) -> Run:
+    def generate_garments(pipe: Any, steps: int) -> Run:
         return run_garments(pipe, num_images, seed=seed, num_inference_steps=steps)
 
-    def draw_scenes(pipe: Any, steps: int) -> Run:
+    def generate_scenes(pipe: Any, steps: int) -> Run:
         return run_scenes(pipe, prompts, seed=seed, num_inference_steps=steps, guidance_scale=SCENE_GUIDANCE)
 
     parts: dict[str, dict[str, Run]] = {}
     strips: Strips = {}
     with Progress(console=console) as progress:
         parts["fashion-ddpm: unconditional garments"] = _teleport(
-            "fashion-ddpm", "teleport_ddpm", GARMENT_STEPS, GARMENT_SKIP, draw_garments, progress
+            "fashion-ddpm", "teleport_ddpm", GARMENT_STEPS, GARMENT_SKIP, generate_garments, progress
         )
         if has_card("fashion-scenes"):
             scenes = _teleport(
-                "fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, draw_scenes, progress
+                "fashion-scenes", "teleport_sd", SCENE_STEPS, SCENE_SKIP, generate_scenes, progress
             )
             parts["fashion-scenes: held-out prompts"] = scenes
             parts["fashion-scenes: golden noise"] = _golden_noise(prompts, seed, progress)
             strips = _smooth_lora(progress)
             parts["fashion-scenes: A-SDM"] = {
-                "the whole UNet": scenes["DPM++ 2M"],
-                "A-SDM": _asdm(draw_scenes, progress),
+                "full UNet": scenes["DPM++ 2M"],
+                "A-SDM": _asdm(generate_scenes, progress),
             }
         parts["fashion-ddpm: SIGN"], projected = _sign(num_images, seed, progress)
     for title, runs in parts.items():
@@ -87,19 +87,19 @@ def run(output_dir: str | Path = "diffusers_ext_demo", num_images: int = 64, see
     else:
         console.print(
             "Golden noise, Smooth-LoRA, A-SDM and teleportation of prompts need the model fashion-scenes, which an"
-            f" installed wheel does not hold: get a checkout of {REPOSITORY} and pip install -e ."
+            f" installed wheel does not contain: clone {REPOSITORY} and install it with pip install -e ."
         )
     path = output / "demo.png"
     titled = {f"{name}: {STRIP_PROMPT}, from one noise to another": frames for name, frames in strips.items()}
     _save_page(path, parts, prompts, titled | projected)
-    console.print(f"The same seeds side by side: [bold]{path}[/bold]")
+    console.print(f"Images from the same seeds: [bold]{path}[/bold]")
     return path
 
 
 def _teleport(
     name: str, pipeline: str, steps: int, skip: float, generate: Callable[[Any, int], Run], progress: Progress
 ) -> dict[str, Run]:
-    """One embedded model plain, teleported, and plain with no fewer calls; `generate` takes pipeline and steps."""
+    """One model plain, teleported, and plain with as many NFE; `generate` takes the pipeline and steps."""
     folder = card_dir(name)
     pipe: Any = DiffusionPipeline.from_pretrained(
         folder,
@@ -116,21 +116,21 @@ def _teleport(
     teleported = generate(pipe, steps)
     progress.advance(task)
     pipe.unload_teleport()
-    # The prompts' means cost half a guided step each, so the calls need not be whole.
+    # A prompt's mean may cost half a guided step, so `calls` need not be an integer.
     respaced = generate(pipe, math.ceil(teleported.calls))
     progress.advance(task)
     return {"DPM++ 2M": plain, f"teleport, skip={skip:g}": teleported, "DPM++ 2M, respaced": respaced}
 
 
 def _golden_noise(prompts: list[str], seed: int, progress: Progress) -> dict[str, Run]:
-    """The scenes without guidance and, at the same cost, guided in half the steps; plain and from golden noise."""
+    """The scenes without guidance, and with guidance in half the steps; from random and from golden noise."""
     pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     npnet: Any = dx.NPNetModel.from_pretrained(card_dir("npnet-fashion-scenes"), torch_dtype=torch.float32)
     task = progress.add_task("golden noise", total=4)
 
-    def draw(guidance_scale: float, steps: int) -> Run:
+    def generate(guidance_scale: float, steps: int) -> Run:
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         result = run_scenes(pipe, prompts, seed=seed, **options)
         progress.advance(task)
@@ -138,15 +138,15 @@ def _golden_noise(prompts: list[str], seed: int, progress: Progress) -> dict[str
 
     samplings = {"no guidance": (1.0, GOLDEN_STEPS)}
     samplings[f"guidance {SCENE_GUIDANCE:g}, half the steps"] = (SCENE_GUIDANCE, GOLDEN_STEPS // 2)
-    plain = {name: draw(*sampling) for name, sampling in samplings.items()}
+    plain = {name: generate(*sampling) for name, sampling in samplings.items()}
     dx.apply_golden_noise(pipe, npnet.eval())
-    golden = {f"{name}, golden noise": draw(*sampling) for name, sampling in samplings.items()}
+    golden = {f"{name}, golden noise": generate(*sampling) for name, sampling in samplings.items()}
     dx.remove_golden_noise(pipe)
     return plain | golden
 
 
 def _smooth_lora(progress: Progress) -> dict[str, np.ndarray]:
-    """Frames from one noise to another, without and with the embedded Smooth-LoRA."""
+    """Frames of an interpolation between two noises, without and with the embedded Smooth-LoRA."""
     pipe: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -173,7 +173,7 @@ def _smooth_lora(progress: Progress) -> dict[str, np.ndarray]:
 
 
 def _sign(num_images: int, seed: int, progress: Progress) -> tuple[dict[str, Run], dict[str, np.ndarray]]:
-    """The projector distilled from the garments' model beside its teacher; images corrupted by noise and projected."""
+    """The SIGN model of the garments beside its teacher, and garments corrupted by noise and projected."""
     sign: Any = dx.SIGNPipeline.from_pretrained(card_dir("sign-fashion-ddpm"), dtype=torch.float32)
     teacher: Any = DiffusionPipeline.from_pretrained(card_dir("fashion-ddpm"), dtype=torch.float32)
     teacher.scheduler = DPMSolverMultistepScheduler.from_config(teacher.scheduler.config)
@@ -197,7 +197,7 @@ def _sign(num_images: int, seed: int, progress: Progress) -> tuple[dict[str, Run
 
 
 def _asdm(generate: Callable[[Any, int], Run], progress: Progress) -> Run:
-    """The scenes by the pruned UNet, in the same steps as by the whole one."""
+    """The scenes of the pruned UNet, in the same number of steps as with the full one."""
     task = progress.add_task("A-SDM", total=1)
     unet: Any = UNet2DConditionModel.from_pretrained(
         card_dir("asdm-fashion-scenes"), subfolder="unet", torch_dtype=torch.float32
@@ -217,7 +217,9 @@ def _print_smoothness(console: Console, strips: dict[str, np.ndarray]) -> None:
     for name, frames in strips.items():
         steps = 2 * np.linalg.norm(np.diff(frames, axis=0).reshape(len(frames) - 1, -1), axis=1)
         table.add_row(name, f"{steps.mean():.2f}", f"{steps.std():.2f}")
-    table.caption = "Distances between neighbouring images of one path; benchmarks/smooth_lora.py has 200."
+    table.caption = (
+        "Distances between neighbouring images of one path; benchmarks/smooth_lora.py measures 200 paths."
+    )
     console.print(table)
 
 
@@ -230,31 +232,41 @@ def _print_table(console: Console, title: str, runs: dict[str, Run], reference: 
         distance = frechet_distance(FeatureStats.of(result.features), reference)
         table.add_row(name, f"{result.calls:.3g}", f"{result.seconds:.1f}", aligned, f"{distance:.2f}")
     table.caption = (
-        "A guided step counts as one NFE and evaluates the denoiser twice. Few images raise the distance: compare"
-        " the rows with each other, not with other pages."
+        "A guided step counts as one NFE and evaluates the denoiser twice. The distance is larger for few"
+        " images: compare the rows only with each other."
     )
     console.print(table)
 
 
 def _save_page(path: Path, parts: dict[str, dict[str, Run]], prompts: list[str], strips: Strips) -> None:
-    """One PNG: every run's first images and every strip, each under its title."""
-    rows: list[tuple[str, np.ndarray]] = []
-    for runs in parts.values():
+    """One PNG with the first images of every run and every strip, each under its title."""
+    rows: list[tuple[str, Image.Image | None]] = []
+    for title, runs in parts.items():
+        rows.append((title, None))
         for name, result in runs.items():
             shown = result.images[: 8 if result.grades else 16]
-            rows.append((f"{name}: {result.calls:.3g} NFE", shown))
-    rows += strips.items()
+            rows.append((f"{name}: {result.calls:.3g} NFE", _band(shown)))
+    rows.append(("interpolation and projection", None))
+    for name, images in strips.items():
+        # As wide as the other rows.
+        wanted = min(len(images), 8 if images.shape[2] > 32 else 16)
+        chosen = np.linspace(0, len(images) - 1, wanted).round().astype(int)
+        rows.append((name, _band(images[chosen])))
     captions = [" · ".join(prompts[low : low + 4]) for low in (0, 4)]
-    bands = [_band(images) for _, images in rows]
-    title, gap = 22, 6
-    width = max(band.width for band in bands) + 2 * gap
-    height = sum(band.height + title + gap for band in bands) + len(captions) * 16 + gap
+    line, gap = 20, 6
+    width = max(band.width for _, band in rows if band) + 2 * gap
+    height = sum(line + gap + (band.height if band else gap) for _, band in rows) + len(captions) * 16 + gap
     page = Image.new("RGB", (width, height), "white")
-    draw, font, top = ImageDraw.Draw(page), ImageFont.load_default(size=14), 0
-    for (name, _), band in zip(rows, bands):
-        draw.text((gap, top + 3), name, fill="black", font=font)
-        page.paste(band, (gap, top + title))
-        top += band.height + title + gap
+    draw, top = ImageDraw.Draw(page), gap
+    for name, band in rows:
+        if band is None:
+            top += gap
+        draw.text((gap, top), name, fill="black", font=ImageFont.load_default(size=13 if band else 16))
+        top += line
+        if band is not None:
+            page.paste(band, (gap, top))
+            top += band.height
+        top += gap
     small = ImageFont.load_default(size=11)
     for number, caption in enumerate(captions):
         draw.text((gap, top + 16 * number), caption, fill="black", font=small)

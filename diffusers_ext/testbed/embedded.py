@@ -1,22 +1,22 @@
-"""Where the embedded models and the custom pipelines are: in the checkout, or inside an installed wheel."""
+"""Paths of the embedded models and the custom pipelines, in the checkout or in an installed wheel."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# The wheel carries a part of the checkout's models; pyproject.toml says which.
+# The wheel contains only some of the checkout's models; pyproject.toml lists them.
 REPOSITORY = "https://github.com/diffusers-ext/diffusers-ext"
 
 
 def card_dir(name: str) -> Path:
-    """The folder of an embedded model, laid out as its Hub repository is.
+    """The folder of an embedded model, laid out like its Hub repository.
 
     Args:
-        name: such as "fashion-ddpm".
+        name: name of the model, such as "fashion-ddpm".
 
     Raises:
-        FileNotFoundError: it is not there: the name is wrong, or only a checkout has this model.
+        FileNotFoundError: the name is wrong, or the model is only in a checkout.
     """
     return _find("model_cards", name)
 
@@ -27,7 +27,7 @@ def pipeline_dir(name: str) -> Path:
 
 
 def has_card(name: str) -> bool:
-    """Whether `card_dir(name)` is there."""
+    """Whether `card_dir(name)` exists."""
     return any((place / "model_cards" / name).is_dir() for place in _places())
 
 
@@ -41,6 +41,6 @@ def _find(kind: str, name: str) -> Path:
             return place / kind / name
     have = sorted({p.name for place in _places() for p in (place / kind).glob("*") if p.is_dir()})
     raise FileNotFoundError(
-        f"{kind}/{name} is not installed; there are: {', '.join(have) or 'none'}. An installed wheel holds a part of"
-        f" them. Get a checkout of {REPOSITORY} and install it with pip install -e ."
+        f"{kind}/{name} is not installed; there are: {', '.join(have) or 'none'}. An installed wheel contains only"
+        f" some of them. Clone {REPOSITORY} and install it with pip install -e ."
     )

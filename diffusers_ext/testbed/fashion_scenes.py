@@ -1,9 +1,9 @@
-"""Fashion Scenes: captioned pictures composed from real Fashion-MNIST garments.
+"""Fashion Scenes: captioned images composed from real Fashion-MNIST garments.
 
-A scene is a 32 × 64 RGB picture of one garment, centred ("a red bag"), or of two side by side
-("a red bag left of a blue boot"). The prompt space is compositional, so a small model can get a prompt
-wrong, and every word of a prompt can be checked (`diffusers_ext.testbed.grader`). A tenth of the
-two-garment prompts is held out: training scenes never show those combinations.
+A scene is a 32 × 64 RGB image of one garment, centred ("a red bag"), or of two side by side ("a red bag left
+of a blue boot"). The prompts are compositional, so a small model can get a prompt wrong, and every word of a
+prompt can be checked (`diffusers_ext.testbed.grader`). A tenth of the two-garment prompts is held out:
+training scenes never contain those combinations.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 
-# `shirt` and `pullover` are left out: a small classifier confuses them with t-shirt and coat, and the
-# grader's own error would then hide what is measured.
+# `shirt` and `pullover` are left out: a small classifier confuses them with t-shirt and coat, and the errors
+# of the grader would then mask the measured differences.
 _SOURCE_LABELS = {
     0: "t-shirt",
     1: "trouser",
@@ -60,7 +60,7 @@ _CAPTION = re.compile(r"a (\S+) (\S+)(?: left of a (\S+) (\S+))?")
 
 @dataclass(frozen=True)
 class Garment:
-    """One word pair of a prompt: a colour of `COLORS` and an item of `ITEMS`."""
+    """A garment of a prompt: a colour of `COLORS` and an item of `ITEMS`."""
 
     color: str
     item: str
@@ -128,7 +128,7 @@ def _read_idx(path: Path) -> np.ndarray:
     )
     body = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * rank))
     if data[:3] != b"\x00\x00\x08" or body.size != int(np.prod(shape)):
-        raise ValueError(f"{path} is not a whole idx file of unsigned bytes: download it again.")
+        raise ValueError(f"{path} is not a valid idx file of unsigned bytes: download it again.")
     return body.reshape([int(n) for n in shape])
 
 
@@ -144,13 +144,13 @@ def load_garments(data_dir: str | Path | None, split: Split) -> tuple[np.ndarray
 
     Args:
         data_dir: folder with the four idx `.gz` files, or `None` for the Hub's copy (needs a network).
-        split: `"train"` (60,000 pictures before the two left-out classes) or `"test"` (10,000).
+        split: `"train"` (60,000 images, before two classes are left out) or `"test"` (10,000).
 
     Returns:
-        uint8 pictures (n, 32, 32) and int64 indices into `ITEMS` (n,).
+        uint8 images (n, 32, 32) and int64 indices into `ITEMS` (n,).
 
     Raises:
-        ValueError: a file is missing, truncated or of another kind.
+        ValueError: a file is missing, corrupted or of another kind.
     """
     if data_dir is None:
         images, labels = _hub_arrays(split)
@@ -181,33 +181,33 @@ def draw_scenes(split: Split, num_scenes: int, seed: int) -> list[Scene]:
 def render(
     scene_list: Sequence[Scene], garments: np.ndarray, items: np.ndarray, seed: int
 ) -> Iterator[np.ndarray]:
-    """Pictures of scenes, uint8 (32, 64, 3) each, with random garments of the wanted items.
+    """Renders scenes as uint8 images (32, 64, 3), with random garments of the wanted items.
 
     Args:
-        scene_list: what to draw.
+        scene_list: the scenes.
         garments: uint8 (n, 32, 32), as from `load_garments`.
         items: indices into `ITEMS` (n,).
-        seed: chooses the garments.
+        seed: seed of the choice of garments.
     """
     rng = np.random.default_rng([seed, 2])
     by_item = [np.flatnonzero(items == i) for i in range(len(ITEMS))]
     palette = dict(zip(COLORS, _PALETTE))
     for scene in scene_list:
-        picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
         starts = [(WIDTH - SIZE) // 2] if len(scene) == 1 else [0, SIZE]
         for start, garment in zip(starts, scene):
             choices = by_item[ITEMS.index(garment.item)]
             grey = garments[choices[rng.integers(len(choices))]].astype(np.float32)
-            picture[:, start : start + SIZE] = np.rint(grey[..., None] * palette[garment.color])
-        yield picture
+            image[:, start : start + SIZE] = np.rint(grey[..., None] * palette[garment.color])
+        yield image
 
 
 def scene_arrays(
     data_dir: str | Path | None, split: Split, num_scenes: int, seed: int = 0
 ) -> tuple[np.ndarray, list[str]]:
-    """Scenes as one uint8 array (n, 32, 64, 3) and their captions.
+    """Scenes as one uint8 array (n, 32, 64, 3), and their captions.
 
-    The split decides both the garments (Fashion-MNIST's train or test pictures) and the combinations.
+    The split selects both the garments (Fashion-MNIST's train or test images) and the combinations.
     """
     garments, items = load_garments(data_dir, split)
     drawn = draw_scenes(split, num_scenes, seed)
@@ -225,8 +225,8 @@ def make_dataset(
     drawn = draw_scenes(split, num_scenes, seed)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for scene, picture in zip(drawn, render(drawn, garments, items, seed)):
-            yield {"image": Image.fromarray(picture), "text": caption(scene)}
+        for scene, image in zip(drawn, render(drawn, garments, items, seed)):
+            yield {"image": Image.fromarray(image), "text": caption(scene)}
 
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_list(list(rows()), features=features)
@@ -238,7 +238,7 @@ def training_prompts(count: int, seed: int) -> list[str]:
 
 
 def scenes_dataset(args: argparse.Namespace) -> datasets.Dataset:
-    """Training scenes for `--dataset_name fashion-scenes`: `max_train_samples` of them (20,000 by default).
+    """Training scenes for `--dataset_name fashion-scenes`: `max_train_samples` of them (default 20,000).
 
     Args:
         args: `train_data_dir` (folder with Fashion-MNIST's files), `max_train_samples` and `seed`.

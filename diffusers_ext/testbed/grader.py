@@ -1,7 +1,8 @@
-"""The exact grader of Fashion Scenes: does a picture show every word of its prompt?
+"""The automatic grader of Fashion Scenes, which checks whether an image shows every word of its prompt.
 
-The item is read by a small classifier on the crop's channel maximum, the colour as the palette colour nearest
-to the crop's mean colour. The classifier's last hidden layer also gives the features of the Fréchet distance.
+A small classifier recognises the item from the crop's channel maximum. The colour is the palette colour
+nearest to the crop's mean colour. The last hidden layer of the classifier gives the features of the Fréchet
+distance.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class GarmentClassifier(ModelMixin, ConfigMixin):
 
     Args:
         channels: width of each block; the last is the number of features.
-        num_items: classes, in the order of `ITEMS`.
+        num_items: number of classes, in the order of `ITEMS`.
     """
 
     @register_to_config
@@ -49,11 +50,11 @@ class GarmentClassifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(previous, num_items)
 
     def features(self, grey: Tensor) -> Tensor:
-        """Features (n, channels[-1]) of grey pictures (n, 1, 32, 32) in [0, 1]."""
+        """Features (n, channels[-1]) of grey images (n, 1, 32, 32) in [0, 1]."""
         return self.blocks(grey * 2 - 1).mean((2, 3))
 
     def forward(self, grey: Tensor) -> Tensor:
-        """Item logits (n, num_items) of grey pictures (n, 1, 32, 32) in [0, 1]."""
+        """Item logits (n, num_items) of grey images (n, 1, 32, 32) in [0, 1]."""
         return self.head(self.features(grey))
 
 
@@ -67,8 +68,8 @@ def _scene_tensor(pictures: np.ndarray | Tensor) -> Tensor:
 def color_indices(crops: Tensor) -> Tensor:
     """Indices into `COLORS` (n,) of the palette colour nearest to each crop (n, 3, h, w) in [0, 1].
 
-    The mean colour is weighted by brightness, so that the black ground does not count, and scaled to a
-    largest channel of 1, as the palette is.
+    The mean colour is weighted by brightness, so that the black background does not count, and scaled so that
+    its largest channel is 1, like in the palette.
     """
     weight = crops.amax(1, keepdim=True)
     mean = (crops * weight).sum((2, 3)) / weight.sum((2, 3)).clamp_min(1e-6)
@@ -83,18 +84,20 @@ def grade(
     prompts: Sequence[str],
     batch_size: int = 512,
 ) -> dict[str, np.ndarray]:
-    """Which words of the prompts the pictures show.
+    """Checks which words of the prompts the images show.
 
     Args:
         classifier: the trained `GarmentClassifier`.
-        pictures: (n, 32, 64, 3) uint8 or float in [0, 1], or a (n, 3, 32, 64) tensor.
+        pictures: images (n, 32, 64, 3) uint8 or float in [0, 1], or a (n, 3, 32, 64) tensor.
         prompts: n captions of Fashion Scenes.
+        batch_size: crops per call of the classifier.
 
     Returns:
-        Boolean arrays (n,): `item` and `color` (every item, every colour right) and `aligned` (both).
+        Boolean arrays (n,): `item` and `color` (every item, every colour is correct) and `aligned` (both).
 
     Raises:
-        ValueError: the counts differ, a picture has another size, or a prompt is no Fashion Scenes caption.
+        ValueError: different numbers of images and prompts, an image of another size, or a prompt that is not
+            a Fashion Scenes caption.
     """
     crop, owner, want_item, want_color = _crops(pictures, prompts)
     logits = torch.cat([classifier(c.amax(1, keepdim=True)) for c in crop.split(batch_size)])
@@ -110,9 +113,9 @@ def grade(
 def confidence(
     classifier: GarmentClassifier, pictures: np.ndarray | Tensor, prompts: Sequence[str]
 ) -> np.ndarray:
-    """How sure the classifier is of every item of the prompt, float64 (n,) in [0, 1]; 0 with a wrong colour.
+    """The classifier's probability of a prompt's items, float64 (n,) in [0, 1]; 0 if a colour is wrong.
 
-    The least probable of a scene's items counts. Arguments and errors as for `grade`.
+    In a scene with two items, the less probable one counts. Arguments and errors are those of `grade`.
     """
     crop, owner, want_item, want_color = _crops(pictures, prompts)
     likely = classifier(crop.amax(1, keepdim=True)).softmax(1)[torch.arange(len(crop)), want_item]
@@ -123,10 +126,10 @@ def confidence(
 
 
 def _crops(pictures: np.ndarray | Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[int], Tensor, Tensor]:
-    """Every garment's crop (m, 3, 32, 32), the scene it belongs to, and the item and colour that it should have."""
+    """Every garment's crop (m, 3, 32, 32), the index of its scene, and the expected item and colour."""
     x = _scene_tensor(pictures)
     if len(x) != len(prompts):
-        raise ValueError(f"{len(x)} pictures but {len(prompts)} prompts: give one prompt for each picture.")
+        raise ValueError(f"{len(x)} images but {len(prompts)} prompts: give one prompt for each image.")
     owner, crops, want_item, want_color = [], [], [], []
     colors = list(COLORS)
     for n, prompt in enumerate(prompts):
@@ -147,7 +150,7 @@ def scene_features(
     """Features of scenes for the Fréchet distance, float64 (n, 2 · (channels[-1] + 3)).
 
     For the left and the right half: the classifier's features of the channel maximum, and the mean colour,
-    which the grey classifier cannot see, times 4 to bring it to the scale of the other features.
+    which the grey classifier does not use, times 4 to bring it to the scale of the other features.
     """
     x = _scene_tensor(pictures)
     halves = torch.cat([x[..., :SIZE], x[..., SIZE:]])
@@ -170,7 +173,7 @@ def garment_features(
 
 
 def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Makes (n, 1, 32, 32) in [0, 1] differ as generated pictures do: shifted, blurred, dimmed and noisy."""
+    """Augments (n, 1, 32, 32) in [0, 1] to resemble generated images: shifted, blurred, dimmed and noisy."""
     n = len(grey)
     shift = torch.randint(-2, 3, (n, 2), generator=generator)
     rows = (torch.arange(SIZE)[None] + shift[:, :1]).clamp(0, SIZE - 1)
@@ -191,5 +194,5 @@ def load_grader() -> GarmentClassifier:
 
 
 def score(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """A scorer of `--scorer fashion-grader`: the embedded grader's `confidence`."""
+    """The scorer of `--scorer fashion-grader`: `confidence` of the embedded grader."""
     return confidence(load_grader(), images, prompts)

@@ -1,4 +1,4 @@
-"""Runs the testbed's models on fixed prompts and noise, and measures what comes out."""
+"""Runs the testbed's models on fixed prompts and noise, and measures the results."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def load_reference(name: str) -> FeatureStats:
 
 @dataclass
 class Run:
-    """What a pipeline made of a list of prompts (or of nothing), and what it cost.
+    """Images that a pipeline generated from a list of prompts (or without prompts), and their cost.
 
     Attributes:
         images: float32 (n, h, w[, 3]) in [0, 1].
         features: (n, d), for the Fréchet distance.
         grades: boolean arrays (n,), see `grade`; empty without prompts.
-        calls: denoiser evaluations per image, a guided step counting once.
+        calls: NFE: denoiser evaluations per image, where a guided step counts as one.
         seconds: wall-clock time of the sampling.
     """
 
@@ -45,7 +45,7 @@ class Run:
 
     @classmethod
     def join(cls, parts: Sequence[Run], extra_calls: float = 0.0) -> Run:
-        """The parts as one run; `extra_calls` were spent on every image outside the pipeline."""
+        """Joins the parts to one run; `extra_calls` is the NFE per image outside the pipeline."""
         return cls(
             np.concatenate([p.images for p in parts]),
             np.concatenate([p.features for p in parts]),
@@ -56,13 +56,13 @@ class Run:
 
 
 def held_out_prompts(num_prompts: int, seed: int = 0) -> list[str]:
-    """Prompts of the test split: two-garment combinations never trained on, and a quarter singles."""
+    """Prompts of the test split: held-out two-garment combinations, and a quarter with one garment."""
     return [fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", num_prompts, seed)]
 
 
 @contextmanager
 def _count_rows(module: nn.Module) -> Iterator[list[int]]:
-    """Collects how many rows each call of a denoiser evaluates; guidance and extra calls count as they cost."""
+    """Records how many rows each denoiser call evaluates, so that guidance and extra calls are counted."""
     rows: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def _count_rows(module: nn.Module) -> Iterator[list[int]]:
 def run_scenes(
     pipe: Any, prompts: list[str], *, seed: int = 0, offset: int = 0, batch_size: int = 64, **call_kwargs: Any
 ) -> Run:
-    """Generates one scene per prompt; image i starts from the noise of (seed, offset + i) in any batch size."""
+    """Generates one image per prompt; image i starts from the noise of (seed, offset + i) in any batch."""
     parts, start = [], time.perf_counter()
     with _count_rows(pipe.unet) as rows:
         for low in range(0, len(prompts), batch_size):
@@ -90,12 +90,12 @@ def run_scenes(
             parts.append(result.images)
     seconds = time.perf_counter() - start
     stacked, grader = np.concatenate(parts).astype(np.float32), load_grader()
-    rows_a_step = 2 if call_kwargs.get("guidance_scale", 7.5) > 1 else 1
+    rows_per_step = 2 if call_kwargs.get("guidance_scale", 7.5) > 1 else 1
     return Run(
         stacked,
         scene_features(grader, stacked),
         grade(grader, stacked, prompts),
-        sum(rows) / len(prompts) / rows_a_step,
+        sum(rows) / len(prompts) / rows_per_step,
         seconds,
     )
 

@@ -1,1 +1,1 @@
-"""What the training scripts share: arguments, the loop, checkpoints, data, and what they publish."""
+"""Code that the training scripts share: arguments, the training loop, checkpoints, data and model cards."""

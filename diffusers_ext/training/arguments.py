@@ -1,4 +1,4 @@
-"""The arguments that training scripts share, with the names and meanings of diffusers' own examples."""
+"""Arguments that the training scripts share, with the names and meanings of diffusers' own examples."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from diffusers import DiffusionPipeline
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the arguments of optimisation, checkpoints, logging and publishing."""
     add = parser.add_argument
-    add("--output_dir", required=True, help="where the model, checkpoints and logs go")
+    add("--output_dir", required=True, help="folder for the model, checkpoints and logs")
     add("--seed", type=int, default=0)
     add("--train_batch_size", type=int, default=64, help="per process and accumulation step")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--max_train_steps", type=int, default=1000, help="optimisation steps in all")
+    add("--max_train_steps", type=int, default=1000, help="total number of optimisation steps")
     add("--learning_rate", type=float, default=1e-3)
     add("--lr_scheduler", default="cosine")
     add("--lr_warmup_steps", type=int, default=200)
@@ -26,9 +26,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int, default=1)
-    add("--resume_from_checkpoint", default=None, help="a checkpoint folder, or 'latest'")
+    add("--resume_from_checkpoint", default=None, help="checkpoint folder, or 'latest'")
     add("--validation_steps", type=int, default=0, help="0: only at the end")
-    add("--report_to", default=None, help="an accelerate tracker: tensorboard, wandb, ...")
+    add("--report_to", default=None, help="accelerate tracker: tensorboard, wandb, ...")
     add("--logging_dir", default="logs")
     add("--push_to_hub", action="store_true")
     add("--hub_model_id", default=None)
@@ -36,7 +36,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, about: str | None = None) -> None:
-    """Adds the arguments that name a pipeline; `about` says which one."""
+    """Adds the arguments that select a pipeline; `about` is the help text of its path."""
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help=about)
     add("--revision", default=None)
@@ -44,6 +44,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, about: str | None = Non
 
 
 def load_pipeline(args: argparse.Namespace, **options: Any) -> Any:
-    """The pipeline that the arguments of `add_model_arguments` name; `options` are `from_pretrained`'s."""
+    """Loads the pipeline of `add_model_arguments`; `options` are arguments of `from_pretrained`."""
     named = {"revision": args.revision, "variant": args.variant}
     return DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **named, **options)

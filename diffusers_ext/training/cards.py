@@ -1,4 +1,4 @@
-"""What a training script leaves behind: a whole folder with its model card, on disk and on the Hub."""
+"""The output of a training script: a folder with the model and its model card, on disk and on the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _NOT_RESULTS = ("steps", "images", "seconds", "hardware")
 
 
 def create_hub_repo(args: argparse.Namespace) -> str | None:
-    """The repository that `--push_to_hub` asks for, made before training, when a bad token shows early."""
+    """Creates the repository for `--push_to_hub` before training, so that an invalid token fails early.
+
+    Returns:
+        The id of the repository, or None without `--push_to_hub`.
+    """
     if not args.push_to_hub:
         return None
     return HfApi().create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
@@ -36,13 +40,13 @@ def publish(
     """Writes the weights, `training.json` and the card into OUTPUT_DIR/model, and uploads them if wanted.
 
     Args:
-        args: as from `add_training_arguments`.
+        args: see `add_training_arguments`.
         argv: the script and its arguments, for the card.
-        record: what `train` returned.
-        save: writes the weights and configs into the folder it is given.
-        description: Markdown: what the model is and how to use it.
-        tags: of the card.
-        repo_id: as from `create_hub_repo`; None uploads nothing.
+        record: the result of `train`.
+        save: writes the weights and configs into a given folder.
+        description: Markdown text for the card: what the model is and how to use it.
+        tags: tags of the card.
+        repo_id: see `create_hub_repo`; None uploads nothing.
 
     Returns:
         The folder.
@@ -65,7 +69,7 @@ def make_model_card(
     description: str,
     tags: Sequence[str],
 ) -> ModelCard:
-    """The card of a training run: description, command, seed, cost and results. Needs no network."""
+    """The model card of a training run: description, command, seed, cost and results. Needs no network."""
     command = shlex.join(["accelerate", "launch", *map(str, map(_portable, argv))])
     results = {name: value for name, value in record.items() if name not in _NOT_RESULTS}
     data = ModelCardData(license="apache-2.0")
@@ -99,7 +103,7 @@ def _figure(value: float) -> str:
 
 
 def _portable(value: Any) -> Any:
-    # A reader has other folders, and a card is no place for the trainer's own.
+    # Local paths are useless to readers of the card and should not be published.
     if isinstance(value, str):
         option, equals, path = value.rpartition("=") if value.startswith("-") else ("", "", value)
         return f"{option}{equals}{Path(path).name}" if os.path.isabs(path) else value

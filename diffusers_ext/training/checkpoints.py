@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not there at all."""
+"""Checkpoints of a training run, written atomically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STATE = "trained.safetensors"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints in a run's folder, oldest first."""
+    """The complete checkpoints in a run's folder, oldest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if _is_checkpoint(p)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
@@ -31,35 +31,35 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def resolve_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names, or None to start afresh.
+    """The checkpoint that `--resume_from_checkpoint` selects, or None to start from scratch.
 
     Raises:
-        ValueError: no such checkpoint, or a fresh run would mix its own with those of an earlier one.
+        ValueError: no such checkpoint, or a new run in the folder of an earlier one.
     """
     wanted, found = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if wanted is None and found:
         raise ValueError(
-            f"{args.output_dir} holds {found[-1].name} of an earlier run: continue it with"
+            f"{args.output_dir} holds {found[-1].name} of an earlier run: resume it with"
             " --resume_from_checkpoint latest, delete its checkpoints, or choose another --output_dir."
         )
     if wanted is None:
         return None
     if wanted == "latest":
         if not found:
-            logger.info("no checkpoint in %s yet: starting afresh", args.output_dir)
+            logger.info("no checkpoint in %s yet: starting from scratch", args.output_dir)
         return found[-1] if found else None
     for path in (Path(wanted), Path(args.output_dir) / wanted):
         if _is_checkpoint(path):
             return path
     have = ", ".join(p.name for p in found) or "none"
     raise ValueError(
-        f"--resume_from_checkpoint {wanted}: not a whole checkpoint, a folder called checkpoint-STEP."
+        f"--resume_from_checkpoint {wanted}: not a complete checkpoint, a folder called checkpoint-STEP."
         f" Checkpoints in {args.output_dir}: {have}."
     )
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, limit: int | None) -> None:
-    """Writes `checkpoint-<step>` in one rename, so that a killed run leaves no half-written one behind."""
+    """Writes `checkpoint-<step>` atomically, so that an interrupted run leaves no incomplete checkpoint."""
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
@@ -78,18 +78,20 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
 
 
 def _remove(checkpoint: Path) -> None:
-    # Renamed first: half a checkpoint must not bear the name of a whole one.
+    # Renamed first, so that an interrupted removal leaves no incomplete checkpoint.
     doomed = checkpoint.with_name(f"partial-{checkpoint.name}-removed")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
 
 
 def checkpoint_only_what_is_trained(accelerator: Accelerator, buffers: Sequence[str] = ()) -> None:
-    """Leaves the frozen weights out of the checkpoints: they are where they came from.
+    """Leaves the frozen weights out of the checkpoints, since they can be loaded from their source.
 
     Args:
-        accelerator: of one model.
-        buffers: beginnings of the names of buffers that training changes.
+        accelerator: an accelerator with a single model.
+        buffers: name prefixes of the buffers that training changes.
+
+    Loading raises a ValueError for a checkpoint of another network.
     """
 
     def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -108,7 +110,9 @@ def checkpoint_only_what_is_trained(accelerator: Accelerator, buffers: Sequence[
         state = load_file(Path(folder) / _STATE)
         missing = trained(model).keys() ^ state.keys()
         if missing:
-            raise ValueError(f"The checkpoint is of another network: {', '.join(sorted(missing)[:3])}, ...")
+            raise ValueError(
+                f"The checkpoint belongs to another network: {', '.join(sorted(missing)[:3])}, ..."
+            )
         model.load_state_dict(state, strict=False)
 
     accelerator.register_save_state_pre_hook(save)

@@ -1,4 +1,4 @@
-"""Images to train on, from a folder, the Hub or a function, and what a latent model is trained on of them."""
+"""Training images from a folder, the Hub or a function, and the latents and embeddings made from them."""
 
 from __future__ import annotations
 
@@ -17,40 +17,45 @@ from ..core.pipeline import encode_prompts
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which images, named as in diffusers' own scripts."""
+    """Adds the arguments that select the images, named as in diffusers' own scripts."""
     add = parser.add_argument
     add(
         "--dataset_name",
         default=None,
-        help="on the Hub, or package.module:function (or FILE.py:FUNCTION) that returns a datasets.Dataset of these"
-        " arguments",
+        help="data set on the Hub, or package.module:function (or FILE.py:FUNCTION) that takes the arguments"
+        " and returns a datasets.Dataset",
     )
     add(
         "--train_data_dir",
         default=None,
-        help="an image folder; with a function, whatever it takes from there",
+        help="image folder, or the folder that the function of --dataset_name reads",
     )
     add("--image_column", default="image")
     add("--caption_column", default="text")
-    add("--resolution", type=int, default=None, help="resize and crop to this square; default: as they are")
+    add(
+        "--resolution",
+        type=int,
+        default=None,
+        help="resize and crop images to this square; default: unchanged",
+    )
     add("--max_train_samples", type=int, default=None)
 
 
 def require_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the command with a usage error where the arguments of `add_data_arguments` name no data."""
+    """Exits with a usage error if the arguments of `add_data_arguments` select no data."""
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("give --dataset_name or --train_data_dir")
 
 
 def load_dataset(args: argparse.Namespace, captions: bool = True) -> Any:
-    """A `datasets.Dataset` with the columns that the arguments name.
+    """Loads a `datasets.Dataset` with the columns that the arguments name.
 
     Args:
         args: as from `add_data_arguments`, and `seed`.
-        captions: whether the caption column must be there.
+        captions: whether the caption column is required.
 
     Raises:
-        ValueError: a column is missing, or no such function.
+        ValueError: a column is missing, or the function does not exist.
     """
     name = SHORT_NAMES.get(args.dataset_name, args.dataset_name)
     if name is not None and ":" in name:
@@ -69,7 +74,7 @@ def load_dataset(args: argparse.Namespace, captions: bool = True) -> Any:
 
 
 def image_arrays(args: argparse.Namespace, rows: list[dict[str, Any]], mode: str = "RGB") -> np.ndarray:
-    """(n, h, w, channels) in [0, 1], all of one size; `mode` is PIL's, `L` for grey.
+    """Images of the rows as (n, h, w, channels) in [0, 1], all of one size; `mode` is PIL's, `L` for grey.
 
     Raises:
         ValueError: images of different sizes.
@@ -77,15 +82,13 @@ def image_arrays(args: argparse.Namespace, rows: list[dict[str, Any]], mode: str
     images = [prepare_image(row[args.image_column], mode, args.resolution) for row in rows]
     sizes = {image.size for image in images}
     if len(sizes) > 1:
-        raise ValueError(
-            f"Images of different sizes {sorted(sizes)[:3]}: give --resolution to make them one."
-        )
+        raise ValueError(f"Images of different sizes {sorted(sizes)[:3]}: give --resolution to resize them.")
     array = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
     return array[..., None] if mode == "L" else array
 
 
 class TrainingLatents:
-    """Latents of a data set's images by number, encoded when they are asked for or all of them before.
+    """Latents of a data set's images by index, encoded on demand or all at once beforehand.
 
     Args:
         args: as from `add_data_arguments`, and `cache_latents`.
@@ -109,12 +112,15 @@ class TrainingLatents:
 
 
 def encode_captions(pipe: Any, captions: Sequence[str], height: int, width: int) -> dict[str, Tensor]:
-    """The conditioning of a UNet for captioned images: prompt_embeds (n, tokens, width), and for SDXL pooled_prompt_embeds and time_ids.
+    """The conditioning of a UNet for captioned images.
 
     Args:
         pipe: Stable Diffusion or SDXL.
         captions: n texts.
-        height, width: of the images, uncropped.
+        height, width: size of the images, which are not cropped.
+
+    Returns:
+        `prompt_embeds` (n, tokens, width), and for SDXL also `pooled_prompt_embeds` and `time_ids`.
     """
     found = encode_prompts(pipe, captions, guidance=False)
     if "pooled_prompt_embeds" in found:

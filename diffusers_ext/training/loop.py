@@ -1,7 +1,7 @@
-"""The loop of every training script.
+"""The training loop of all training scripts.
 
-The data order and all randomness of optimisation step `n` are a pure function of `(seed, n)`: a resumed run
-continues exactly where it stopped, and several processes see together what one process would see.
+The data order and all randomness of optimisation step `n` depend only on `(seed, n)`. A resumed run therefore
+continues exactly where it stopped, and several processes together use the same data as a single one.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ Batch = dict[str, Tensor]
 
 
 def make_accelerator(args: argparse.Namespace, idle_parameters: bool = False) -> Accelerator:
-    """The accelerator of a run, its folder and its trackers.
+    """Creates the accelerator of a run, its folder and its trackers.
 
-    `idle_parameters`: the loss of some steps does not depend on all trained parameters, which stay as they are then.
+    Args:
+        args: as from `add_training_arguments`.
+        idle_parameters: whether the loss of some steps does not depend on all trained parameters, which then
+            stay unchanged.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator(
@@ -61,8 +64,8 @@ def _loggable(value: Any) -> bool:
 class Rows:
     """The rows of one global batch that this process works on, and their randomness.
 
-    Every draw is made for the whole global batch and then sliced, so that it does not depend on how many
-    processes share the work. `step` is the optimisation step that the rows are for.
+    Every draw is made for the whole global batch and then sliced, so that it does not depend on the number of
+    processes. `step` is the optimisation step of the rows.
     """
 
     total: int
@@ -83,14 +86,14 @@ class Rows:
         return torch.randint(high, (self.total,), generator=self.generator)[self.own]
 
     def indices(self, num_examples: int) -> Tensor:
-        """Random examples, int64 (own rows,): with replacement, so that no epoch state has to be kept."""
+        """Random examples, int64 (own rows,), with replacement, so that no epoch state has to be stored."""
         return self.integers(num_examples)
 
 
 def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int, micro_steps: int = 1) -> Rows:
     """The rows that process `rank` of `world` works on in micro-step `step`; `batch_size` is per process.
 
-    `micro_steps` make one optimisation step.
+    `micro_steps` micro-steps make one optimisation step.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     own = slice(rank * batch_size, (rank + 1) * batch_size)
@@ -105,26 +108,28 @@ def train(
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     last: bool = True,
 ) -> dict[str, Any]:
-    """Optimises `model`, whose forward turns a batch into a scalar loss; leaves the EMA weights in it.
+    """Trains `model`, whose forward turns a batch into a scalar loss, and leaves the EMA weights in it.
 
-    It ends the accelerator's trackers, and its process group too unless more is to be trained in this process.
+    It ends the accelerator's trackers and, unless another model is trained in this process, its process
+    group.
 
     Args:
         accelerator: as from `make_accelerator`.
         args: as from `add_training_arguments`.
-        model: `model(**batch)` returns the mean loss over the batch's rows. If it has a method `networks`, the
-            gradients of each of the modules that it lists are clipped by themselves.
-        make_batch: the tensors of the given rows, on any device.
-        validate: called with the model (EMA weights in place) and the step; returns what to log.
-        last: end the process group. Without, the next model needs an accelerator of its own, and the caller ends the
-            group by `accelerator.end_training()`.
+        model: `model(**batch)` returns the mean loss over the batch's rows. If it has a method `networks`,
+            gradients are clipped separately for each module that the method returns.
+        make_batch: returns the tensors of the given rows, on any device.
+        validate: called with the model (EMA weights in place) and the step; returns values to log.
+        last: end the process group. If False, the next model needs a new accelerator, and the caller ends the
+            group with `accelerator.end_training()`.
 
     Returns:
-        What a model card needs: steps, seconds, hardware, the last loss and the last validation.
+        The record for the model card: steps, images, seconds, hardware, the last loss and the last
+            validation.
 
     Raises:
-        ValueError: the loss is not finite (looked at every 50 steps and before each checkpoint), or
-            `--resume_from_checkpoint` and the run's folder do not go together.
+        ValueError: the loss is not finite (checked every 50 steps and before each checkpoint), or
+            `--resume_from_checkpoint` does not match the run's folder.
     """
     trainable = _trainable(model)
     parts: Any = getattr(model, "networks", None)
@@ -271,7 +276,7 @@ def _validate(
 
 
 class _Clock:
-    """Steps done, seconds spent over all resumptions of a run, and the last loss that was looked at."""
+    """Number of steps done, seconds over all parts of a resumed run, and the last recorded loss."""
 
     def __init__(self) -> None:
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
@@ -292,7 +297,7 @@ class _Clock:
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
-    """The devices of a run in words, for its model card."""
+    """A description of the devices of a run, for its model card."""
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} × {torch.cuda.get_device_name()}"
     return f"{accelerator.num_processes} process(es), {torch.get_num_threads()} CPU threads each"

@@ -63,10 +63,10 @@ def test_on_and_off_leaves_no_trace(name: str) -> None:
     assert gri_attention_of(pipe) is None
     assert torch.equal(tiny.images(pipe, name, steps=2), pictures)
     assert all(processor is before[path] for path, processor in pipe.unet.attn_processors.items())
-    for path, module in pipe.unet.named_modules():
-        assert set(module.__dict__) == attributes[path]
-        assert not module._forward_pre_hooks
-        assert not module._forward_pre_hooks_with_kwargs
+    for path, part in pipe.unet.named_modules():
+        assert set(part.__dict__) == attributes[path]
+        assert not part._forward_pre_hooks
+        assert not part._forward_pre_hooks_with_kwargs
     remove_gri_attention(pipe)
 
 

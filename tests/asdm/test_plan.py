@@ -362,8 +362,8 @@ def test_command(tmp_path: Path) -> None:
 
     assert "needs --prompts" in command(*asked, "--target", 0.8, code=1)
     assert "Give either --target" in command(*asked, code=1)
-    assert "go with --target" in command(*asked, "--preset", "bk-base", "--plot", "x.png", code=1)
-    assert "this UNet's have [1, 1]" in command(*asked, "--preset", "bk-base", code=1)
+    assert "need --target" in command(*asked, "--preset", "bk-base", "--plot", "x.png", code=1)
+    assert "this UNet has [1, 1] layers" in command(*asked, "--preset", "bk-base", code=1)
     assert "leave at least" in command(*asked, "--target", 0.01, *measured, code=1)
 
 

@@ -34,6 +34,7 @@ def test_grid_levels_are_those_that_the_scheduler_noises_to(name: str) -> None:
 
     def noised(clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> float:
         if "FlowMatch" in name:
+            scheduler._step_index = None  # Heun's noises to the level it looked up first
             return float(scheduler.scale_noise(clean, t, noise).mean())
         return float(scheduler.add_noise(clean, noise, t if t.is_floating_point() else t.long()).mean())
 

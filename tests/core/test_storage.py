@@ -94,7 +94,7 @@ def test_a_recipe_is_compared_key_by_key(tmp_path):
     ):
         check_recipe(path, {"seed": 5, "steps": [1, 2], "new": 1}, "delete it")
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"recipe\.json is not whole .*: delete it"):
+    with pytest.raises(ValueError, match=r"recipe\.json is corrupted .*: delete it"):
         check_recipe(path, {}, "delete it")
 
 

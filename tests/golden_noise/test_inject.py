@@ -98,10 +98,10 @@ def test_refusals_leave_nothing_behind() -> None:
     image_to_image = diffusers.StableDiffusionImg2ImgPipeline(
         **pipe.components, requires_safety_checker=False
     )
-    with pytest.raises(ValueError, match="starts from a picture"):
+    with pytest.raises(ValueError, match="starts from an image"):
         dx.apply_golden_noise(image_to_image, npnet)
     dx.apply_golden_noise(pipe, npnet)
-    with pytest.raises(ValueError, match="cannot be made golden twice"):
+    with pytest.raises(ValueError, match="cannot be applied twice"):
         dx.golden_latents(pipe, npnet, **call_of("sd"))
     dx.remove_golden_noise(pipe)
     dx.remove_golden_noise(pipe)

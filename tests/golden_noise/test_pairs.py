@@ -147,7 +147,7 @@ def test_nothing_kept_is_remembered_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("result", "message"),
-    [([1.0, float("nan")], r"not finite \['a bbb'\]"), ([1.0], "returned 1 scores for 2 pictures")],
+    [([1.0, float("nan")], r"not finite \['a bbb'\]"), ([1.0], "returned 1 scores for 2 images")],
 )
 def test_a_scorer_that_fails_stops_the_batch(result: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -161,7 +161,7 @@ def test_other_settings_or_models_do_not_mix(folder: Path, tmp_path: Path) -> No
         collect(tmp_path, count=1, seed=1)
     with pytest.raises(ValueError, match=r"'guidance_scale': 4.0.* there"):
         collect(tmp_path, count=1, settings=PairSettings(num_inference_steps=4))
-    with pytest.raises(ValueError, match=r"made otherwise .model:"):
+    with pytest.raises(ValueError, match=r"made with other settings .model:"):
         collect(tmp_path, tiny.build("sd", seed=1), count=1)
     assert describe_model(tiny.build("sd")) == describe_model(tiny.build("sd"))
     assert describe_model(tiny.build("sd"))["weights"] != describe_model(tiny.build("sd", seed=1))["weights"]
@@ -189,9 +189,9 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for broken in (b"", whole[:100], whole[:-10]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"shard-000000\.safetensors is not a whole safetensors file"):
+        with pytest.raises(ValueError, match=r"shard-000000\.safetensors is missing or corrupted"):
             NoisePairs.load(tmp_path)
-        with pytest.raises(ValueError, match="delete it and make it again"):
+        with pytest.raises(ValueError, match="delete it and create it again"):
             collect(tmp_path, count=2)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a shard of noise pairs: it holds x"):
@@ -213,7 +213,7 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pairs of different shapes"):
         NoisePairs.load(tmp_path)
     (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(ValueError, match="corrupted"):
         NoisePairs.load(tmp_path)
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(ValueError, match="corrupted"):
         ShardStore(tmp_path, {})

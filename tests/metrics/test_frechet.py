@@ -58,9 +58,9 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="size 5 and 4"):
         frechet_distance(_stats(0, d=5), _stats(0, d=4))
     path = tmp_path / "stats.safetensors"
-    with pytest.raises(ValueError, match="not a whole file"):
+    with pytest.raises(ValueError, match="not a valid file"):
         FeatureStats.load(path)
     _stats(0).save(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="not a whole file"):
+    with pytest.raises(ValueError, match="not a valid file"):
         FeatureStats.load(path)

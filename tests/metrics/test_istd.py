@@ -28,7 +28,7 @@ def test_known_paths() -> None:
     assert path_statistics(line, ddof=1)[0] == pytest.approx(1.0)
     even = np.linspace(0, 1, 11)[:, None] * np.ones(5)
     assert path_statistics(even)[0] == pytest.approx(0, abs=1e-12)
-    with pytest.raises(ValueError, match="three or more finite pictures"):
+    with pytest.raises(ValueError, match="three or more finite images"):
         path_statistics(line[:2])
     with pytest.raises(ValueError, match="finite"):
         path_statistics(line + np.nan)

@@ -205,6 +205,6 @@ def test_prompts_are_asked_for_where_there_are_some() -> None:
     pipe = build("sd")
     with pytest.raises(ValueError, match="This projector needs a prompt"):
         pipe()
-    with pytest.raises(ValueError, match="2 images need one prompt or as many; got 3"):
+    with pytest.raises(ValueError, match="2 images need 1 or 2 prompts, got 3"):
         pipe.project(pictures(), ["a", "b", "c"])
     assert len(pipe(["a a", "b b"], batch_size=2).images) == 4

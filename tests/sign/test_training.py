@@ -177,7 +177,9 @@ def test_pairs_resume_and_refuse_another_teacher(tmp_path: Any) -> None:
     again = TeacherPairs(tmp_path, SHARD + 1, recipe)
     assert torch.equal(again.collect(accelerator, projector, (3, 8, 8), 2)[1], drawn)
     assert kept.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match=r"made otherwise \(steps: 2 there, 3 now; teacher: .*other"):
+    with pytest.raises(
+        ValueError, match=r"made with other settings \(steps: 2 there, 3 now; teacher: .*other"
+    ):
         TeacherPairs(tmp_path, SHARD, {"teacher": "other", "steps": 3})
 
 

@@ -85,7 +85,7 @@ def test_refusals() -> None:
     pipe = tiny.build("sd")
     with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got 1.2"):
         edit(pipe, SOURCE, TARGET, latents=noise(), strength=1.2)
-    with pytest.raises(ValueError, match="2 latents need one prompt or as many; got 3"):
+    with pytest.raises(ValueError, match="2 latents need 1 or 2 prompts, got 3"):
         edit(pipe, ["a", "b", "c"], TARGET, latents=noise())
     with pytest.raises(ValueError, match="made for 3 steps with guidance, got num_inference_steps 5"):
         edit(pipe, SOURCE, TARGET, latents=noise(), null_embeds=torch.zeros(3, 2, 77, 16), **CALL)

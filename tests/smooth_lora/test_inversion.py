@@ -120,7 +120,7 @@ def test_a_flow_is_inverted_by_its_own_steps(name: str) -> None:
 
 
 def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 latents need one prompt or as many; got 2"):
+    with pytest.raises(ValueError, match="3 latents need 1 or 3 prompts, got 2"):
         ddim_invert(pipe, latents, scenes[1][:2])
     with pytest.raises(ValueError, match=r"Expected latents \(B, 4, H, W\)"):
         ddim_invert(pipe, latents[:, :3], scenes[1])
@@ -137,7 +137,7 @@ def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path)
     with pytest.raises(ValueError, match="learning_rate above 0"):
         null_text_invert(pipe, latents, scenes[1], learning_rate=0.0)
     for wrong in (scenes[0][0], 2 * scenes[0], scenes[0][..., :2], np.full((1, 8, 8, 3), np.nan, np.float32)):
-        with pytest.raises(ValueError, match="Expected pictures"):
+        with pytest.raises(ValueError, match="Expected images"):
             encode_images(pipe, wrong)
     with pytest.raises(ValueError, match="multiples of 4 high and wide, got 32 × 63"):
         encode_images(pipe, scenes[0][:, :, :63])

@@ -89,7 +89,7 @@ def test_a_model_that_is_wrong_at_high_noise_is_not_the_judge_there():
     expected = -float((0.1 * torch.linspace(-1, 1, 8)).square().mean())
     assert found["excess_loss"][0][1] == pytest.approx(expected, rel=0.1)
     assert found["sigma"]["10"] is not None
-    with pytest.raises(ValueError, match="one of the statistics' shape for each image"):
+    with pytest.raises(ValueError, match="one sample of the statistics' shape per image"):
         dx.calibrate_skip(pipe, stats, samples=samples, num_images=4, progress=False)
 
 

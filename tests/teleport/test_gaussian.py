@@ -507,9 +507,9 @@ def test_a_hub_repository_is_downloaded_file_by_file(tmp_path, monkeypatch):
 
 
 def test_what_is_neither_folder_nor_repository_is_named(tmp_path):
-    with pytest.raises(OSError, match="'not a/repo/id' is no local directory"):
+    with pytest.raises(OSError, match="'not a/repo/id' is not a local directory"):
         GaussianStats.from_pretrained("not a/repo/id")
-    with pytest.raises(OSError, match="'someone/absent' is no local directory"):
+    with pytest.raises(OSError, match="'someone/absent' is not a local directory"):
         GaussianStats.from_pretrained("someone/absent", local_files_only=True, cache_dir=tmp_path)
 
 
@@ -578,7 +578,7 @@ def test_files_of_two_saves_are_not_mixed(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda text: text[:-10], "config.json: the configuration is no valid JSON"),
+        (lambda text: text[:-10], "config.json: the configuration is not valid JSON"),
         (lambda text: "[1]", "describes 'list', expected 'GaussianStats'"),
         (lambda text: text.replace("GaussianStats", "UNet2DModel"), "describes 'UNet2DModel', expected"),
         (lambda text: text.replace('"residual"', '"rest"'), "lacks \\['residual'\\]"),

@@ -230,7 +230,7 @@ def test_prompt_mean_stays_out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> No
     probes = watch_probes(monkeypatch)
     embeds = torch.zeros(1, 77, 16)
     pipe.load_teleport(stats, skip=0.5)
-    with pytest.raises(ValueError, match=r"prompt_embeds is no prompt text.*teleport_prompt_mean=False"):
+    with pytest.raises(ValueError, match=r"prompt_embeds is not a prompt text.*teleport_prompt_mean=False"):
         pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds, **SIZE)
     pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds, teleport_prompt_mean=False, **SIZE)
     with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):

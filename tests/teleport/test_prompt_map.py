@@ -184,7 +184,7 @@ def test_refusals():
     stats = mapped(pipe)
     with pytest.raises(ValueError, match="class means"):
         dx.fit_prompt_map(pipe, tiny.gaussian(SHAPE))
-    with pytest.raises(ValueError, match="features a prompt"):
+    with pytest.raises(ValueError, match="features per prompt"):
         stats.prompt_mean(torch.zeros(1, 5))
     with pytest.raises(ValueError, match="no prompt map"):
         tiny.gaussian(SHAPE).prompt_mean(torch.zeros(1, 5))

@@ -128,7 +128,7 @@ def test_own_samples_refuse() -> None:
     with pytest.raises(ValueError, match="Teleportation is on this pipeline"):
         pipeline_samples(ddpm, 4)
     check_rank(6, 8, PROMPTS)
-    with pytest.raises(ValueError, match=r"allow at most 6: draw at least 9"):
+    with pytest.raises(ValueError, match=r"allow at most 6: generate at least 9"):
         check_rank(7, 8, PROMPTS)
 
 
@@ -299,7 +299,7 @@ def test_pictures_refuse(vae: Any, tmp_path: Path) -> None:
         encoded_images(vae, np.zeros((1, 8, 8, 3), int))
     with pytest.raises(ValueError, match="Images must be a folder"):
         encoded_images(vae, 3)
-    with pytest.raises(ValueError, match="image 0 has 1 channels, the model 3"):
+    with pytest.raises(ValueError, match="image 0 has 1 channels, but the model takes 3"):
         encode(vae, -torch.ones(1, 1, 8, 8))
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         encoded_images(vae, pictures(), batch_size=0)
@@ -310,7 +310,7 @@ def test_pictures_refuse(vae: Any, tmp_path: Path) -> None:
         encode(diffusers.DDPMPipeline(six, diffusers.DDPMScheduler()), pictures())
     vae.bn = torch.nn.Identity()
     try:
-        with pytest.raises(ValueError, match="is not supported here: use pipeline_samples"):
+        with pytest.raises(ValueError, match="is not supported: use pipeline_samples"):
             encoded_images(vae, pictures())
     finally:
         del vae.bn

@@ -82,8 +82,8 @@ def test_missing_and_broken_files_are_named(tmp_path):
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         whole = gzip.decompress((fs.SAMPLE_DIR / name).read_bytes())
         (tmp_path / name).write_bytes(gzip.compress(whole[:-10]))
-    with pytest.raises(ValueError, match="not a whole idx file"):
+    with pytest.raises(ValueError, match="not a valid idx file"):
         fs.load_garments(tmp_path, "train")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\x00"))
-    with pytest.raises(ValueError, match="not a whole idx file"):
+    with pytest.raises(ValueError, match="not a valid idx file"):
         fs.load_garments(tmp_path, "train")

@@ -113,7 +113,7 @@ def test_save_and_load(grader, tmp_path):
         (np.full((2, 32, 64, 3), np.nan), "without NaN"),
         (np.zeros((2, 32, 64, 3), np.int64) + 200, r"of int64"),
         (np.zeros((0, 32, 64, 3)), "Expected images as"),
-        (np.zeros((3, 32, 64, 3)), "3 pictures but 2 prompts"),
+        (np.zeros((3, 32, 64, 3)), "3 images but 2 prompts"),
     ],
 )
 def test_wrong_pictures_are_named(grader, pictures, message):

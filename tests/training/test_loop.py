@@ -127,7 +127,7 @@ def test_a_checkpoint_is_named_by_latest_name_or_path(folder, wanted, name):
 @pytest.mark.parametrize("wanted", ["checkpoint-8", "partial-checkpoint-11", "checkpoint-13", ".", ""])
 def test_what_is_no_whole_checkpoint_is_refused(folder, wanted):
     args = arguments(folder, "--resume_from_checkpoint", wanted)
-    with pytest.raises(ValueError, match=r"not a whole checkpoint.*: checkpoint-9, checkpoint-10\."):
+    with pytest.raises(ValueError, match=r"not a complete checkpoint.*: checkpoint-9, checkpoint-10\."):
         resolve_checkpoint(args)
 
 
@@ -139,7 +139,7 @@ def test_a_fresh_run_does_not_mix_with_an_earlier_one(folder):
 def test_latest_without_a_checkpoint_starts_afresh_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert resolve_checkpoint(arguments(tmp_path, "--resume_from_checkpoint", "latest")) is None
-    assert "starting afresh" in caplog.text
+    assert "starting from scratch" in caplog.text
 
 
 @pytest.mark.parametrize(("limit", "kept"), [("1", [6]), ("2", [4, 6]), ("0", [2, 4, 6])])

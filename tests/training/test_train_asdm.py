@@ -253,14 +253,15 @@ def test_models_that_are_refused(base: Path, tmp_path: Path) -> None:
 def test_a_run_is_not_mixed_with_another(base: Path, trained: Path) -> None:
     before = (trained / "incubation.json").read_bytes()
     other = command(base, trained, "--resume_from_checkpoint", "latest", plan="other-plan.json")
-    assert "was started with another stages" in launch(other, code=1)
+    assert "made with other settings" in launch(other, code=1)
     recipe = json.loads(before)
     check_run(trained, recipe, resumed=True)
     with pytest.raises(ValueError, match="contains stage-2 of an earlier run"):
         check_run(trained, recipe, resumed=False)
     changed = {**recipe, "cond_convs": False, "seed": 1}
     with pytest.raises(
-        ValueError, match="another cond_convs and another seed: cond_convs was True, now False"
+        ValueError,
+        match=r"made with other settings \(cond_convs: True there, False now; seed: 0 there, 1 now\)",
     ):
         check_run(trained, changed, resumed=True)
     check_run(trained / "stage-1", changed, resumed=False)

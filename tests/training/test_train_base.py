@@ -146,7 +146,7 @@ def test_scenes_need_an_autoencoder(main, tmp_path, capsys):
 
 
 def test_a_wrong_checkpoint_name_is_named(main, tmp_path):
-    with pytest.raises(ValueError, match="--resume_from_checkpoint checkpoint-7: not a whole checkpoint"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint checkpoint-7: not a complete checkpoint"):
         main(*command("ddpm", tmp_path, "--resume_from_checkpoint", "checkpoint-7")[1:])
 
 

@@ -197,7 +197,7 @@ def test_wrong_arguments_are_named(main: Any, base: Path, pairs: Path, tmp_path:
     with pytest.raises(SystemExit):
         main(train(base, tmp_path, "--dataset_name", "user/pairs"))
     assert "either --train_data_dir or --dataset_name" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="holds no noise pairs"):
+    with pytest.raises(ValueError, match="No noise pairs"):
         main(train(base, tmp_path, "--train_data_dir", str(tmp_path)))
     tiny.build("sd", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="holds pairs of another model"):
