@@ -162,8 +162,8 @@ def reference_swin(weights: dict[str, Tensor]) -> Any:
     ours = {
         k.removeprefix("swin."): v for k, v in weights.items() if k.startswith("swin.") and ".head." not in k
     }
-    state = {}
-    for name in model.state_dict():
+    state = model.state_dict()  # releases differ in whether the table of relative positions is in it
+    for name, _ in model.named_parameters():
         if ".downsample." in name:
             stage = int(name.split("layers.")[1].split(".")[0])
             state[name] = ours[f"layers.{stage + 1}.downsample.{name.split('.downsample.')[1]}"]

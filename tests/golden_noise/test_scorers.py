@@ -32,7 +32,9 @@ def clip(tmp_path: Path) -> str:
     )
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     size: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    pictures = transformers.CLIPImageProcessorPil(**size)
+    # Without torchvision; early releases have it under the plain name.
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    pictures = kind(**size)
     transformers.CLIPProcessor(pictures, tiny.tokenizer()).save_pretrained(tmp_path)
     return f"clip:{tmp_path}"
 
