@@ -33,7 +33,7 @@ def test_no_name_is_exported_twice() -> None:
 def test_a_method_is_one_line_of_the_registry() -> None:
     """Nothing else outside of its room names it: not the exports, not the command line, not the summary."""
     rooms = {room.package.rpartition(".")[2] for room in registry.methods()}
-    assert rooms == {"teleport", "golden_noise", "smooth_lora", "sign", "asdm"}
+    assert {"teleport", "golden_noise", "smooth_lora", "sign", "asdm"} <= rooms
     for path in (*ROOT.glob("*.py"), *(ROOT / "core").glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imported = {
