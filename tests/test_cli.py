@@ -84,7 +84,7 @@ def _commands(group: Any, path: tuple[str, ...] = ()) -> Any:
 def test_every_command_and_option_has_help() -> None:
     found = dict(_commands(typer.main.get_command(cli.app)))
     expected = {("fit-gaussian",), ("istd",), ("convert", "npnet"), ("asdm", "plan"), ("demo",), ("version",)}
-    assert set(found) == expected
+    assert expected <= set(found)
     for path, command in found.items():
         assert command.help, path
         silent = [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)]
