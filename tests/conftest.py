@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+# For import-linter, which the tests do not need.
+collect_ignore = ["layers.py"]
+
 # Read once, when the libraries are first imported, which is after this file.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 # A thread for each process unless somebody wants more: xdist's workers and the trainings that tests launch share the

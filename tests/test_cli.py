@@ -87,7 +87,8 @@ def test_every_command_and_option_has_help() -> None:
     assert expected <= set(found)
     for path, command in found.items():
         assert command.help, path
-        silent = [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        silent = [option.name for option in options if not option.help]
         assert not silent, (path, silent)
 
 

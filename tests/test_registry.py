@@ -30,6 +30,13 @@ def test_no_name_is_exported_twice() -> None:
     assert len(names) == len(set(names))
 
 
+def test_no_module_has_the_name_of_an_export() -> None:
+    """Importing such a module would put it in the place of the export."""
+    for room in registry.ROOMS:
+        folder = ROOT.parent / room.package.replace(".", "/")
+        assert not {path.stem for path in folder.glob("*.py")} & set(room.names), room.package
+
+
 def test_a_method_is_one_line_of_the_registry() -> None:
     """Nothing else outside of its room names it: not the exports, not the command line, not the summary."""
     rooms = {room.package.rpartition(".")[2] for room in registry.methods()}

@@ -25,7 +25,7 @@ from ..core.families import unpack, unpacked_shape
 from ..core.pipeline import denoiser_of, initial_noise, quiet
 from ..core.schedules import first_order_scheduler
 from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, weights_digest
-from .redenoise import redenoise
+from .redenoising import redenoise
 from .scorers import Scorer, checked_scores
 
 

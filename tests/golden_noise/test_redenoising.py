@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscret
 import diffusers_ext as dx
 from diffusers_ext.core.pipeline import model_output
 from diffusers_ext.core.schedules import first_order_scheduler, grid_levels
-from diffusers_ext.golden_noise.redenoise import displacement_factor, move
+from diffusers_ext.golden_noise.redenoising import displacement_factor, move
 from tests import tiny
 
 SD: dict[str, Any] = {
