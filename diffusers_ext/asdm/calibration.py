@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..core.pipeline import quiet
+from ..core.pipeline import call_pipeline, quiet
 
 CalibrationInput = dict[str, Any]
 
@@ -55,7 +55,8 @@ def record_calibration_inputs(
     handle = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with quiet(pipe):
-            pipe(
+            call_pipeline(
+                pipe,
                 list(prompts),
                 num_inference_steps=num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],

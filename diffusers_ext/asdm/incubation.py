@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..core.extras import require
 from ..core.images import save_grid
+from ..core.pipeline import call_pipeline
 from ..core.storage import whole_folder, write_json
 from ..training.arguments import load_pipeline
 from ..training.checkpoints import checkpoint_only_what_is_trained
@@ -219,7 +220,9 @@ class Incubation:
             for unet in (teacher, student):
                 pipe.unet = unet
                 seeds = [torch.Generator().manual_seed(i) for i in range(len(args.validation_prompts))]
-                found = pipe(args.validation_prompts, generator=seeds, output_type="pt", **call).images
+                found = call_pipeline(
+                    pipe, args.validation_prompts, generator=seeds, output_type="pt", **call
+                ).images
                 rows.append(found.float().cpu())
         finally:
             pipe.unet = teacher

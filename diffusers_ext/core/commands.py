@@ -101,9 +101,9 @@ def load_pipeline(model: str, dtype: str = "float32", device: str | None = None)
 
 def require_prompts(pipe: Any) -> None:
     """Raises a ValueError if the pipeline takes no prompt."""
-    import inspect
+    from .pipeline import parameters_of
 
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+    if "prompt" not in parameters_of(pipe):
         raise ValueError(
             f"{type(pipe).__name__} takes no prompts: this command needs a text-to-image pipeline."
         )

@@ -13,29 +13,121 @@ from torch import Tensor, nn
 
 from .families import noise_scale
 
+# --- the methods of one object ---
+
+
+def parameters_of(owner: Any, name: str = "__call__") -> dict[str, inspect.Parameter]:
+    """The parameters of a method by name: first the positional ones in their order, then the keyword-only ones.
+
+    `*args` and `**kwargs` of an override stand for the parameters of the method that it overrides, so the names
+    of the base classes follow its own.
+
+    Raises:
+        AttributeError: there is no such method.
+    """
+    own = [vars(owner)[name]] if name in vars(owner) else []
+    classes = [vars(cls)[name] for cls in type(owner).__mro__ if name in vars(cls)]
+    bound = [method.__get__(owner, type(owner)) for method in classes]
+    positional: dict[str, inspect.Parameter] = {}
+    keyword: dict[str, inspect.Parameter] = {}
+    for method in [*own, *bound] or [getattr(owner, name)]:
+        parameters = inspect.signature(method).parameters.values()
+        passes_on = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for p in parameters:
+            if p not in passes_on and p.name not in positional | keyword:
+                (keyword if p.kind is p.KEYWORD_ONLY else positional)[p.name] = p
+        if not passes_on:
+            break
+    return positional | keyword
+
+
+class InstanceMethod:
+    """A callable in the `__dict__` of one object that takes the place of one of the object's methods.
+
+    It looks the replaced method up through its owner in every call. A copy of the owner (`copy.deepcopy`,
+    pickle) therefore calls its own method. A closure would still call that of the original object. A shallow copy
+    (`copy.copy`) shares this object, and so the method of the original.
+
+    Args:
+        owner: the object. The new instance is put into its `__dict__`.
+        name: name of the method.
+
+    Raises:
+        AttributeError: the object has no such method.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.__name__, self.__doc__ = name, getattr(owner, name).__doc__
+        self.owner, self.name = owner, name
+        self.own = vars(owner).get(name)  # a method of this object only, for example one set by the user
+        vars(owner)[name] = self
+
+    @property
+    def original(self) -> Any:
+        """The replaced method."""
+        if self.own is not None:
+            return self.own
+        found = inspect.getattr_static(type(self.owner), self.name, None)
+        if found is None:  # the owner delegates to another object
+            return self.owner.__getattr__(self.name)
+        return found.__get__(self.owner, type(self.owner))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Gives the owner its own method back, unless another method has taken this one's place since."""
+        if vars(self.owner).get(self.name) is self:
+            del vars(self.owner)[self.name]
+            if self.own is not None:
+                vars(self.owner)[self.name] = self.own
+
+
 # --- hooks; several plug-ins may add and remove them in any order ---
 
 Hook = Callable[[dict[str, Any], Any], Any]
 
 
+class _HookedMethod(InstanceMethod):
+    """A method that is followed by hooks."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        super().__init__(owner, name)
+        self.hooks: list[Hook] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Before the call, which may change the lists.
+        given = {**dict(zip(parameters_of(self.owner, self.name), args)), **kwargs}
+        given = {key: _own_list(value) for key, value in given.items()}
+        result = self.original(*args, **kwargs)
+        for hook in tuple(self.hooks):
+            result = hook(given, result)
+        return result
+
+
 class HookHandle:
     """Removes one hook. When the last hook is removed, the pipeline has its own method back."""
 
-    def __init__(self, pipe: Any, name: str, hook: Hook) -> None:
-        self._pipe, self._name, self._hook = pipe, name, hook
+    def __init__(self, method: _HookedMethod, hook: Hook) -> None:
+        self._method, self._hook = method, hook
 
     def remove(self) -> None:
         """Removes the hook."""
-        hooks = self._pipe.__dict__[self._name].hooks
-        hooks.remove(self._hook)
-        if not hooks:
-            own = self._pipe.__dict__.pop(self._name).own
-            if own is not None:
-                self._pipe.__dict__[self._name] = own
+        self._method.hooks.remove(self._hook)
+        if not self._method.hooks:
+            self._method.restore()
 
 
 def add_hook(pipe: Any, name: str, hook: Hook) -> HookHandle:
     """Calls `hook(arguments, result)` after each `pipe.<name>(...)`, on this pipeline object only.
+
+    A deep copy of the pipeline, or one that was pickled, has the hook too. For a copy that is independent of
+    the original, the hook must be a function of a module, or an object or a bound method of an object that
+    refers to the pipeline; closures are shared with the copy and cannot be pickled.
 
     Args:
         pipe: any object with that method.
@@ -46,28 +138,26 @@ def add_hook(pipe: Any, name: str, hook: Hook) -> HookHandle:
     Raises:
         AttributeError: the pipeline has no such method.
     """
-    method: Any = getattr(pipe, name)
-    if not hasattr(method, "hooks"):
-        method = _hooked(method, pipe.__dict__.get(name))
-        pipe.__dict__[name] = method
+    method = vars(pipe).get(name)
+    if not isinstance(method, _HookedMethod):
+        method = _HookedMethod(pipe, name)
     method.hooks.append(hook)
-    return HookHandle(pipe, name, hook)
+    return HookHandle(method, hook)
 
 
-def _hooked(original: Callable[..., Any], own: Any) -> Any:
-    signature = inspect.signature(original)
-    hooks: list[Hook] = []
+# --- calls ---
 
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        for hook in tuple(hooks):
-            result = hook(given, result)
-        return result
 
-    wrapper.__dict__.update(hooks=hooks, own=own)
-    return wrapper
+def call_pipeline(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    """`pipe(*args, **kwargs)` with copies of the given lists. The package calls pipelines with this function.
+
+    Some pipelines change their lists in place. For example, Z-Image replaces prompts with its chat template.
+    """
+    return pipe(*map(_own_list, args), **{name: _own_list(value) for name, value in kwargs.items()})
+
+
+def _own_list(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 # --- temporary settings ---
@@ -136,9 +226,11 @@ def adds_argument(
     return decorate
 
 
-def named_arguments(base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `base` by name. They are not checked: `base` raises the errors."""
-    names = list(inspect.signature(base.__call__).parameters)[1:]
+def named_arguments(
+    base: type, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "__call__"
+) -> dict[str, Any]:
+    """The arguments of a call of a method of `base` by name. They are not checked: `base` raises the errors."""
+    names = list(inspect.signature(getattr(base, method)).parameters)[1:]
     return {**dict(zip(names, args)), **kwargs}
 
 
@@ -164,7 +256,7 @@ def initial_noise(pipe: Any, call: dict[str, Any]) -> tuple[Tensor, dict[str, An
 
     handle = add_hook(pipe, "prepare_latents", stop)
     try:
-        pipe(**call, output_type="latent")
+        call_pipeline(pipe, **call, output_type="latent")
     except _Stop:
         return found[0]
     finally:
@@ -187,7 +279,7 @@ def model_output(pipe: Any, latents: Tensor, call: dict[str, Any]) -> Tensor:
     handle = add_hook(pipe.scheduler, "step", read)
     try:
         with quiet(pipe):
-            pipe(**call, latents=latents, output_type="latent")
+            call_pipeline(pipe, **call, latents=latents, output_type="latent")
     except _Stop:
         return found[0]
     finally:
@@ -244,7 +336,7 @@ def _encode(pipe: Any, prompts: Sequence[str], guidance: bool) -> Any:
         raise ValueError(f"{type(pipe).__name__} has no encode_prompt, so its prompts cannot be encoded.")
     given: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "device": pipe._execution_device}
     given |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": guidance}
-    names = inspect.signature(pipe.encode_prompt).parameters
+    names = parameters_of(pipe, "encode_prompt")
     options = {name: value for name, value in given.items() if name in names}
     return pipe.encode_prompt(prompt=list(prompts), **options)
 

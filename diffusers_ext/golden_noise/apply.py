@@ -7,43 +7,45 @@ second.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..core.families import noise_scale, pack, unpack, unpacked_shape
-from ..core.pipeline import HookHandle, add_hook, initial_noise
+from ..core.pipeline import HookHandle, add_hook, initial_noise, parameters_of
 from .npnet import NPNetModel
 
-_ON: WeakKeyDictionary[Any, GoldenNoise] = WeakKeyDictionary()
+# Attribute of a pipeline with its `GoldenNoise`.
+_ATTRIBUTE = "_golden_noise"
 
 
 class GoldenNoise:
-    """The golden noise of one pipeline. Three methods of the pipeline call `start`, `remember` and `replace`.
+    """The golden noise of one pipeline. `start`, `remember` and `replace` are hooks of its methods (`add_hook`).
 
     Args:
+        pipe: the pipeline.
         npnet: the network.
         strength: 0 for random noise, 1 for golden noise; other values interpolate or extrapolate linearly.
     """
 
-    def __init__(self, npnet: NPNetModel, strength: float = 1.0) -> None:
-        self.npnet, self.strength = npnet, strength
+    def __init__(self, pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> None:
+        self.pipe, self.npnet, self.strength = pipe, npnet, strength
         self._prompt_embeds: Tensor | None = None
         self.handles: list[HookHandle] = []
 
-    def start(self) -> None:
-        """Called at the start of a pipeline call; clears the state of an interrupted one."""
+    def start(self, given: dict[str, Any], result: Any) -> Any:
+        """Follows `check_inputs`, at the start of a pipeline call; clears the state of an interrupted one."""
         self._prompt_embeds = None
+        return result
 
-    def remember(self, encoded: Any) -> None:
+    def remember(self, given: dict[str, Any], encoded: Any) -> Any:
         """Stores the first embeddings of a call, those of the prompt; Flux encodes the negative one later."""
         if self._prompt_embeds is None:
             self._prompt_embeds = encoded[0] if isinstance(encoded, tuple | list) else encoded
+        return encoded
 
-    def replace(self, pipe: Any, given: dict[str, Any], prepared: Any) -> Any:
+    def replace(self, given: dict[str, Any], prepared: Any) -> Any:
         """`prepared`, the result of `prepare_latents(**given)`, with golden noise in place of random noise.
 
         Latents that the caller has passed are used as they are.
@@ -56,20 +58,20 @@ class GoldenNoise:
             return prepared
         if embeds is None:
             raise ValueError(
-                f"{type(pipe).__name__} drew its noise before it encoded a prompt, so golden noise cannot use"
+                f"{type(self.pipe).__name__} drew its noise before it encoded a prompt, so golden noise cannot use"
                 " the prompt. Pass latents=golden_latents(...) of a pipeline with the same text encoder."
             )
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
-        golden = self._golden(pipe, latents, embeds, given)
+        golden = self._golden(latents, embeds, given)
         return (golden, *prepared[1:]) if isinstance(prepared, tuple) else golden
 
     @torch.no_grad()
-    def _golden(self, pipe: Any, latents: Tensor, embeds: Tensor, given: dict[str, Any]) -> Tensor:
-        scale = noise_scale(pipe)
+    def _golden(self, latents: Tensor, embeds: Tensor, given: dict[str, Any]) -> Tensor:
+        scale = noise_scale(self.pipe)
         noise = latents.float() / scale
         packed = noise.ndim == 3
         if packed:
-            noise = unpack(noise, unpacked_shape(pipe, noise, given))
+            noise = unpack(noise, unpacked_shape(self.pipe, noise, given))
         if len(embeds) != len(noise) and len(noise) % len(embeds) == 0:
             embeds = embeds.repeat_interleave(len(noise) // len(embeds), 0)
         golden = mix(self.npnet, noise, embeds, self.strength)
@@ -103,7 +105,7 @@ def check_pipeline(pipe: Any) -> None:
             f"{type(pipe).__name__} has no {' and no '.join(missing)}: golden noise needs a pipeline that draws"
             " its noise for a prompt. Pass latents=npnet(noise, prompt_embeds) yourself."
         )
-    if "image" in inspect.signature(pipe.prepare_latents).parameters:
+    if "image" in parameters_of(pipe, "prepare_latents"):
         raise ValueError(
             f"{type(pipe).__name__} starts from an image, which is mixed with the noise, and at a lower noise"
             " level than golden noise is made for. Use the text-to-image pipeline."
@@ -137,20 +139,28 @@ def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> A
         ValueError: golden noise is on this pipeline already, the pipeline is not supported, or `npnet` is not
             an `NPNetModel`. Sizes that do not match raise an error when the pipeline is called.
     """
-    if pipe in _ON or getattr(pipe, "npnet", None) is not None:
+    if golden_noise_of(pipe) is not None or getattr(pipe, "npnet", None) is not None:
         raise ValueError(
             "Golden noise is on this pipeline already: it cannot be applied twice. Call"
             " dx.remove_golden_noise(pipe) first, or set pipe.npnet = None where it is a component."
         )
     check_npnet(npnet)
     check_pipeline(pipe)
-    _ON[pipe] = _hook(pipe, GoldenNoise(npnet, strength))
+    golden = GoldenNoise(pipe, npnet, strength)
+    # Every pipeline checks its inputs first, and only once per call.
+    begin = [add_hook(pipe, "check_inputs", golden.start)] if hasattr(pipe, "check_inputs") else []
+    golden.handles = [
+        *begin,
+        add_hook(pipe, "encode_prompt", golden.remember),
+        add_hook(pipe, "prepare_latents", golden.replace),
+    ]
+    vars(pipe)[_ATTRIBUTE] = golden
     return pipe
 
 
 def remove_golden_noise(pipe: Any) -> Any:
     """Removes golden noise and all its hooks; no-op if it is off. Returns `pipe`."""
-    golden = _ON.pop(pipe, None)
+    golden = vars(pipe).pop(_ATTRIBUTE, None)
     for handle in golden.handles if golden else ():
         handle.remove()
     return pipe
@@ -158,29 +168,7 @@ def remove_golden_noise(pipe: Any) -> Any:
 
 def golden_noise_of(pipe: Any) -> GoldenNoise | None:
     """The `GoldenNoise` that `apply_golden_noise` has added to `pipe`, or None."""
-    return _ON.get(pipe)
-
-
-def _hook(pipe: Any, golden: GoldenNoise) -> GoldenNoise:
-    def start(given: dict[str, Any], result: Any) -> Any:
-        golden.start()
-        return result
-
-    def remember(given: dict[str, Any], encoded: Any) -> Any:
-        golden.remember(encoded)
-        return encoded
-
-    def replace(given: dict[str, Any], prepared: Any) -> Any:
-        return golden.replace(pipe, given, prepared)
-
-    # Every pipeline checks its inputs first, and only once per call.
-    begin = [add_hook(pipe, "check_inputs", start)] if hasattr(pipe, "check_inputs") else []
-    golden.handles = [
-        *begin,
-        add_hook(pipe, "encode_prompt", remember),
-        add_hook(pipe, "prepare_latents", replace),
-    ]
-    return golden
+    return vars(pipe).get(_ATTRIBUTE)
 
 
 def golden_latents(

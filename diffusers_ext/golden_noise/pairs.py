@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.families import unpack, unpacked_shape
-from ..core.pipeline import denoiser_of, initial_noise, quiet
+from ..core.pipeline import call_pipeline, denoiser_of, initial_noise, quiet
 from ..core.schedules import first_order_scheduler
 from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, weights_digest
 from .redenoising import redenoise
@@ -180,7 +180,8 @@ def _score(
     call: dict[str, Any],
 ) -> np.ndarray:
     with quiet(pipe):
-        images = pipe(
+        images = call_pipeline(
+            pipe,
             **call,
             latents=latents,
             num_inference_steps=settings.sampling_steps,

@@ -12,6 +12,7 @@ The folders `pipelines/golden_noise_*` import these classes, for use with `custo
 bit-identical to those of the base class.
 """
 
+import functools
 from typing import Any, ClassVar
 
 from diffusers import (
@@ -44,25 +45,15 @@ class GoldenNoiseMixin:
     npnet: NPNetModel | None
     _golden: GoldenNoise | None = None
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Same as in the base class."""
-        encoded = super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
-        if self._golden is not None:
-            self._golden.remember(encoded)
-        return encoded
+    def _remember(self, encoded: Any) -> Any:
+        return encoded if self._golden is None else self._golden.remember({}, encoded)
 
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
-        """Same as in the base class, but with golden noise in a call of a pipeline that has an `npnet`."""
-        prepared = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
-        if self._golden is None:
-            return prepared
-        # The only argument that is needed here; it is the last one of both base classes.
-        given = {"latents": kwargs.get("latents", args[7] if len(args) > 7 else None)}
-        return self._golden.replace(self, given, prepared)
+    def _replace(self, given: dict[str, Any], prepared: Any) -> Any:
+        return prepared if self._golden is None else self._golden.replace(given, prepared)
 
     def _call_golden(self, call: Any, strength: float, kwargs: dict[str, Any]) -> Any:
         # Only within a call: encode_prompt and prepare_latents called directly work as in the base class.
-        self._golden = None if self.npnet is None else GoldenNoise(self.npnet, strength)
+        self._golden = None if self.npnet is None else GoldenNoise(self, self.npnet, strength)
         try:
             return call(**kwargs)
         finally:
@@ -100,6 +91,15 @@ class GoldenNoiseStableDiffusionPipeline(GoldenNoiseMixin, StableDiffusionPipeli
             requires_safety_checker,
         )
         self.register_modules(npnet=npnet)
+
+    @functools.wraps(StableDiffusionPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._remember(super().encode_prompt(*args, **kwargs))
+
+    @functools.wraps(StableDiffusionPipeline.prepare_latents)
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        given = named_arguments(StableDiffusionPipeline, args, kwargs, "prepare_latents")
+        return self._replace(given, super().prepare_latents(*args, **kwargs))
 
     @adds_argument(StableDiffusionPipeline, "golden_strength", 1.0, _DOC)
     def __call__(self, *args: Any, golden_strength: float = 1.0, **kwargs: Any) -> Any:
@@ -142,6 +142,15 @@ class GoldenNoiseStableDiffusionXLPipeline(GoldenNoiseMixin, StableDiffusionXLPi
             add_watermarker,
         )
         self.register_modules(npnet=npnet)
+
+    @functools.wraps(StableDiffusionXLPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._remember(super().encode_prompt(*args, **kwargs))
+
+    @functools.wraps(StableDiffusionXLPipeline.prepare_latents)
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        given = named_arguments(StableDiffusionXLPipeline, args, kwargs, "prepare_latents")
+        return self._replace(given, super().prepare_latents(*args, **kwargs))
 
     @adds_argument(StableDiffusionXLPipeline, "golden_strength", 1.0, _DOC)
     def __call__(self, *args: Any, golden_strength: float = 1.0, **kwargs: Any) -> Any:

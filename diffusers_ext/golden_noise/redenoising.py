@@ -11,13 +11,12 @@ x'_T = x_T + (σ_T − σ_s)(v_inv − v_l).
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.pipeline import model_output, scheduler_of
+from ..core.pipeline import model_output, parameters_of, scheduler_of
 from ..core.predictions import Level, clean_prediction, noise_prediction
 from ..core.schedules import first_order_scheduler, grid_levels, prediction_type
 
@@ -100,7 +99,7 @@ def redenoise(
 
 
 def _scale_name(pipe: Any) -> str:
-    parameters = inspect.signature(pipe.__call__).parameters
+    parameters = parameters_of(pipe)
     for name in ("guidance_scale", "true_cfg_scale"):
         if name in parameters:
             return name

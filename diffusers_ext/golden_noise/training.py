@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.families import pack, packs_latents
-from ..core.pipeline import prompt_embeddings, quiet
+from ..core.pipeline import call_pipeline, prompt_embeddings, quiet
 from .npnet import NPNetModel
 from .pairs import NoisePairs
 from .scorers import Scorer, checked_scores
@@ -108,7 +108,9 @@ def sample(
         x = latents[rows].to(pipe._execution_device, pipe.dtype)
         chosen = [prompts[i] for i in rows.tolist()]
         with quiet(pipe):
-            result = pipe(chosen, latents=pack(x) if packs else x, output_type="np", **call_kwargs)
+            result = call_pipeline(
+                pipe, chosen, latents=pack(x) if packs else x, output_type="np", **call_kwargs
+            )
         parts.append(np.asarray(result.images, dtype=np.float32))
     return np.concatenate(parts)
 

@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.noise import noise_path
-from ..core.pipeline import initial_noise, quiet
+from ..core.pipeline import call_pipeline, initial_noise, quiet
 from ..core.storage import digest, write_json
 
 
@@ -142,7 +142,7 @@ def _path(
         ends, _ = initial_noise(pipe, {**call, "prompt": [prompt] * 2, "generator": generators})
         latents, _ = noise_path(ends, frames)
         images = [
-            pipe(**call, prompt=[prompt] * len(part), latents=part, output_type="np").images
+            call_pipeline(pipe, **call, prompt=[prompt] * len(part), latents=part, output_type="np").images
             for part in latents.split(batch_size)
         ]
     return np.concatenate(images)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.images import save_grid
-from ..core.pipeline import encode_prompts
+from ..core.pipeline import call_pipeline, encode_prompts
 from ..core.storage import weights_digest
 from ..training.arguments import load_pipeline
 from ..training.data import image_arrays, load_dataset
@@ -150,7 +150,7 @@ def save_samples(pipe: Any, data: Tensor, prompts: list[str] | None, path: Path)
     for steps in (1, 2, 4):
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": steps}
-        rows.append(pipe(texts, 1 if texts else count, output_type="latent", **options).images)
+        rows.append(call_pipeline(pipe, texts, 1 if texts else count, output_type="latent", **options).images)
     conditions = pipe._conditions(texts, count)
     noisy = data + 0.3 * noisy_draw
     rows += [pipe.projector(rows[0], **conditions), noisy, pipe.projector(noisy, **conditions)]

@@ -6,12 +6,11 @@ and gives no error. Here, every key must match a layer.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.pipeline import denoiser_of
+from ..core.pipeline import InstanceMethod, denoiser_of
 
 Weights = dict[str, Tensor]
 
@@ -32,10 +31,23 @@ _LAYOUTS = (
     re.compile(r"(?P<layer>.+)\.lora\.(?P<side>down|up)\.weight"),
     re.compile(r"(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.[^.]+)?\.weight"),
 )
-_LOADED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-# PEFT freezes the model when an adapter is added, and does not unfreeze it when the adapter is removed.
-_WAS_TRAINABLE: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 _PREFIXES = ("base_model.model.", "unet.", "transformer.")
+# Attribute of a denoiser with its `_Record`.
+_ATTRIBUTE = "_smooth_lora"
+
+
+@dataclass
+class _Record:
+    """What `apply_smooth_lora` has done to a denoiser.
+
+    Attributes:
+        adapters: names of the adapters that it has added.
+        trainable: whether the parameters were trainable before. PEFT freezes the model when an adapter is
+            added, and does not unfreeze it when the adapter is removed.
+    """
+
+    adapters: set[str] = field(default_factory=set)
+    trainable: dict[str, bool] = field(default_factory=dict)
 
 
 def apply_smooth_lora(
@@ -81,11 +93,15 @@ def apply_smooth_lora(
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupted or not a safetensors file ({error}).") from error
     weights = convert_lora(given, denoiser, str(path_or_repo))
-    if not taken:
-        _WAS_TRAINABLE[denoiser] = {name: p.requires_grad for name, p in denoiser.named_parameters()}
+    if taken:
+        record = getattr(denoiser, _ATTRIBUTE, _Record())
+    else:
+        record = _Record(trainable={name: p.requires_grad for name, p in denoiser.named_parameters()})
     denoiser.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name)
-    _LOADED.setdefault(denoiser, set()).add(adapter_name)
-    _guard_saving(pipe)
+    record.adapters.add(adapter_name)
+    vars(denoiser)[_ATTRIBUTE] = record
+    if not isinstance(pipe.save_pretrained, _GuardedSave):
+        _GuardedSave(pipe, "save_pretrained")
     return pipe
 
 
@@ -98,12 +114,14 @@ def remove_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
             denoiser.unload_lora()
             # diffusers sets this attribute to None instead of deleting it.
             vars(denoiser).pop("_hf_peft_config_loaded", None)
-            for name, trainable in _WAS_TRAINABLE.pop(denoiser, {}).items():
+            for name, trainable in getattr(denoiser, _ATTRIBUTE, _Record()).trainable.items():
                 denoiser.get_parameter(name).requires_grad_(trainable)
         else:
             denoiser.delete_adapters(adapter_name)
-    if not getattr(denoiser, "peft_config", None) and hasattr(pipe.save_pretrained, "guards_adapters"):
-        del pipe.save_pretrained
+    if not getattr(denoiser, "peft_config", None):
+        vars(denoiser).pop(_ATTRIBUTE, None)
+        if isinstance(pipe.save_pretrained, _GuardedSave):
+            pipe.save_pretrained.restore()
     return pipe
 
 
@@ -126,7 +144,7 @@ def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
     live = getattr(denoiser, "peft_config", None)
     if not live:
         return {}
-    names = [name for name in sorted(_LOADED.get(denoiser, ())) if name in live]
+    names = [name for name in sorted(getattr(denoiser, _ATTRIBUTE, _Record()).adapters) if name in live]
     return {name: (live[name].r, name in denoiser.active_adapters()) for name in names}
 
 
@@ -235,24 +253,18 @@ def _resolve(
     return Path(hf_hub_download(str(path_or_repo), weight_name or WEIGHT_NAME, **hub_kwargs))
 
 
-def _guard_saving(pipe: Any) -> None:
-    if hasattr(pipe.save_pretrained, "guards_adapters"):
-        return
-    original = pipe.save_pretrained
+class _GuardedSave(InstanceMethod):
+    """The `save_pretrained` of a pipeline; raises a ValueError while an adapter is loaded."""
 
-    @functools.wraps(original)
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        names = list(getattr(_denoiser(pipe), "peft_config", {}))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = list(getattr(_denoiser(self.owner), "peft_config", {}))
         if names:
             raise ValueError(
                 f"The adapter(s) {', '.join(names)} are on this pipeline: their layers would be filled with"
                 " random weights on reload. Remove them with dx.remove_smooth_lora, or merge them into the"
                 " weights with pipe.fuse_lora() and pipe.unload_lora_weights()."
             )
-        return original(*args, **kwargs)
-
-    save_pretrained.__dict__["guards_adapters"] = True
-    pipe.save_pretrained = save_pretrained
+        return super().__call__(*args, **kwargs)
 
 
 def lora_state(denoiser: Any, adapter_name: str = "smooth") -> Weights:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.pipeline import encode_prompts, prompt_per_row, quiet, scheduler_of
+from ..core.pipeline import call_pipeline, encode_prompts, prompt_per_row, quiet, scheduler_of
 from ..core.schedules import first_order_scheduler
 from .inversion import image_size
 
@@ -132,7 +132,8 @@ def redraw(
         return tensors
 
     with scheduler_of(pipe, first_order_scheduler(pipe.scheduler)), quiet(pipe):
-        return pipe(
+        return call_pipeline(
+            pipe,
             **{**encoded, **size, **call_kwargs},
             latents=latents,
             num_inference_steps=num_inference_steps,

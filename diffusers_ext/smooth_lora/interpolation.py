@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.noise import noise_path
-from ..core.pipeline import encode_prompts, initial_noise, quiet
+from ..core.pipeline import call_pipeline, encode_prompts, initial_noise, quiet
 
 
 @torch.no_grad()
@@ -71,7 +71,9 @@ def interpolate(
             torch.arange(num_frames).split(batch_size), disable=not progress, desc="interpolation"
         ):
             chosen = {name: value[rows] for name, value in encoded.items()}
-            images = pipe(**call_kwargs, **chosen, latents=noises[rows], output_type="np").images
+            images = call_pipeline(
+                pipe, **call_kwargs, **chosen, latents=noises[rows], output_type="np"
+            ).images
             frames.append(np.asarray(images, dtype=np.float32))
     return np.concatenate(frames)
 

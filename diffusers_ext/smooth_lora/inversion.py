@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.families import pack, packs_latents
-from ..core.pipeline import prompt_per_row, quiet, scheduler_of
+from ..core.pipeline import call_pipeline, prompt_per_row, quiet, scheduler_of
 from ..core.schedules import inverse_scheduler
 
 
@@ -58,7 +58,8 @@ def ddim_invert(
             raise ValueError(f"The latents belong to an image of {name} {value}, got {call_kwargs[name]}.")
     start = pack(latents) if packs_latents(pipe) else latents
     with scheduler_of(pipe, inverse), quiet(pipe):
-        return pipe(
+        return call_pipeline(
+            pipe,
             latents=start.to(pipe.device),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

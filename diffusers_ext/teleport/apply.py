@@ -1,20 +1,19 @@
 """Teleportation for a whole pipeline: `apply_teleport(pipe, stats)` and `remove_teleport(pipe)`."""
 
+import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.pipeline import HookHandle, add_hook
+from ..core.pipeline import HookHandle, add_hook, parameters_of
 from .gaussian import GaussianStats
 from .prompt_map import features_of
 from .scheduler import TeleportScheduler
 
-# The hooks of every pipeline with teleportation, which `remove_teleport` removes.
-_HANDLES: "WeakKeyDictionary[Any, list[RemovableHandle | HookHandle]]" = WeakKeyDictionary()
+# Attribute of a pipeline with the handles of its hooks, which `remove_teleport` removes.
+_ATTRIBUTE = "_teleport_handles"
 
 # Components that take the latents, and their names for the latents and the timestep.
 _MODELS = ("unet", "transformer", "controlnet")
@@ -68,7 +67,7 @@ def apply_teleport(
     handles: list[Any] = [_add_prompt_hook(pipe, scheduler)] if reads_prompts else []
     if before_first_call and not _scales_its_input(pipe):
         handles += _add_hooks(pipe, scheduler)
-    _HANDLES[pipe] = handles
+    vars(pipe)[_ATTRIBUTE] = handles
     pipe.scheduler = scheduler
     return pipe
 
@@ -83,12 +82,12 @@ def remove_teleport(pipe: Any) -> Any:
 
 def teleport_is_on(pipe: Any) -> bool:
     """Whether `apply_teleport` has added teleportation to `pipe`."""
-    return pipe in _HANDLES
+    return _ATTRIBUTE in vars(pipe)
 
 
 def hook_count(pipe: Any) -> int:
     """Number of denoisers of `pipe` that have a teleportation hook."""
-    return sum(isinstance(handle, RemovableHandle) for handle in _HANDLES.get(pipe, []))
+    return sum(isinstance(handle, RemovableHandle) for handle in vars(pipe).get(_ATTRIBUTE, []))
 
 
 def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
@@ -98,13 +97,19 @@ def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
             f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt. Remove the map"
             " with dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
         )
+    return add_hook(pipe, "encode_prompt", _PromptHook(pipe, scheduler))
 
-    def read(given: dict[str, Any], encoded: Any) -> Any:
-        if pipe.scheduler is scheduler:
-            scheduler.set_mean(*_mean_and_guidance(pipe, scheduler.stats, encoded, given))
+
+class _PromptHook:
+    """The hook of `_add_prompt_hook`."""
+
+    def __init__(self, pipe: Any, scheduler: TeleportScheduler) -> None:
+        self.pipe, self.scheduler = pipe, scheduler
+
+    def __call__(self, given: dict[str, Any], encoded: Any) -> Any:
+        if self.pipe.scheduler is self.scheduler:
+            self.scheduler.set_mean(*_mean_and_guidance(self.pipe, self.scheduler.stats, encoded, given))
         return encoded
-
-    return add_hook(pipe, "encode_prompt", read)
 
 
 def _mean_and_guidance(
@@ -148,31 +153,45 @@ def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[Any]:
             f"{type(pipe).__name__} has none of the components {', '.join(_MODELS)}; wrap its scheduler with "
             'mean_from="first_call", which needs no hook.'
         )
-    return [model.register_forward_pre_hook(_hook(model, scheduler), with_kwargs=True) for model in models]
+    return [
+        model.register_forward_pre_hook(_InputHook(pipe, model, scheduler), with_kwargs=True)
+        for model in models
+    ]
 
 
-def _hook(model: nn.Module, scheduler: TeleportScheduler) -> Callable[..., Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    latents = next((name for name in _LATENTS if name in names), names[0])
-    time = next((name for name in _TIME if name in names), "timestep")
+class _InputHook:
+    """A pre-hook of a denoiser of `pipe`: passes the latents through `scheduler.map_model_input`."""
 
-    def pre_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        given = {**dict(zip(names, args)), **kwargs}
-        if latents not in given:
+    def __init__(self, pipe: Any, model: nn.Module, scheduler: TeleportScheduler) -> None:
+        self.pipe, self.scheduler = pipe, scheduler
+        self.names = list(parameters_of(model, "forward"))
+        self.latents = next((name for name in (*_LATENTS, *self.names) if name in self.names), None)
+        self.time = next((name for name in _TIME if name in self.names), "timestep")
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        given = {**dict(zip(self.names, args)), **kwargs}
+        if self.latents not in given:
             return args, kwargs
-        mapped = scheduler.map_model_input(given[latents], given.get(time))
-        if mapped is given[latents]:
+        mapped = self.scheduler.map_model_input(given[self.latents], given.get(self.time))
+        if mapped is given[self.latents]:
             return args, kwargs
-        if latents in kwargs:
-            return args, {**kwargs, latents: mapped}
-        position = names.index(latents)
+        if self.latents in kwargs:
+            return args, {**kwargs, self.latents: mapped}
+        position = self.names.index(self.latents)
         return (*args[:position], mapped, *args[position + 1 :]), kwargs
 
-    return pre_forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_InputHook":
+        # A copy of the denoiser alone still belongs to the original pipeline, as a shared denoiser does.
+        copied = copy.copy(self)
+        if id(self.pipe) in memo:
+            copied.pipe, copied.scheduler = copy.deepcopy((self.pipe, self.scheduler), memo)
+        return copied
 
 
 def _drop_hooks(pipe: Any) -> None:
-    for handle in _HANDLES.pop(pipe, []):
+    for handle in vars(pipe).pop(_ATTRIBUTE, []):
         handle.remove()
 
 

@@ -14,7 +14,6 @@ well, and the model on a fine grid from there.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import families
-from ..core.pipeline import denoiser_of, quiet
+from ..core.pipeline import call_pipeline, denoiser_of, parameters_of, quiet
 from ..core.predictions import Level, noise_to_signal
 from ..core.schedules import same_grid_deterministic, scheduler_prediction
 from .apply import apply_teleport, remove_teleport
@@ -160,7 +159,7 @@ class _Runner:
         self.skipped_to: float | None = None
         # Flux and similar models take the scale as a model input: guided or not, there is one denoiser.
         self.guided = hasattr(type(pipe), "do_classifier_free_guidance")
-        default = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+        default = parameters_of(pipe).get("guidance_scale")
         scale = kwargs.get("guidance_scale", default.default if default else 1.0)
         self.guidance_scale = max(1.0, float(scale)) if self.guided else 1.0
 
@@ -177,7 +176,8 @@ class _Runner:
         generators = [torch.Generator().manual_seed(self.seed + i) for i in range(self.size)]
         try:
             with quiet(self.pipe):
-                images = self.pipe(
+                images = call_pipeline(
+                    self.pipe,
                     **first,
                     num_inference_steps=num_inference_steps,
                     generator=generators,
@@ -308,7 +308,8 @@ def excess_loss(
         pipe.scheduler = probe
         apply_teleport(pipe)
         with quiet(pipe):
-            pipe(
+            call_pipeline(
+                pipe,
                 **first,
                 num_inference_steps=num_inference_steps,
                 generator=generators,

@@ -12,7 +12,6 @@ Without statistics, their results are bit-identical to those of their base class
 """
 
 import copy
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..core.pipeline import adds_argument, named_arguments
+from ..core.pipeline import adds_argument, named_arguments, parameters_of
 from .apply import apply_teleport, remove_teleport, teleport_is_on
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats
@@ -128,7 +127,7 @@ class TeleportMixin:
         check_rank(rank, num_samples, prompts)
         options: dict[str, Any] = {"progress": progress, "seed": seed, **call_kwargs}
         options["num_inference_steps"] = num_inference_steps
-        parameters = inspect.signature(type(self).__call__).parameters
+        parameters = parameters_of(self)
         plain = {"guidance_scale": 1.0} if "guidance_scale" in parameters else {}
         batches = pipeline_samples(
             self, num_samples, batch_size=batch_size, prompts=prompts, **plain, **options
@@ -213,7 +212,7 @@ class PromptTeleportMixin(TeleportMixin):
         It cannot follow a negative prompt, because `unconditional` has the statistics of the empty prompt, or
         a distilled denoiser, which takes the scale as an input.
         """
-        default = inspect.signature(type(self).__call__).parameters["guidance_scale"].default
+        default = parameters_of(self)["guidance_scale"].default
         scale = float(call.get("guidance_scale", default))
         distilled = self.unet.config.time_cond_proj_dim is not None
         other = any(call.get(name) for name in ("negative_prompt", "negative_prompt_2"))

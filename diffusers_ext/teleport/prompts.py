@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from ..core.pipeline import prompt_embeddings, quiet, scheduler_of
+from ..core.pipeline import call_pipeline, parameters_of, prompt_embeddings, quiet, scheduler_of
 from ..core.schedules import scheduler_prediction
 from .gaussian import GaussianStats
 from .prompt_map import PromptMap, features_of
@@ -132,7 +132,7 @@ def prompt_means(
     prompts = check_prompts(pipe, prompts)
     if num_calls < 1 or batch_size < 1:
         raise ValueError(f"num_calls and batch_size must be 1 or more, got {num_calls} and {batch_size}.")
-    parameters = inspect.signature(pipe.__call__).parameters
+    parameters = parameters_of(pipe)
     call = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in parameters} | call_kwargs
     original = pipe.scheduler
     inner = original.inner if isinstance(original, TeleportScheduler) else original
@@ -143,6 +143,6 @@ def prompt_means(
             chunk = prompts[start : start + batch_size]
             for number in range(num_calls):
                 noise = [torch.Generator().manual_seed(seed + number) for _ in chunk]
-                pipe(prompt=chunk, generator=noise, output_type="latent", **call)
+                call_pipeline(pipe, prompt=chunk, generator=noise, output_type="latent", **call)
                 total[start : start + len(chunk)] += probe.found.float().cpu()
     return total / num_calls

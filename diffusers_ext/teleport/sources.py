@@ -8,7 +8,6 @@ Both functions yield batches in the scale of the denoiser, as `GaussianStats.fit
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.images import ImageSource, encode_pixels, image_batches, open_images, vae_of
-from ..core.pipeline import quiet
+from ..core.pipeline import call_pipeline, parameters_of, quiet
 from .scheduler import TeleportScheduler
 
 Batch = Tensor | tuple[Tensor, list[str]]
@@ -93,7 +92,7 @@ def pipeline_samples(
             "Teleportation is on this pipeline, so its samples already depend on statistics: remove it "
             "first (dx.remove_teleport(pipe))."
         )
-    parameters = inspect.signature(pipe.__call__).parameters
+    parameters = parameters_of(pipe)
     if prompts is not None:
         prompts = check_prompts(pipe, prompts)
         if "prompt_embeds" in call_kwargs:
@@ -113,7 +112,7 @@ def check_prompts(pipe: Any, prompts: str | Sequence[str]) -> list[str]:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be one or more texts, got {prompts!r}.")
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+    if "prompt" not in parameters_of(pipe):
         raise ValueError(f"{type(pipe).__name__} takes no prompt: leave prompts out.")
     return prompts
 
@@ -128,7 +127,7 @@ def _samples(
     progress: bool,
     call_kwargs: dict[str, Any],
 ) -> Iterator[Batch]:
-    takes_prompt = "prompt" in inspect.signature(pipe.__call__).parameters
+    takes_prompt = "prompt" in parameters_of(pipe)
     pixels = getattr(pipe, "vae", None) is None
     with tqdm(total=num_samples, desc="sampling", disable=not progress) as bar:
         for start in range(0, num_samples, batch_size):
@@ -141,7 +140,9 @@ def _samples(
                 call["prompt"] = names
             call["generator"] = [torch.Generator().manual_seed(seed + i) for i in indices]
             with quiet(pipe):
-                result = pipe(**call, output_type="np" if pixels else "latent", return_dict=False)[0]
+                result = call_pipeline(
+                    pipe, **call, output_type="np" if pixels else "latent", return_dict=False
+                )[0]
             samples = _pixels(result) if pixels else result.float()
             bar.update(len(indices))
             yield (samples, names) if prompts else samples

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.images import as_tensor, decode_latents, encode_pixels, save_grid
-from ..core.pipeline import scheduler_of
+from ..core.pipeline import call_pipeline, scheduler_of
 from ..core.storage import digest, read_tensors, weights_digest, write_tensors
 from ..training.loop import Batch, Rows, train
 from . import base_models, fashion_scenes
@@ -171,7 +171,9 @@ def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         pipe = DDPMPipeline(unet, solver)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        output: Any = pipe(batch_size=64, num_inference_steps=20, generator=generator, output_type="np")
+        output: Any = call_pipeline(
+            pipe, batch_size=64, num_inference_steps=20, generator=generator, output_type="np"
+        )
         save_grid(as_tensor(output.images), 16, _validation_path(args, step))
         return {}
 
@@ -213,7 +215,10 @@ def _sample_scenes(pipe: Any, prompts: Sequence[str], guidance_scale: float) -> 
     generator = torch.Generator().manual_seed(0)
     settings = {"height": 32, "width": 64, "num_inference_steps": 20, "guidance_scale": guidance_scale}
     chunks = [list(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
-    return np.concatenate([pipe(c, generator=generator, output_type="np", **settings).images for c in chunks])
+    images = [
+        call_pipeline(pipe, c, generator=generator, output_type="np", **settings).images for c in chunks
+    ]
+    return np.concatenate(images)
 
 
 def _load_grader(args: argparse.Namespace) -> Any:

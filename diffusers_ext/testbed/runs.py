@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.pipeline import call_pipeline
 from ..metrics.frechet import FeatureStats
 from . import fashion_scenes
 from .embedded import card_dir
@@ -86,7 +87,9 @@ def run_scenes(
             generators = [
                 torch.Generator().manual_seed(1_000_000 * seed + offset + low + i) for i in range(len(chunk))
             ]
-            result = pipe(chunk, height=32, width=64, generator=generators, output_type="np", **call_kwargs)
+            result = call_pipeline(
+                pipe, chunk, height=32, width=64, generator=generators, output_type="np", **call_kwargs
+            )
             parts.append(result.images)
     seconds = time.perf_counter() - start
     stacked, grader = np.concatenate(parts).astype(np.float32), load_grader()
@@ -109,7 +112,9 @@ def run_garments(
         for low in range(0, num_images, batch_size):
             size = min(batch_size, num_images - low)
             generators = [torch.Generator().manual_seed(1_000_000 * seed + low + i) for i in range(size)]
-            result = pipe(batch_size=size, generator=generators, output_type="np", **call_kwargs)
+            result = call_pipeline(
+                pipe, batch_size=size, generator=generators, output_type="np", **call_kwargs
+            )
             parts.append(result.images)
     seconds = time.perf_counter() - start
     stacked = np.concatenate(parts).astype(np.float32)

@@ -3,8 +3,10 @@
 A method joins by adding a `Method` to `METHODS`: how to put it on, how to take it off, and where it applies.
 """
 
+import copy
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.sign.teacher import untrained_projector
 from tests import tiny
 from tests.contract import matrix
+from tests.teleport.test_prompt_map import mapped
 
 
 @dataclass(frozen=True)
@@ -329,6 +332,118 @@ def test_with_a_controlnet(method: Method) -> None:
     assert not torch.equal(controlled, weaker)
     method.remove(pipe)
     assert torch.equal(tiny.images(pipe, "sd", image=image), plain)
+
+
+# --- copies ---
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pipe: pickle.loads(pickle.dumps(pipe)),
+}
+each_copy = pytest.mark.parametrize(
+    "copied", [pytest.param(function, id=k) for k, function in COPIES.items()]
+)
+
+
+def check_copies(
+    name: str, apply: Callable[[Any], Any], remove: Callable[[Any], Any], copied: Callable[[Any], Any]
+) -> None:
+    """A copy has the methods of the original, and neither has to do with the other afterwards."""
+    pipe = tiny.build(name)
+    plain, before, attributes = tiny.images(pipe, name), traces(pipe), vars(pipe).keys()
+    # Some text encoders cannot be pickled once they have run, so the pipeline to copy has not.
+    pipe = apply(tiny.build(name))
+    first, second = copied(pipe), copied(pipe)
+    expected = tiny.images(pipe, name)
+    for twin in (first, second):
+        assert torch.equal(tiny.images(twin, name), expected)
+        assert str(dx.summary(twin)) == str(dx.summary(pipe))
+    for one, others in ((first, (pipe, second)), (pipe, (second,))):
+        remove(one)
+        assert torch.equal(tiny.images(one, name), plain)
+        assert traces(one) == before
+        assert vars(one).keys() == attributes
+        assert "nothing added" in str(dx.summary(one))
+        for other in others:
+            assert torch.equal(tiny.images(other, name), expected)
+    for part in second.components.values():
+        if isinstance(part, torch.nn.Module) and not isinstance(part, diffusers.AutoencoderKL):
+            changed = tiny.images(second, name)
+            with torch.no_grad():
+                for weight in part.parameters():
+                    weight.mul_(1.1)
+            assert not torch.equal(tiny.images(second, name), changed)
+    assert torch.equal(tiny.images(pipe, name), plain)
+    assert torch.equal(tiny.images(apply(first), name), expected)
+
+
+@each_copy
+@each
+def test_a_copy_is_an_independent_pipeline(method: Method, name: str, copied: Callable[[Any], Any]) -> None:
+    check_copies(name, lambda pipe: method.apply(pipe, name), method.remove, copied)
+
+
+@each_copy
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
+def test_a_copy_with_all_methods(name: str, copied: Callable[[Any], Any]) -> None:
+    methods = [METHODS[k] for k in ("teleport", "golden-noise", "smooth-lora", "gri-attention")]
+    methods = [method for method in methods if name in method.pipelines]
+    stats = None if name == "flux" else mapped(tiny.build(name), guided=name == "sd")
+
+    def apply(pipe: Any) -> Any:
+        for method in methods[1:]:
+            method.apply(pipe, name)
+        # A prompt map adds a hook on encode_prompt; Flux has no text encoder here.
+        return methods[0].apply(pipe, name) if stats is None else dx.apply_teleport(pipe, stats, skip=0.4)
+
+    def remove(pipe: Any) -> None:
+        for method in methods:
+            method.remove(pipe)
+
+    check_copies(name, apply, remove, copied)
+
+
+def test_a_copied_denoiser_serves_the_same_pipeline() -> None:
+    pipe = METHODS["teleport"].apply(tiny.build("sd3"), "sd3")
+    expected = tiny.images(pipe, "sd3")
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    assert torch.equal(tiny.images(pipe, "sd3"), expected)
+
+
+@each_copy
+def test_a_copy_guards_and_saves_its_own_weights(copied: Callable[[Any], Any], tmp_path: Any) -> None:
+    method = METHODS["smooth-lora"]
+    pipe = tiny.build("sd")
+    pipe.unet.conv_in.requires_grad_(False)
+    trainable = {key: weight.requires_grad for key, weight in pipe.unet.named_parameters()}
+    method.apply(pipe, "sd")
+    twin = copied(pipe)
+    method.remove(pipe)
+    with pytest.raises(ValueError, match="smooth"):
+        twin.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    method.remove(twin)
+    assert {key: weight.requires_grad for key, weight in twin.unet.named_parameters()} == trainable
+    with torch.no_grad():
+        twin.unet.conv_in.bias += 1
+    twin = copied(twin)
+    method.apply(twin, "sd")
+    method.remove(twin)
+    twin.save_pretrained(tmp_path / "saved")
+    saved = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "saved", subfolder="unet")
+    assert torch.equal(saved.conv_in.bias, pipe.unet.conv_in.bias + 1)
+
+
+@each_copy
+@pytest.mark.parametrize(("product", "name"), [(p, name) for p in PRODUCTS.values() for name in p.pipelines])
+def test_a_copy_of_a_product(product: Product, name: str, copied: Callable[[Any], Any]) -> None:
+    made = product.make(tiny.build(name))
+    made.set_progress_bar_config(disable=True)
+    twin = copied(made)
+    call = {"prompt": "a aaa"} if "prompt" in tiny.inputs(name) else {"batch_size": 1}
+    call |= {"num_inference_steps": 2, "output_type": "pt"}
+    images = [pipe(**call, generator=tiny.generators(1)[0]).images for pipe in (made, twin)]
+    assert torch.equal(*images)
 
 
 def test_loading_in_a_fresh_process(tmp_path: Any) -> None:

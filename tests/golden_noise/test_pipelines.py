@@ -17,6 +17,7 @@ from diffusers_ext.golden_noise.pipelines import (
     GoldenNoiseStableDiffusionXLPipeline,
 )
 from tests import tiny
+from tests.teleport.test_prompt_map import mapped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -162,3 +163,25 @@ def test_cpu_offload() -> None:
     plain.enable_model_cpu_offload()
     dx.apply_golden_noise(plain, tiny.npnet("sd"))
     assert torch.allclose(tiny.images(plain, "sd", 2).cpu(), expected, atol=1e-2)
+
+
+@each
+def test_hooks_of_other_methods_see_the_arguments(name: str) -> None:
+    """Without a network the class is its base, also for methods that read the arguments of its methods."""
+    stock, pipe = tiny.build(name), build(name)
+    for method in ("encode_prompt", "prepare_latents", "check_inputs"):
+        given = [inspect.signature(getattr(one, method)).parameters for one in (stock, pipe)]
+        assert list(given[0]) == list(given[1])
+    stats = mapped(stock)
+    for one in (stock, pipe):
+        dx.apply_teleport(one, stats, skip=0.5)
+    call = {"negative_prompt": ["b"], "guidance_scale": 7.0}
+    expected = tiny.images(stock, name, **call)
+    assert torch.equal(tiny.images(pipe, name, **call), expected)
+    assert not torch.equal(tiny.images(pipe, name, guidance_scale=7.0), expected)
+    for one in (stock, pipe):
+        dx.apply_golden_noise(dx.remove_teleport(one), tiny.npnet(name))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = tiny.images(tiny.build(name), name, latents=latents)
+    assert torch.equal(tiny.images(pipe, name, latents=latents), plain)
+    assert torch.equal(tiny.images(pipe, name), tiny.images(stock, name))
