@@ -48,7 +48,8 @@ def apply_teleport(
 
     Raises:
         ValueError: teleportation is on this pipeline already, an argument is invalid for `TeleportScheduler`,
-            or the pipeline has no `encode_prompt` for the prompt map.
+            or the pipeline has no `encode_prompt` or `check_inputs` for the prompt map. With a prompt map, a call
+            raises it if the pipeline does not tell its guidance scale or returns no tensor of embeddings.
     """
     scheduler = pipe.scheduler
     on = isinstance(scheduler, TeleportScheduler)
@@ -64,7 +65,7 @@ def apply_teleport(
     before_first_call = scheduler.mean_from == "stats"
     # Added first, because it may raise an error: the pipeline is then still unchanged.
     reads_prompts = before_first_call and scheduler.stats.prompt_map is not None
-    handles: list[Any] = [_add_prompt_hook(pipe, scheduler)] if reads_prompts else []
+    handles: list[Any] = _add_prompt_hooks(pipe, scheduler) if reads_prompts else []
     if before_first_call and not _scales_its_input(pipe):
         handles += _add_hooks(pipe, scheduler)
     vars(pipe)[_ATTRIBUTE] = handles
@@ -90,48 +91,132 @@ def hook_count(pipe: Any) -> int:
     return sum(isinstance(handle, RemovableHandle) for handle in vars(pipe).get(_ATTRIBUTE, []))
 
 
-def _add_prompt_hook(pipe: Any, scheduler: TeleportScheduler) -> HookHandle:
-    """Computes the means of the prompts each time the pipeline calls `encode_prompt`."""
-    if not hasattr(pipe, "encode_prompt"):
+def _add_prompt_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[HookHandle]:
+    """Sets the means of the prompts that each call of the pipeline encodes."""
+    missing = [name for name in ("encode_prompt", "check_inputs") if not hasattr(pipe, name)]
+    if missing:
         raise ValueError(
-            f"The statistics have a prompt map, but {type(pipe).__name__} has no encode_prompt. Remove the map"
-            " with dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
+            f"The statistics have a prompt map, but {type(pipe).__name__} has no {' and no '.join(missing)}. Remove"
+            " the map with dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
         )
-    return add_hook(pipe, "encode_prompt", _PromptHook(pipe, scheduler))
+    reader = _PromptReader(pipe, scheduler)
+    handles = [add_hook(pipe, "check_inputs", reader.start), add_hook(pipe, "encode_prompt", reader.read)]
+    if hasattr(pipe, "prepare_latents"):
+        handles.append(add_hook(pipe, "prepare_latents", reader.finish))
+    return handles
 
 
-class _PromptHook:
-    """The hook of `_add_prompt_hook`."""
+class _PromptReader:
+    """Gives the scheduler the means of a call's prompts; its methods are hooks of the pipeline.
+
+    A call starts with `check_inputs`. What it encodes first are the prompts, with the negative prompts if
+    `encode_prompt` has an argument for them, and otherwise the negative prompts are second, as in Flux and
+    Qwen-Image. Anything after that is for another text encoder, as in Hunyuan-DiT.
+    """
 
     def __init__(self, pipe: Any, scheduler: TeleportScheduler) -> None:
         self.pipe, self.scheduler = pipe, scheduler
+        self.reading = False
+        self.mean: Tensor | None = None
 
-    def __call__(self, given: dict[str, Any], encoded: Any) -> Any:
-        if self.pipe.scheduler is self.scheduler:
-            self.scheduler.set_mean(*_mean_and_guidance(self.pipe, self.scheduler.stats, encoded, given))
+    def start(self, given: dict[str, Any], result: Any) -> Any:
+        self.reading, self.mean = self.pipe.scheduler is self.scheduler, None
+        if self.reading:
+            self.scheduler.set_mean(None)
+        return result
+
+    def finish(self, given: dict[str, Any], result: Any) -> Any:
+        self.reading = False
+        return result
+
+    def read(self, given: dict[str, Any], encoded: Any) -> Any:
+        if not self.reading:  # encoded by the user, outside of a call
+            return encoded
+        parameters = parameters_of(self.pipe, "encode_prompt")
+        embeds = _embeddings(self.pipe, encoded)
+        mean = self.scheduler.stats.prompt_mean(features_of(embeds[0]))
+        if self.mean is None:
+            switch = parameters.get("do_classifier_free_guidance")
+            scale = self._scale(bool(switch and given.get(switch.name, switch.default)))
+            self.mean = mean
+            if scale != 1 and _has_negative(given):
+                if len(embeds) < 2:
+                    raise ValueError(
+                        f"{type(self.pipe).__name__}.encode_prompt returns no embeddings of the negative prompt that"
+                        " the prompt map could read. Call the pipeline without a negative prompt."
+                    )
+                away = self.scheduler.stats.prompt_mean(features_of(embeds[1]))
+                self.scheduler.set_mean(away + scale * (mean - away))
+            else:
+                follows = self.scheduler.stats.unconditional is not None
+                self.scheduler.set_mean(mean, scale if follows else 1.0)
+        elif "negative_prompt" not in parameters:
+            self.reading = False
+            self.scheduler.set_mean(mean + self._scale(True) * (self.mean - mean))
         return encoded
 
+    def _scale(self, guided: bool) -> float:
+        """The scale of classifier-free guidance, which the pipeline sets before it encodes; 1 without guidance.
 
-def _mean_and_guidance(
-    pipe: Any, stats: GaussianStats, encoded: Any, given: dict[str, Any]
-) -> tuple[Tensor, float]:
-    """The arguments of `set_mean`: (B, *shape) means of the encoded prompts, and the guidance scale.
+        Args:
+            guided: whether the call is guided, for pipelines that do not tell it.
+
+        Raises:
+            ValueError: the call is guided, and the pipeline does not tell its scale.
+        """
+        known = all(hasattr(type(self.pipe), name) for name in ("do_classifier_free_guidance", "guidance_scale"))
+        if known and self.pipe.do_classifier_free_guidance:
+            return float(self.pipe.guidance_scale) + (1 if _is_free_at_zero(self.pipe) else 0)
+        if guided and not known:
+            raise ValueError(
+                f"{type(self.pipe).__name__} does not tell the scale of its classifier-free guidance, which the"
+                " transport has to follow. Call it without classifier-free guidance or, where it is off without a"
+                " negative prompt, without one; or remove the prompt map with"
+                " dataclasses.replace(stats, prompt_map=None)."
+            )
+        return 1.0
+
+
+def _is_free_at_zero(pipe: Any) -> bool:
+    """Whether guidance is off at scale 0 and not at 1, as in Z-Image and Krea 2: c + w(c − u) for u + w(c − u)."""
+    scale = vars(pipe).get("_guidance_scale")
+    if scale is None:
+        return False
+    pipe._guidance_scale = 0.5
+    try:
+        return bool(pipe.do_classifier_free_guidance)
+    finally:
+        pipe._guidance_scale = scale
+
+
+def _embeddings(pipe: Any, encoded: Any) -> list[Tensor]:
+    """The embeddings among the results of `encode_prompt`: those of the prompt, then of the negative prompt."""
+    values = list(encoded) if isinstance(encoded, tuple | list) else [encoded]
+    first = values[0] if values else None
+    if isinstance(encoded, list) or not isinstance(first, Tensor) or not first.is_floating_point():
+        raise ValueError(
+            f"{type(pipe).__name__}.encode_prompt does not return its embeddings as one tensor, so the prompt map"
+            " cannot read them: remove it with dataclasses.replace(stats, prompt_map=None)."
+        )
+    # Between the two there may be masks and ids, which have other shapes.
+    return [
+        value
+        for value in values
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and (value.ndim, value.shape[-1]) == (first.ndim, first.shape[-1])
+    ]
+
+
+def _has_negative(given: dict[str, Any]) -> bool:
+    """Whether there is a negative prompt other than the empty one.
 
     The unconditional Gaussian represents the empty prompt. A negative prompt has its own mean and the same
     covariance. With equal covariances, guidance only shifts the mean: μ₋ + w(μ − μ₋).
     """
-    mean = stats.prompt_mean(features_of(encoded[0]))
-    # Set by the pipeline's call before it encodes. Flux takes its scale as a model input and lacks it.
-    guided = getattr(pipe, "do_classifier_free_guidance", False)
-    scale = float(pipe.guidance_scale) if guided else 1.0
     negative = given.get("negative_prompt")
-    negative = [negative] if isinstance(negative, str) or negative is None else negative
-    if scale == 1:
-        return mean, 1.0
-    if given.get("negative_prompt_embeds") is not None or any(negative):
-        away = stats.prompt_mean(features_of(encoded[1]))
-        return away + scale * (mean - away), 1.0
-    return mean, scale if stats.unconditional is not None else 1.0
+    texts = [negative] if isinstance(negative, str) or negative is None else negative
+    return given.get("negative_prompt_embeds") is not None or any(texts)
 
 
 def _scales_its_input(pipe: Any) -> bool:
