@@ -37,8 +37,10 @@ class Family:
         channels: index of the channel axis in `latents`.
         guidance: the argument of the call that sets the guidance scale; None if there is none.
         embedded: whether the denoiser takes a guidance scale as an input.
+        free_at: the scale at which classifier-free guidance is off; None where the scale is for `embedded` only.
         guided, unguided: values for the call, with and without guidance.
         prompted: whether the call takes prompts.
+        per_prompt: the argument for the number of images for each prompt; None if there is none.
         prompt_lists: whether `encode_prompt` returns a list with one tensor for each prompt.
         output: the attribute of the result that has the images; "" for a result that is itself the tensor.
         denoisers: names of the networks that are called in the denoising loop, in the order of their first calls.
@@ -55,9 +57,11 @@ class Family:
     channels: int = 0
     guidance: str | None = "guidance_scale"
     embedded: bool = False
+    free_at: float | None = 1.0
     guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 5.0})
     unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     prompted: bool = True
+    per_prompt: str | None = "num_images_per_prompt"
     prompt_lists: bool = False
     output: str = "images"
     denoisers: tuple[str, ...] = ("transformer",)
@@ -788,7 +792,7 @@ FAMILIES: dict[str, Family] = {
     "sd-controlnet": Family(_controlnet, (4, 8, 8), **_UNET, call=_EIGHT, rows=_pictures),
     "sd-ip-adapter": Family(_ip_adapter, (4, 8, 8), **_UNET, call=_EIGHT, rows=_image_embeds),
     "sd-pag": Family(_pag, (4, 8, 8), **_UNET, call={**_EIGHT, "pag_scale": 3.0}),
-    "lcm": Family(_lcm, (4, 8, 8), **_UNET, embedded=True, call=_EIGHT),
+    "lcm": Family(_lcm, (4, 8, 8), **_UNET, embedded=True, free_at=None, call=_EIGHT),
     "sd3": Family(tiny._sd3, (4, 8, 8), "flow", call=_EIGHT),
     "flux": Family(_flux, (4, 8, 8), "flow", "2x2", embedded=True, **_TRUE, call=_SHORT),
     "flux-schnell": Family(lambda: _flux(embedded=False), (4, 8, 8), "flow", "2x2", **_TRUE, call=_SHORT),
@@ -798,6 +802,7 @@ FAMILIES: dict[str, Family] = {
         "flow",
         "1x1",
         embedded=True,
+        free_at=None,
         unguided={"guidance_scale": 0.0},
         call=_SHORT,
     ),
@@ -805,7 +810,15 @@ FAMILIES: dict[str, Family] = {
     "qwen": Family(
         _qwen, (4, 8, 8), "flow", "2x2", **_TRUE, call={"height": 16, "width": 16, "max_sequence_length": 256}
     ),
-    "zimage": Family(_zimage, (4, 8, 8), "flow", prompt_lists=True, call=_SHORT),
+    "zimage": Family(
+        _zimage,
+        (4, 8, 8),
+        "flow",
+        free_at=0.0,
+        unguided={"guidance_scale": 0.0},
+        prompt_lists=True,
+        call=_SHORT,
+    ),
     "sana": Family(
         _sana,
         (4, 8, 8),
@@ -834,31 +847,46 @@ FAMILIES: dict[str, Family] = {
     "cogview4": Family(_cogview4, (4, 8, 8), "flow", call={"height": 16, "width": 16}),
     "chroma": Family(_chroma, (4, 8, 8), "flow", "2x2", call=_SHORT),
     "kandinsky5": Family(_kandinsky5, (1, 8, 8, 4), "flow", channels=3, output="image", call=_BIG),
-    "wan": Family(_wan, (4, 2, 4, 4), "flow", output="frames", call=_VIDEO),
+    "wan": Family(
+        _wan, (4, 2, 4, 4), "flow", output="frames", per_prompt="num_videos_per_prompt", call=_VIDEO
+    ),
     "wan22": Family(
         lambda: _wan(two=True),
         (4, 2, 4, 4),
         "flow",
         output="frames",
+        per_prompt="num_videos_per_prompt",
         denoisers=("transformer", "transformer_2"),
         call=_VIDEO,
     ),
-    "ltx": Family(_ltx, (4, 2, 8, 8), "flow", "1x1", output="frames", call=_VIDEO),
-    "cogvideox": Family(_cogvideox, (2, 4, 4, 4), "diffusion", channels=1, output="frames", call=_VIDEO),
+    "ltx": Family(
+        _ltx, (4, 2, 8, 8), "flow", "1x1", output="frames", per_prompt="num_videos_per_prompt", call=_VIDEO
+    ),
+    "cogvideox": Family(
+        _cogvideox,
+        (2, 4, 4, 4),
+        "diffusion",
+        channels=1,
+        output="frames",
+        per_prompt=None,
+        call=_VIDEO,
+    ),
     "dit": Family(
         _dit,
         (4, 8, 8),
         "diffusion",
         prompted=False,
+        per_prompt=None,
         rows=lambda numbers, guided: {"class_labels": [3 + 2 * i for i in numbers]},
     ),
-    "ldm": Family(_ldm, (4, 8, 8), **_UNET, call=_BIG),
+    "ldm": Family(_ldm, (4, 8, 8), **_UNET, per_prompt=None, call=_BIG),
     "ddpm": Family(
         tiny._ddpm,
         (3, 8, 8),
         **_UNET,
         **_NO_GUIDANCE,
         prompted=False,
+        per_prompt=None,
         rows=lambda numbers, guided: {"batch_size": len(numbers)},
     ),
     "modular-sdxl": Family(
@@ -871,6 +899,7 @@ FAMILIES: dict[str, Family] = {
         "2x2",
         **_NO_GUIDANCE,
         embedded=True,
+        free_at=None,
         output="",
         call=_SHORT,
         modular=True,
@@ -921,7 +950,7 @@ def inputs(name: str, batch: int = 1, steps: int = 4, guided: bool = True, first
     call = {"num_inference_steps": steps, "output_type": "pt", **family.call}
     call |= family.guided if guided else family.unguided
     if family.prompted:
-        call["prompt"] = [f"a {string.ascii_lowercase[i] * (3 + 2 * i)}" for i in numbers]
+        call["prompt"] = [f"a {string.ascii_lowercase[i] * (3 + 4 * i)}" for i in numbers]
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * batch
     return call | (family.rows(numbers, guided) if family.rows else {})
