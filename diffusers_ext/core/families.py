@@ -49,14 +49,15 @@ def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[in
     Raises:
         ValueError: the latents are not packed in 2 × 2 patches.
     """
-    step = 2 * pipe.vae_scale_factor
-    shape = (packed.shape[2] // 4, 2 * (int(given["height"]) // step), 2 * (int(given["width"]) // step))
-    if not is_packed(packed.shape[1:], shape):
-        raise ValueError(
-            f"{type(pipe).__name__} has latents of shape {tuple(packed.shape[1:])}, which is not {shape} packed in"
-            " 2 × 2 patches: this layout is not supported."
-        )
-    return shape
+    step = 2 * getattr(pipe, "vae_scale_factor", 0)  # pipelines for videos have other factors
+    if step:
+        shape = (packed.shape[2] // 4, 2 * (int(given["height"]) // step), 2 * (int(given["width"]) // step))
+        if is_packed(packed.shape[1:], shape):
+            return shape
+    raise ValueError(
+        f"{type(pipe).__name__} has latents of shape {tuple(packed.shape[1:])}, which are not those of an image in"
+        " 2 × 2 patches: this layout is not supported."
+    )
 
 
 # --- scale ---

@@ -315,9 +315,17 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True) -> 
         ValueError: the pipeline has no `encode_prompt`, or it returns other values.
     """
     encoded = _encode(pipe, prompts, guidance)
-    if not isinstance(encoded, tuple | list) or len(encoded) not in _ENCODED:
-        raise ValueError(f"{type(pipe).__name__}.encode_prompt returns values in an unknown layout.")
-    return {name: value for name, value in zip(_ENCODED[len(encoded)], encoded) if value is not None}
+    names = _ENCODED.get(len(encoded), ()) if isinstance(encoded, tuple) else ()
+    found = {name: value for name, value in zip(names, encoded) if value is not None}
+    # Others return as many values, among them masks.
+    axes = {name: 2 if "pooled" in name else 3 for name in names}
+    embeds = all(_is_float(value) and value.ndim == axes[name] for name, value in found.items())
+    if not found or not embeds or not found.keys() <= parameters_of(pipe).keys():
+        raise ValueError(
+            f"{type(pipe).__name__}.encode_prompt returns other values than that of SD, SDXL, SD3 or Flux, so its"
+            " prompts cannot be encoded here."
+        )
+    return found
 
 
 @torch.no_grad()
@@ -325,10 +333,35 @@ def prompt_embeddings(pipe: Any, prompts: Sequence[str]) -> Tensor:
     """Prompt embeddings (n, tokens, width) without guidance: the first value that `encode_prompt` returns.
 
     Raises:
-        ValueError: the pipeline has no `encode_prompt`.
+        ValueError: the pipeline has no `encode_prompt`, or its first value is not one tensor.
     """
-    encoded = _encode(pipe, prompts, guidance=False)
-    return encoded[0] if isinstance(encoded, tuple | list) else encoded
+    return embeddings_of(pipe, _encode(pipe, prompts, guidance=False))[0]
+
+
+def embeddings_of(pipe: Any, encoded: Any) -> list[Tensor]:
+    """The embeddings among the values of `encode_prompt`: those of the prompt and, if there are any, of the negative.
+
+    Args:
+        pipe: the pipeline.
+        encoded: what its `encode_prompt` returned.
+
+    Raises:
+        ValueError: the first value is not one tensor of embeddings.
+    """
+    values = encoded if isinstance(encoded, tuple) else (encoded,)
+    first = values[0]
+    if not _is_float(first):
+        raise ValueError(
+            f"{type(pipe).__name__}.encode_prompt returns a {type(first).__name__} and not one tensor of embeddings,"
+            " which is not supported."
+        )
+    # Between the two there may be masks and ids, which have other shapes.
+    shapes = [(value.ndim, value.shape[-1]) if _is_float(value) else None for value in values]
+    return [value for value, shape in zip(values, shapes) if shape == shapes[0]]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _encode(pipe: Any, prompts: Sequence[str], guidance: bool) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.families import noise_scale, pack, unpack, unpacked_shape
-from ..core.pipeline import HookHandle, add_hook, initial_noise, parameters_of
+from ..core.pipeline import HookHandle, add_hook, embeddings_of, initial_noise, parameters_of
 from .npnet import NPNetModel
 
 # Attribute of a pipeline with its `GoldenNoise`.
@@ -42,7 +42,7 @@ class GoldenNoise:
     def remember(self, given: dict[str, Any], encoded: Any) -> Any:
         """Stores the first embeddings of a call, those of the prompt; Flux encodes the negative one later."""
         if self._prompt_embeds is None:
-            self._prompt_embeds = encoded[0] if isinstance(encoded, tuple | list) else encoded
+            self._prompt_embeds = embeddings_of(self.pipe, encoded)[0]
         return encoded
 
     def replace(self, given: dict[str, Any], prepared: Any) -> Any:

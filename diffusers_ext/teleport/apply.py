@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.pipeline import HookHandle, add_hook, parameters_of
+from ..core.pipeline import HookHandle, add_hook, embeddings_of, parameters_of
 from .gaussian import GaussianStats
 from .prompt_map import features_of
 from .scheduler import TeleportScheduler
@@ -133,7 +133,7 @@ class _PromptReader:
         if not self.reading:  # encoded by the user, outside of a call
             return encoded
         parameters = parameters_of(self.pipe, "encode_prompt")
-        embeds = _embeddings(self.pipe, encoded)
+        embeds = embeddings_of(self.pipe, encoded)
         mean = self.scheduler.stats.prompt_mean(features_of(embeds[0]))
         if self.mean is None:
             switch = parameters.get("do_classifier_free_guidance")
@@ -164,7 +164,9 @@ class _PromptReader:
         Raises:
             ValueError: the call is guided, and the pipeline does not tell its scale.
         """
-        known = all(hasattr(type(self.pipe), name) for name in ("do_classifier_free_guidance", "guidance_scale"))
+        known = all(
+            hasattr(type(self.pipe), name) for name in ("do_classifier_free_guidance", "guidance_scale")
+        )
         if known and self.pipe.do_classifier_free_guidance:
             return float(self.pipe.guidance_scale) + (1 if _is_free_at_zero(self.pipe) else 0)
         if guided and not known:
@@ -187,25 +189,6 @@ def _is_free_at_zero(pipe: Any) -> bool:
         return bool(pipe.do_classifier_free_guidance)
     finally:
         pipe._guidance_scale = scale
-
-
-def _embeddings(pipe: Any, encoded: Any) -> list[Tensor]:
-    """The embeddings among the results of `encode_prompt`: those of the prompt, then of the negative prompt."""
-    values = list(encoded) if isinstance(encoded, tuple | list) else [encoded]
-    first = values[0] if values else None
-    if isinstance(encoded, list) or not isinstance(first, Tensor) or not first.is_floating_point():
-        raise ValueError(
-            f"{type(pipe).__name__}.encode_prompt does not return its embeddings as one tensor, so the prompt map"
-            " cannot read them: remove it with dataclasses.replace(stats, prompt_map=None)."
-        )
-    # Between the two there may be masks and ids, which have other shapes.
-    return [
-        value
-        for value in values
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and (value.ndim, value.shape[-1]) == (first.ndim, first.shape[-1])
-    ]
 
 
 def _has_negative(given: dict[str, Any]) -> bool:
