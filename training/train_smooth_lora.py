@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusers_ext.core.schedules import noising_scheduler
 from diffusers_ext.metrics.istd import compute_istd
 from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
@@ -85,7 +85,7 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
     pipe: Any = load_pipeline(args).to(accelerator.device)
-    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+    scheduler: Any = noising_scheduler(pipe.scheduler)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..core.pipeline import call_pipeline, quiet
+from ..core.schedules import noising_scheduler
 
 CalibrationInput = dict[str, Any]
 
@@ -84,7 +84,7 @@ def noised_calibration_inputs(
     Returns:
         Keyword arguments for a call of the UNet, one dict per timestep.
     """
-    schedule: Any = DDPMScheduler.from_config(scheduler.config)
+    schedule: Any = noising_scheduler(scheduler)
     draw = torch.Generator().manual_seed(seed)
     found = []
     for timestep in timesteps:

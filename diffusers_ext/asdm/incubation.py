@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.extras import require
 from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
+from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
 from ..training.arguments import load_pipeline
 from ..training.checkpoints import checkpoint_only_what_is_trained
@@ -182,7 +183,7 @@ class Incubation:
             student.enable_gradient_checkpointing()
         if args.enable_xformers_memory_efficient_attention:
             student.enable_xformers_memory_efficient_attention()
-        scheduler: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler = noising_scheduler(self.pipe.scheduler)
         blocks = teacher_blocks(self.plan, stage)
         objective = asdm.StageObjective(
             student, self.pipe.unet, blocks, scheduler, self.weights, args.snr_gamma

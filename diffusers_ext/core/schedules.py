@@ -7,12 +7,15 @@ outer step.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from .predictions import Level, clean_prediction
@@ -47,6 +50,30 @@ _DETERMINISTIC = {
     "EulerAncestralDiscreteScheduler": "EulerDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler": "KDPM2DiscreteScheduler",
 }
+
+# The schedulers of models that are distilled to a few steps. Such a model predicts where a path ends and not its
+# direction, and most of these schedulers add noise at every step.
+_DISTILLED = (
+    "LCMScheduler",
+    "TCDScheduler",
+    "SCMScheduler",
+    "FlowMatchLCMScheduler",
+    "CMStochasticIterativeScheduler",
+    "HeliosDMDScheduler",
+    "PiflowScheduler",
+    "FlowMapEulerDiscreteScheduler",
+)
+
+# Their grid of a flow is in `sigmas`, and in `timesteps` what the model is told.
+_FLOW_SOLVERS = (
+    diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.SASolverScheduler,
+)
 
 
 # --- the grid ---
@@ -87,7 +114,7 @@ def is_pndm(scheduler: Any) -> bool:
 
 def grid_levels(scheduler: Any) -> list[Level]:
     """Levels of the N outer steps of the current schedule, noisiest first, without the final point."""
-    kind = scaling(scheduler)
+    kind = "flow" if type(scheduler) is FlowSolverEulerScheduler else scaling(scheduler)
     if kind == "alphas":
         # PNDM's `timesteps` repeats points for its warm-up; `_timesteps` is the grid itself, ascending.
         times = scheduler._timesteps[::-1] if is_pndm(scheduler) else scheduler.timesteps
@@ -116,7 +143,8 @@ def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, 
 
 def prediction_type(scheduler: Any) -> str | None:
     """What a denoiser with this scheduler predicts, as in `PREDICTION_TYPES`; None if unknown."""
-    if "FlowMatch" in type(scheduler).__name__:
+    scheduler = _unwrapped(scheduler)
+    if "FlowMatch" in type(scheduler).__name__ or isinstance(scheduler, FlowSolverEulerScheduler):
         return "flow_prediction"
     kind = scheduler.config.get("prediction_type")
     return "sample" if kind == "original_sample" else kind
@@ -147,33 +175,161 @@ def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, l
 
 
 # --- counterparts ---
+#
+# diffusers' own `from_config` depends on the history of the config: values that were left at the default of the
+# source's class are replaced with the default of the other class (another timestep spacing, for Heun and KDPM2
+# other betas), until the scheduler is saved and loaded. Values of a third class stay in the config and return.
+
+
+def counterpart(scheduler: Any, kind: type, **changes: Any) -> Any:
+    """A new scheduler of class `kind` with the noise schedule and the settings of `scheduler`.
+
+    It depends on what `scheduler` does, and not on how it was made: saved and loaded, copied or made again
+    from its config, it has the same counterpart.
+
+    Args:
+        scheduler: any diffusers scheduler. Of its config, the values of its own class's arguments are used, be
+            they defaults or not.
+        kind: a diffusers scheduler class. Arguments that the class of `scheduler` lacks keep their defaults.
+        changes: arguments of `kind` with another value.
+
+    Returns:
+        A scheduler with the `alphas_cumprod` of `scheduler` (float32, on the CPU) if it has any, and with the
+            shift of its `set_shift`.
+    """
+    scheduler = _unwrapped(scheduler)
+    config = scheduler.config
+    # A None leaves the choice to the class.
+    values = {
+        n: config[n] for n in _arguments(type(scheduler)) & _arguments(kind) if config.get(n) is not None
+    }
+    values |= changes
+    if "trained_betas" in values:
+        values["trained_betas"] = np.asarray(values["trained_betas"]).tolist()
+    if kind is not type(scheduler) and values.get("beta_schedule", "linear") not in _BETA_SCHEDULES:
+        values["trained_betas"] = scheduler.betas.tolist()
+    found: Any = kind(**values)
+    if getattr(scheduler, "alphas_cumprod", None) is not None:
+        # Not only what the arguments say: a pipeline or a user may have set it, and classes differ in what
+        # they make of the same betas (rescale_betas_zero_snr, snr_shift_scale).
+        alphas = scheduler.alphas_cumprod.detach().to("cpu", torch.float32, copy=True)
+        if hasattr(found, "lambda_t"):
+            alphas[alphas == 0] = 2**-24  # solvers in log-SNR keep off zero, by the same number
+        found.alphas_cumprod = alphas
+        for name in ("final_alpha_cumprod", "initial_alpha_cumprod"):
+            if hasattr(found, name) and not found.config.set_alpha_to_one:
+                setattr(found, name, alphas[0])
+    if hasattr(scheduler, "set_shift") and hasattr(found, "set_shift"):
+        found.set_shift(scheduler.shift)
+    return found
+
+
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that all classes know
+
+
+def _arguments(kind: type) -> set[str]:
+    # A subclass may pass its arguments on.
+    parameters = [p for base in kind.__mro__ for p in inspect.signature(base.__init__).parameters.values()]
+    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {"self"}
+
+
+def _unwrapped(scheduler: Any) -> Any:
+    """The wrapped scheduler, if `scheduler` stands in for another one."""
+    return getattr(scheduler, "inner", scheduler)
 
 
 def same_grid_deterministic(scheduler: Any) -> Any:
     """The deterministic solver on the same grid if `scheduler` is stochastic, else `scheduler` itself."""
-    name = _DETERMINISTIC.get(type(scheduler).__name__)
-    return getattr(diffusers, name).from_config(scheduler.config) if name else scheduler
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in _DETERMINISTIC:
+        return counterpart(scheduler, getattr(diffusers, _DETERMINISTIC[name]))
+    algorithm = str(config.get("algorithm_type"))
+    if algorithm.startswith("sde-"):
+        return counterpart(scheduler, type(scheduler), algorithm_type=algorithm.removeprefix("sde-"))
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and config.stochastic_sampling:
+        return counterpart(scheduler, type(scheduler), stochastic_sampling=False)
+    return scheduler
+
+
+def noising_scheduler(scheduler: Any) -> DDPMScheduler:
+    """A `DDPMScheduler` with the noise schedule and prediction type of `scheduler`, for training.
+
+    Raises:
+        ValueError: `scheduler` is that of a flow, or has no `alphas_cumprod`.
+    """
+    _check_alphas(scheduler, flow=False)
+    return counterpart(scheduler, DDPMScheduler)
 
 
 def first_order_scheduler(scheduler: Any) -> Any:
     """The deterministic first-order solver with the noise schedule of `scheduler`: DDIM, or Euler for a flow.
 
-    Clipping is off, so that its steps can be inverted. Inversion, editing and re-denoising use this solver.
+    Inversion, editing and re-denoising use this solver. Clipping is off, so that its steps can be inverted.
+
+    DDIM has the `alphas_cumprod`, `steps_offset` and `set_alpha_to_one` of `scheduler`, and its
+    `timestep_spacing` if that is "leading" or "trailing". With "linspace" it is "leading": DDIM's steps are
+    `num_train_timesteps // num_inference_steps` long, which "linspace" is not, and `DDIMInverseScheduler` has
+    no "linspace". Grids in σ (`use_karras_sigmas` and the like) are not those of DDIM.
+
+    Euler has exactly the levels and timesteps of `scheduler`, with dynamic shifting, `flow_shift` and grids
+    in σ.
+
+    Args:
+        scheduler: a scheduler with `alphas_cumprod`, or one of a flow: `FlowMatchEulerDiscreteScheduler`,
+            `FlowMatchHeunDiscreteScheduler`, or DPM-Solver, UniPC, DEIS or SA-Solver with `use_flow_sigmas`.
 
     Raises:
-        ValueError: the scheduler has no `alphas_cumprod` and is not a flow.
+        ValueError: the scheduler is that of a distilled model, or is neither. `set_timesteps` of Euler
+            raises a ValueError if the grid of `scheduler` is not that of a flow.
     """
-    config = scheduler.config
-    if prediction_type(scheduler) == "flow_prediction":
-        # Solvers of other families name the shift of flow sigmas `flow_shift`.
-        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}
-        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False, **shift)
-    if getattr(scheduler, "alphas_cumprod", None) is None:
+    scheduler = _unwrapped(scheduler)
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in _DISTILLED:
         raise ValueError(
-            f"{type(scheduler).__name__} has no alphas_cumprod and is not a flow, so its noise levels are not known."
-            " Use a pipeline with the noise schedule of DDIM, DPM-Solver or FlowMatchEuler."
+            f"{name} belongs to a model that is distilled to a few steps, which has no path to invert, edit or"
+            " step along. Load the model that it was distilled from (without its LoRA, if it is one), or, if this"
+            " model is not distilled, set the scheduler that it was trained with, such as pipe.scheduler ="
+            " DDIMScheduler.from_config(pipe.scheduler.config)."
         )
-    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+    if prediction_type(scheduler) == "flow_prediction":
+        return _flow_euler(scheduler)
+    _check_alphas(scheduler, flow=True)
+    # Also where another class has left them in the config: they describe the model's own sampling.
+    kept = {key: config[key] for key in ("steps_offset", "set_alpha_to_one") if key in config}
+    spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"
+    return counterpart(
+        scheduler, DDIMScheduler, **kept, timestep_spacing=spacing, clip_sample=False, thresholding=False
+    )
+
+
+def _check_alphas(scheduler: Any, flow: bool) -> None:
+    missing = getattr(scheduler, "alphas_cumprod", None) is None
+    if missing or prediction_type(scheduler) == "flow_prediction":
+        name = type(_unwrapped(scheduler)).__name__
+        raise ValueError(
+            f"{name} has no alphas_cumprod{' and is not a flow' if flow else ''}, so its noise levels are not known."
+            f" Use a pipeline with the noise schedule of DDIM{', DPM-Solver or FlowMatchEuler' if flow else ''}."
+            if missing
+            else f"{name} is that of a flow, expected the noise schedule of DDPM: use a pipeline with alphas_cumprod"
+            " and a prediction_type of epsilon, v_prediction or sample."
+        )
+
+
+def _flow_euler(scheduler: Any) -> Any:
+    kind = type(scheduler)
+    if isinstance(scheduler, FlowSolverEulerScheduler):
+        return kind(scheduler.solver)
+    if not isinstance(scheduler, _FLOW_SOLVERS):
+        expected = ", ".join(solver.__name__ for solver in _FLOW_SOLVERS)
+        raise ValueError(
+            f"The levels of {kind.__name__} are not known. Expected a scheduler of a flow: {expected}."
+        )
+    plain = kind is FlowMatchEulerDiscreteScheduler
+    found = counterpart(scheduler, kind, **({"stochastic_sampling": False} if plain else {}))
+    # Pipelines read settings of other classes, such as base_image_seq_len.
+    settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    found.register_to_config(**{**settings, **found.config})
+    return found if plain else FlowSolverEulerScheduler(found)
 
 
 def inverse_scheduler(scheduler: Any) -> Any:
@@ -184,20 +340,60 @@ def inverse_scheduler(scheduler: Any) -> Any:
     """
     forward = first_order_scheduler(scheduler)
     if isinstance(forward, DDIMScheduler):
-        return DDIMInverseScheduler.from_config(forward.config)
-    return FlowMatchEulerInverseScheduler.from_config(forward.config)
+        return counterpart(forward, DDIMInverseScheduler)
+    return FlowMatchEulerInverseScheduler(forward)
 
 
-class FlowMatchEulerInverseScheduler(FlowMatchEulerDiscreteScheduler):
-    """The Euler steps of `FlowMatchEulerDiscreteScheduler` in reverse, from the image to the noise.
+class FlowSolverEulerScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps on the grid of another solver of a flow.
+
+    Args:
+        solver: a flow scheduler with `sigmas`. It is only used for its `set_timesteps`, whose arguments this
+            scheduler takes, and for its config.
+    """
+
+    def __init__(self, solver: Any):
+        super().__init__(num_train_timesteps=solver.config.num_train_timesteps)
+        self.solver = solver
+        # Pipelines read the settings of the shift from the config.
+        values = {name: value for name, value in solver.config.items() if not name.startswith("_")}
+        self.register_to_config(**{**values, "stochastic_sampling": False})
+
+    # Pipelines inspect the signature to decide which arguments to pass.
+    @property
+    def set_timesteps(self) -> Callable[..., None]:  # type: ignore[override]
+        """Same as that of the solver; see there.
+
+        Raises:
+            ValueError: levels outside [0, 1]. For example, DPM-Solver ignores `use_flow_sigmas` with
+                `use_karras_sigmas`.
+        """
+        return functools.wraps(self.solver.set_timesteps)(functools.partial(type(self)._set_timesteps, self))
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        solver = self.solver
+        solver.set_timesteps(*args, **kwargs)
+        # Second-order solvers repeat grid points.
+        sigmas = torch.cat([solver.sigmas[:-1][:: solver.order], solver.sigmas[-1:]])
+        if not 0 <= float(sigmas.min()) <= float(sigmas.max()) <= 1:
+            raise ValueError(
+                f"The grid of {type(solver).__name__} goes from σ = {float(sigmas[0]):.4g} to"
+                f" {float(sigmas[-1]):.4g}, expected levels of a flow, from 1 to 0. Use it with use_flow_sigmas=True"
+                " and without use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas and use_lu_lambdas."
+            )
+        # Integers would be taken for indices.
+        self.sigmas, self.timesteps = sigmas, solver.timesteps[:: solver.order].to(torch.float32)
+        self.num_inference_steps = len(self.timesteps)
+        self._step_index = self._begin_index = None
+
+
+class FlowMatchEulerInverseScheduler(FlowSolverEulerScheduler):
+    """The Euler steps of `solver` in reverse, from the image to the noise.
 
     Every step uses the model's prediction at the level that it goes to, as in `DDIMInverseScheduler`. The
     model is therefore called at the same levels in both directions.
     """
 
-    # Pipelines inspect this signature to decide which arguments to pass.
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """Same as in the base class, but from the lowest level up."""
-        super().set_timesteps(*args, **kwargs)
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_timesteps(*args, **kwargs)
         self.sigmas, self.timesteps = self.sigmas.flip(0), self.timesteps.flip(0)

@@ -12,6 +12,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.schedules import counterpart
 from ..core.storage import ShardStore, read_tensors
 from .projector import Projector, falling_timesteps
 
@@ -44,7 +45,9 @@ def teacher_flow(
     Returns:
         (b, C, H, W).
     """
-    solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    solver = counterpart(
+        scheduler, DPMSolverMultistepScheduler, timestep_spacing="trailing", algorithm_type="dpmsolver++"
+    )
     if timestep is None:
         solver.set_timesteps(num_inference_steps, device=noise.device)
     else:

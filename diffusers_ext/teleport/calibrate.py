@@ -244,6 +244,8 @@ def _squared_error(states: np.ndarray, reference: np.ndarray) -> float:
 class _Probe(OneCall):
     """Replaces the pipeline's noise with noised clean samples, and records one model prediction for them."""
 
+    clean: Tensor
+    index: int
     level: Level
     noisy: Tensor
     denoised: Tensor

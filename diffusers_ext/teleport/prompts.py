@@ -61,7 +61,7 @@ class OneCall(TeleportScheduler):
 
     def _one_step(self, *args: Any, **kwargs: Any) -> None:
         self._set_timesteps(*args, **kwargs)
-        self._timesteps = self.timesteps[:1]
+        self._shown = self.timesteps[:1]
         self._begin_at(self._offset)
 
     def _read(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from . import saving
 from .gaussian import GaussianStats
 
 _CONFIG_KEY = "_teleport"
+# Properties that the wrapped scheduler lacks a setter for: its own error is raised.
+_READ_ONLY = ("step_index", "begin_index", "compatibles")
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
@@ -40,8 +44,18 @@ class Delegated:
         )
 
 
+@functools.cache
+def _own_names(kind: type) -> frozenset[str]:
+    """The attributes that a proxy class and its bases down to `SchedulerProxy` annotate."""
+    classes = [base for base in kind.__mro__ if issubclass(base, SchedulerProxy)]
+    return frozenset(name for base in classes for name in inspect.get_annotations(base))
+
+
 class SchedulerProxy(SchedulerMixin, ConfigMixin):
     """Wraps a scheduler, delegates to it, and is saved with its statistics.
+
+    An instance attribute belongs to the proxy if its class annotates it. All others, private ones included,
+    are read from, set on and deleted from the wrapped scheduler.
 
     `scheduler_config.json` contains the config of the wrapped scheduler and, under one private key, its class
     name and how far to skip. The same file therefore still configures the plain scheduler.
@@ -73,13 +87,17 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
             "TeleportScheduler.from_scheduler(Scheduler.from_config(config), stats) or from_pretrained(...)."
         )
 
-    def save_pretrained(
+    def save_config(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Writes `teleport_stats.npz` and `scheduler_config.json`. The means of `set_mean` are not saved."""
-        os.makedirs(save_directory, exist_ok=True)
-        saving.write_archive(save_directory, self.stats.to_dict_of_arrays())
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        """Writes `teleport_stats.npz` and `scheduler_config.json`, as `save_pretrained` does.
+
+        The means of `set_mean` are not saved.
+        """
+        if not os.path.isfile(save_directory):  # the base class raises an error
+            os.makedirs(save_directory, exist_ok=True)
+            saving.write_archive(save_directory, self.stats.to_dict_of_arrays())
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -115,10 +133,32 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
     # -- everything else is delegated to the wrapped scheduler
 
     def __getattr__(self, name: str) -> Any:
-        # Private names are not delegated: copy and pickle look them up on instances without `inner`.
-        if name.startswith("_") or "inner" not in self.__dict__:
+        # Called for what the proxy itself lacks. Copy and pickle look up special methods on instances that
+        # have no `inner` yet.
+        if name.startswith("__") or "inner" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _own_names(type(self)) or (hasattr(type(self), name) and name not in _READ_ONLY):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.inner, name, value)
+            self._wrapped_changed()
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self.inner, name)
+
+    def _wrapped_changed(self) -> None:
+        """Called after an attribute of the wrapped scheduler was set through the proxy."""
+
+    def __copy__(self) -> Any:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, inner=copy.copy(self.inner))
+        return other
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -130,15 +170,13 @@ class SchedulerProxy(SchedulerMixin, ConfigMixin):
 
     @property
     def _internal_dict(self) -> FrozenDict:
-        # The value of `config`. It has the class name of the wrapped scheduler, so that
-        # OtherScheduler.from_config(config) drops that scheduler's own options without a warning. Our keys
-        # are added when saving.
-        return FrozenDict({**self.inner.config, "_class_name": type(self.inner).__name__})
+        # The value of `config`; our keys are added when saving.
+        return self.inner._internal_dict
 
     @_internal_dict.setter
     def _internal_dict(self, config: dict[str, Any]) -> None:
         # Stable Diffusion pipelines update outdated configs in place; the wrapped scheduler needs the change.
-        self.inner._internal_dict = FrozenDict(config)
+        self.inner._internal_dict = config
 
 
 def _stats_of(path: str) -> GaussianStats:

@@ -46,10 +46,27 @@ class TeleportScheduler(SchedulerProxy):
     step in `"first_call"` mode, which would save nothing), every call goes to the wrapped scheduler
     unchanged.
 
+    All other attributes are those of the wrapped scheduler, also when they are set. While steps are skipped,
+    `timesteps`, `sigmas`, `step_index`, `begin_index` and `index_for_timestep` refer to the remaining grid.
+    `timesteps` and `sigmas` may then be moved to another device or dtype, and setting other values is an error.
+
     Raises:
         ValueError: an unsupported or already wrapped scheduler, a `skip`, `sigma` or `mean_from` out of
             range, or `skip="auto"` with uncalibrated `stats`.
     """
+
+    # The instance attributes that are not the wrapped scheduler's.
+    _mean: torch.Tensor | None
+    _guidance_scale: float
+    _known_levels: list[Level] | None
+    _skipped: int
+    _offset: int
+    _shown: torch.Tensor | None
+    _waiting: bool
+    _input_scaled: bool
+    _input_mapped: bool
+    _disarmed: bool
+    _cache: tuple[torch.Tensor, torch.Tensor] | None
 
     def __init__(
         self,
@@ -75,7 +92,7 @@ class TeleportScheduler(SchedulerProxy):
         self.skip = skip
         self.sigma = sigma
         self.mean_from = mean_from
-        self._mean: torch.Tensor | None = None
+        self._mean = None
         self._guidance_scale = 1.0
         self._forget_schedule()
 
@@ -95,10 +112,10 @@ class TeleportScheduler(SchedulerProxy):
     # -- the schedule
 
     def _forget_schedule(self) -> None:
-        self._levels: list[Level] = []
+        self._known_levels = None
         self._skipped = 0  # outer steps that the transport replaces
         self._offset = 0  # entries that the exposed grid lacks at its start
-        self._timesteps: torch.Tensor | None = None
+        self._shown = None  # the exposed timesteps, if they are not the wrapped scheduler's
         self._forget_start()
 
     def _forget_start(self) -> None:
@@ -106,13 +123,22 @@ class TeleportScheduler(SchedulerProxy):
         self._input_scaled = False  # the first model input was mapped by scale_model_input
         self._input_mapped = False  # ... or by a hook on the denoiser
         self._disarmed = False  # the hook was called by another pipeline
-        self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._cache = None  # the initial noise and its transport
+
+    def _wrapped_changed(self) -> None:
+        self._known_levels = None
+
+    @property
+    def _levels(self) -> list[Level]:
+        # Computed when needed: with nothing to skip, a grid without known levels must work too.
+        if self._known_levels is None:
+            self._known_levels = grid_levels(self.inner)
+        return self._known_levels
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         inner = self.inner
         inner.set_timesteps(*args, **kwargs)
         self._forget_schedule()
-        self._levels = grid_levels(inner)
         skipped = self._steps_to_skip()
         if skipped <= (1 if self.mean_from == "first_call" else 0):
             return
@@ -122,14 +148,19 @@ class TeleportScheduler(SchedulerProxy):
             restart_pndm(inner, skipped)
         else:
             self._offset = skipped * inner.order
-        self._timesteps = inner.timesteps[self._offset :]
+        kept = inner.timesteps[self._offset :]
+        self._shown = torch.cat([first, kept]) if self.mean_from == "first_call" else kept
         if self.mean_from == "first_call":
-            self._timesteps = torch.cat([first, inner.timesteps[self._offset :]])
+            if hasattr(inner, "sigmas"):
+                # `sigmas` is a view of the wrapped ones, so that writing its elements has an effect.
+                inner.sigmas[self._offset - 1] = inner.sigmas[0]
             self._begin_at(0)
         else:
             self._begin_at(self._offset)
 
     def _steps_to_skip(self) -> int:
+        if self.sigma is None and self.skip == 0:
+            return 0
         count = len(self._levels)
         sigma = self.sigma
         if sigma is None and self.skip == "auto":
@@ -167,31 +198,92 @@ class TeleportScheduler(SchedulerProxy):
                 "or restore the wrapped scheduler (dx.remove_teleport(pipe) or pipe.scheduler.inner)."
             )
 
+    def _index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
+        if schedule_timesteps is None and self._skipped:
+            schedule_timesteps = self.timesteps
+        return self.inner.index_for_timestep(timestep, schedule_timesteps)
+
     set_timesteps = Delegated(_set_timesteps)
     set_begin_index = Delegated(_set_begin_index)
+    index_for_timestep = Delegated(_index_for_timestep)
 
     @property
     def timesteps(self) -> torch.Tensor:
         """The timesteps that the pipeline iterates over: the grid without its skipped part."""
-        return self.inner.timesteps if self._timesteps is None else self._timesteps
+        return self.inner.timesteps if self._shown is None else self._shown
+
+    @timesteps.setter
+    def timesteps(self, timesteps: torch.Tensor) -> None:
+        self._set_grid("timesteps", timesteps)
+        if self._skipped:
+            self._shown = timesteps
 
     @property
     def sigmas(self) -> torch.Tensor:
         """The wrapped σ grid cut like `timesteps`; AttributeError if the wrapped scheduler has none."""
-        sigmas = self.inner.sigmas
-        kept = sigmas[self._offset :]
-        first_call = self._skipped > 0 and self.mean_from == "first_call"
-        return torch.cat([sigmas[:1], kept]) if first_call else kept
+        return self.inner.sigmas[self._first_shown :] if self._skipped else self.inner.sigmas
+
+    @sigmas.setter
+    def sigmas(self, sigmas: torch.Tensor) -> None:
+        self._set_grid("sigmas", sigmas)
+
+    def _set_grid(self, name: str, values: torch.Tensor) -> None:
+        if self._skipped:
+            shown = getattr(self, name)
+            if values.shape != shown.shape or not torch.equal(values, shown.to(values)):
+                raise ValueError(
+                    f"{name} was set to other values while {self._skipped} steps are skipped, which would no longer"
+                    " fit the skipped part. Give the schedule to set_timesteps(timesteps=... or sigmas=...), or set"
+                    f" {name} on the wrapped scheduler (dx.remove_teleport(pipe) or pipe.scheduler.inner)."
+                )
+            values = getattr(self.inner, name).to(values)
+        setattr(self.inner, name, values)
+
+    @property
+    def _first_shown(self) -> int:
+        """Index in the wrapped grid of the entry that is exposed as the first."""
+        return self._offset - (1 if self._skipped and self.mean_from == "first_call" else 0)
 
     @property
     def step_index(self) -> int | None:
         """Position in the exposed grid, so that `sigmas[step_index]` is the current σ."""
-        index = self.inner.step_index
-        if index is None or self._skipped == 0:
-            return index
-        if self.mean_from == "stats":
-            return index - self._offset
-        return index if self._waiting else index - self._offset + 1
+        return self._shown_index(self.inner.step_index)
+
+    @property
+    def _step_index(self) -> int | None:
+        return self._shown_index(self.inner._step_index)
+
+    @_step_index.setter
+    def _step_index(self, index: int | None) -> None:
+        # CosmosTextToWorldPipeline repeats every step: one for the x0-prediction, one after guidance.
+        if not self._skipped or index is None:
+            self.inner._step_index = index
+        elif index == 0:
+            self._waiting = True
+            self._input_scaled = self._input_mapped = self._cache is not None
+            self.inner._step_index = 0 if self.mean_from == "first_call" else self._offset
+        else:
+            self.inner._step_index = index + self._first_shown
+
+    @property
+    def begin_index(self) -> int | None:
+        """The first index of the exposed grid, as in the wrapped scheduler."""
+        return self._shown_index(self.inner.begin_index)
+
+    @property
+    def _begin_index(self) -> int | None:
+        return self._shown_index(self.inner._begin_index)
+
+    @_begin_index.setter
+    def _begin_index(self, index: int | None) -> None:
+        if self._skipped:
+            self._set_begin_index(index or 0)
+        else:
+            self.inner._begin_index = index
+
+    def _shown_index(self, index: int | None) -> int | None:
+        at_start = self._waiting and self.mean_from == "first_call"
+        return index if index is None or at_start else index - self._first_shown
 
     @property
     def num_skipped_steps(self) -> int:
@@ -323,7 +415,9 @@ class TeleportScheduler(SchedulerProxy):
             return self._step_from_first_call(model_output, timestep, sample, *args, **kwargs)
         if self._waiting:
             sample = self._first_sample(sample)
-        if isinstance(self.inner, diffusers.LMSDiscreteScheduler):
+        else:
+            self._cache = None
+        if self._skipped and isinstance(self.inner, diffusers.LMSDiscreteScheduler):
             # LMS takes its order from the step index, which includes the skipped steps without derivatives.
             call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
             call.apply_defaults()
@@ -339,28 +433,34 @@ class TeleportScheduler(SchedulerProxy):
                 "dx.apply_teleport(pipe) if pipe.scheduler is a TeleportScheduler already), which adds a "
                 'hook on its denoiser, or mean_from="first_call", which needs none.'
             )
-        if self._mean is not None and self._mean.ndim == sample.ndim and len(self._mean) != len(sample):
-            raise ValueError(f"set_mean was given {len(self._mean)} means for {len(sample)} images.")
-        shown = self._cache[0][: len(sample)] if self._cache else sample
-        if not torch.equal(shown, sample.to(shown.dtype)):
+        shown = self._cache[0] if self._cache else sample
+        count = min(len(shown), len(sample))  # guidance may repeat the images in either place
+        if self._mean is not None and self._mean.ndim == sample.ndim and len(self._mean) != count:
+            raise ValueError(f"set_mean was given {len(self._mean)} means for {count} images.")
+        repeated = shown[:count].repeat(len(sample) // count, *[1] * (shown.ndim - 1))
+        if not torch.equal(repeated, sample.to(shown.dtype)):
             raise ValueError(
                 "The first model call got other latents than step, so the transport would apply to only one of "
                 'them. Use mean_from="first_call" with this pipeline.'
             )
         sample = self._mapped(sample)
-        self._forget_start()
+        self._waiting = False
         return sample
 
     def _step_from_first_call(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
-        clean = scheduler_prediction(self.inner, model_output, sample, self._levels[0])
+        clean = call.arguments.get("pred_original_sample")
+        if clean is None:
+            clean = scheduler_prediction(self.inner, model_output, sample, self._levels[0])
         mean = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
         moved = self._transport(sample, mean)
         clean = clean.to(sample.dtype)
         self._forget_start()
         self._begin_at(self._offset)
+        if hasattr(self.inner, "set_begin_index"):
+            self.inner._step_index = self._offset
         if call.arguments.get("return_dict", True):
             return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=clean)
         return moved, clean
