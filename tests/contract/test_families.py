@@ -1,7 +1,8 @@
-"""What teleportation, golden noise and Smooth-LoRA do on every family of `tests/families.py` today.
+"""What teleportation, golden noise, Smooth-LoRA and core do on every family of `tests/families.py` today.
 
 Every method is put on every family and the call is recorded: what the networks of the denoising loop are shown and
-what the scheduler is given. A cell of the table is one of
+what the scheduler is given. The functions of core that methods are built from are compared with a recorded call of
+the pipeline itself. A cell of the table is one of
 
 - "works": the first input is what the method's formula gives, the call without the method is bit-equal before and
   after, and a batch is its images one by one wherever that is so without the method;
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -33,8 +34,11 @@ from torch import Tensor, nn
 
 import diffusers_ext as dx
 from diffusers_ext import GaussianStats, NPNetModel
+from diffusers_ext.core.images import decode_latents, encode_images, vae_of
+from diffusers_ext.core.pipeline import encode_prompts, initial_noise, model_output
 from diffusers_ext.teleport import prompt_map
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
+from diffusers_ext.teleport.sources import pipeline_samples
 from tests import families, tiny
 
 STEPS = 5
@@ -58,7 +62,9 @@ class Run(NamedTuple):
         times: the first timestep of every such call.
         networks: index of the network of every such call.
         steps: (model output, sample) of every step of the scheduler, each (B, *latents).
+        first: the first sample as the scheduler was given it.
         embeds: what `encode_prompt` first returned first; None if it was not called.
+        end: (B, *latents), the result of the scheduler's last step.
         sigmas, timesteps: the schedule after the call.
     """
 
@@ -67,7 +73,9 @@ class Run(NamedTuple):
     times: list[float]
     networks: list[int]
     steps: list[tuple[Tensor, Tensor]]
+    first: Tensor
     embeds: Any
+    end: Tensor
     sigmas: Any
     timesteps: Tensor
 
@@ -94,6 +102,7 @@ def _one_latent_a_row(name: str, value: Any) -> Tensor:
         assert x.shape[1:] == shape
         return x
     if family.layout == "1x1":
+        assert x.shape[1:] == (torch.Size(shape[1:]).numel(), shape[0])
         return x.movedim(-1, 1).reshape(len(x), *shape)
     channels, height, width = shape
     assert x.shape[1:] == (height * width // 4, 4 * channels)
@@ -103,7 +112,7 @@ def _one_latent_a_row(name: str, value: Any) -> Tensor:
 
 def record(pipe: Any, name: str, batch: int = BATCH, per_prompt: int = 1, **changes: Any) -> Run:
     """Runs `families.images`, with `per_prompt` images for each of `batch` prompts, and records it."""
-    shown, times, networks, steps, embeds = [], [], [], [], []
+    shown, times, networks, steps, samples, embeds, ends = [], [], [], [], [], [], []
     rows = batch * per_prompt
     if per_prompt > 1:
         argument = str(families.FAMILIES[name].per_prompt)
@@ -126,7 +135,11 @@ def record(pipe: Any, name: str, batch: int = BATCH, per_prompt: int = 1, **chan
     @functools.wraps(step)
     def watched_step(output: Tensor, time: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         steps.append(tuple(one_latent_an_image(name, value, rows) for value in (output, sample)))
-        return step(output, time, sample, *args, **kwargs)
+        samples.append(sample.clone())
+        result = step(output, time, sample, *args, **kwargs)
+        after = result[0] if isinstance(result, tuple) else result.prev_sample
+        ends.append(one_latent_an_image(name, after, rows))
+        return result
 
     def watched_encode(*args: Any, **kwargs: Any) -> Any:
         encoded = encode(*args, **kwargs)
@@ -147,7 +160,9 @@ def record(pipe: Any, name: str, batch: int = BATCH, per_prompt: int = 1, **chan
         for handle in handles:
             handle.remove()
     first, sigmas = next(iter(embeds), None), getattr(scheduler, "sigmas", None)
-    return Run(images, shown, times, networks, steps, first, sigmas, scheduler.timesteps)
+    return Run(
+        images, shown, times, networks, steps, samples[0], first, ends[-1], sigmas, scheduler.timesteps
+    )
 
 
 def _parameters(module: nn.Module) -> Any:
@@ -497,7 +512,8 @@ def _faults_of_calls(method: str, name: str, pipe: Any) -> Faults:
     if prompts_can_be_doubled(name):
         two, four = doubled(pipe, name)
         faults += _differ("two images a prompt", two.shown[0], four.shown[0], 1e-5)
-    if runs_in_half(name):
+    # A LoRA in half precision is diffusers' business.
+    if method != "smooth-lora" and runs_in_half(name):
         half = families.build(name, dtype=torch.bfloat16)
         row.apply(half, name)
         found = record(half, name)
@@ -505,16 +521,12 @@ def _faults_of_calls(method: str, name: str, pipe: Any) -> Faults:
     return faults
 
 
-def table() -> dict[tuple[str, str], Outcome]:
-    """Every cell."""
-    return {(method, name): probe(method, name) for name in families.NAMES for method in METHODS}
-
-
-def markdown(cells: dict[tuple[str, str], Outcome]) -> str:
-    """The table, and below it the reasons of the cells that do not work."""
-    lines = ["| family | " + " | ".join(METHODS) + " |", "|" + " --- |" * (len(METHODS) + 1)]
+def markdown(columns: Iterable[str], probed: Callable[[str, str], Outcome]) -> str:
+    """A table of every cell, and below it the reasons of the cells that do not work."""
+    cells = {(column, name): probed(column, name) for name in families.NAMES for column in columns}
+    lines = ["| family | " + " | ".join(columns) + " |", "|" + " --- |" * (len(list(columns)) + 1)]
     lines += [
-        f"| {name} | " + " | ".join(cells[method, name].state for method in METHODS) + " |"
+        f"| {name} | " + " | ".join(cells[column, name].state for column in columns) + " |"
         for name in families.NAMES
     ]
     lines.append("")
@@ -522,6 +534,108 @@ def markdown(cells: dict[tuple[str, str], Outcome]) -> str:
         if state != "works":
             lines.append(f"- **{name}, {method}** {state}: {reason[:360]}")
     return "\n".join(lines) + "\n"
+
+
+# --- what methods are built from: the functions of core ---
+
+
+def _call(name: str, batch: int = BATCH, **changes: Any) -> dict[str, Any]:
+    """The call of `families.images`, for functions that add `output_type` themselves."""
+    call = {**families.inputs(name, batch, steps=STEPS), "generator": families.generators(batch), **changes}
+    return {key: value for key, value in call.items() if key != "output_type"}
+
+
+def _noise(name: str, pipe: Any, x: Tensor) -> Tensor:
+    """States at the start of the call → the noise of unit variance."""
+    scale = input_scale(name, pipe.scheduler, plain(name), 0)
+    return x if scale == 1 else x / float(pipe.scheduler.init_noise_sigma)
+
+
+def _encode_prompts(name: str, pipe: Any) -> Faults:
+    """Encoded prompts give the images of the prompts, with the default arguments of `encode_prompt`."""
+    family, texts = families.FAMILIES[name], ["a aaa", "a bbbb"]
+    encoded = encode_prompts(pipe, texts)
+    defaults = inspect.signature(pipe.encode_prompt).parameters
+    options: dict[str, Any] = {
+        key: defaults[key].default for key in ("max_sequence_length", "system_prompt") if key in defaults
+    }
+    # With true guidance a call needs a negative prompt, and the encoded one is the empty one.
+    options["guided"] = family.guidance != "true_cfg_scale"
+    given = families.images(pipe, name, BATCH, prompt=None, **encoded, **options)
+    wanted = families.images(pipe, name, BATCH, prompt=texts, **options)
+    return _differ("the images of encoded prompts", given, wanted)
+
+
+def _initial_noise(name: str, pipe: Any) -> Faults:
+    """The noise is what the call starts from, and the call starts from it when it is passed as `latents=`."""
+    found, _ = initial_noise(pipe, _call(name))
+    noise = _noise(name, pipe, plain(name).steps[0][1])
+    faults = (
+        [] if families.FAMILIES[name].starts_from_noise else ["the image is part of what is called noise"]
+    )
+    faults += _differ("the noise", one_latent_an_image(name, found, BATCH), noise)
+    again = record(pipe, name, latents=found)
+    return faults + _differ("the first input with latents=noise", again.shown[0], plain(name).shown[0])
+
+
+def _model_output(name: str, pipe: Any) -> Faults:
+    """The guided output for the call's own noise is what the scheduler was given in its first step."""
+    run, unpacked = plain(name), families.FAMILIES[name].given == "unpacked"
+    latents = _noise(name, pipe, run.steps[0][1] if unpacked else run.first)
+    found = model_output(pipe, latents, _call(name))
+    return _differ("the model's output", one_latent_an_image(name, found, BATCH), run.steps[0][0])
+
+
+def _pipeline_samples(name: str, pipe: Any) -> Faults:
+    """The samples are the states after the last step, in the scale of the denoiser."""
+    call = _call(name)
+    options = {key: value for key, value in call.items() if key not in ("prompt", "generator", "batch_size")}
+    prompts = call.get("prompt")
+    batch = next(iter(pipeline_samples(pipe, BATCH, batch_size=BATCH, prompts=prompts, seed=7, **options)))
+    found = batch[0] if prompts else batch
+    wanted = plain(name).end
+    if found.ndim == 3:
+        found = one_latent_an_image(name, found, BATCH)
+    if found.shape != wanted.shape:
+        return [f"the samples have shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"]
+    # Pipelines that work on pixels clip them.
+    return _differ("the samples", found, wanted.clamp(-1, 1) if name == "ddpm" else wanted)
+
+
+def _encode_images(name: str, pipe: Any) -> Faults:
+    """The scale of encoded images is the one that the pipeline itself undoes before it decodes."""
+    latents = encode_images(pipe, torch.rand(BATCH, 3, *plain(name).images.shape[-2:]))
+    end = plain(name).end.movedim(families.FAMILIES[name].channels + 1, 1)
+    end = end.squeeze(2) if end.ndim == 5 else end
+    if latents.shape != end.shape:
+        return [f"the latents have shape {tuple(latents.shape)} instead of {tuple(end.shape)}"]
+    vae = vae_of(pipe)
+    if vae is None:
+        return []
+    decoded = (decode_latents(vae, end) / 2 + 0.5).clamp(0, 1)
+    return _differ("decoded latents", decoded, plain(name).images)
+
+
+HELPERS: dict[str, Callable[[str, Any], Faults]] = {
+    "encode_prompts": _encode_prompts,
+    "initial_noise": _initial_noise,
+    "model_output": _model_output,
+    "pipeline_samples": _pipeline_samples,
+    "encode_images": _encode_images,
+}
+
+
+def probe_helper(helper: str, name: str) -> Outcome:
+    """What a function of core does with the family `name`."""
+    pipe = families.build(name)
+    plain(name)
+    try:
+        faults = HELPERS[helper](name, pipe)
+    except Exception as error:
+        return _failure(error, "")
+    if not torch.equal(families.images(pipe, name, BATCH, steps=STEPS), plain(name).images):
+        faults.append("the pipeline is not as it was")
+    return Outcome("wrong", "; ".join(faults)) if faults else Outcome("works")
 
 
 # --- the tests ---
@@ -578,31 +692,73 @@ KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
         "wan22": ("wrong", "only the first of its two networks has the LoRA"),
     },
 }
+_LAYOUT = "crashes", "the values of encode_prompt are named by their number alone"
+_NO_VAE_FACTS = "crashes", "the autoencoder is none of pictures, or its config has other keys"
+_NO_METHOD = "crashes", "the pipeline has no prepare_latents"
+_NO_LATENTS = "crashes", "the call has no latents="
+KNOWN |= {
+    "encode_prompts": {
+        **dict.fromkeys((*_NO_PROMPT, "chroma"), REFUSED),
+        **dict.fromkeys(("flux2", "flux2-klein", "qwen", "sana", "pixart", "hunyuan-dit"), _LAYOUT),
+        **dict.fromkeys(("lumina2", "auraflow", "kandinsky5", "ltx"), _LAYOUT),
+    },
+    "initial_noise": {
+        **dict.fromkeys(_NO_PROMPT, _NO_METHOD),
+        **dict.fromkeys(("flux2", "flux2-klein"), ("crashes", "latents= takes another layout than the loop")),
+        "sdxl-img2img": ("wrong", "the noised image is called noise"),
+    },
+    "model_output": {
+        "dit": _NO_LATENTS,
+        "ddpm": _NO_LATENTS,
+        "sdxl-img2img": ("wrong", "the latents are taken for noise at the highest level"),
+    },
+    "pipeline_samples": {
+        **dict.fromkeys(("dit", "modular-sdxl", "modular-flux"), REFUSED),
+        "flux2-klein": (
+            "wrong",
+            'output_type="latent" is in the scale of the autoencoder, unlike the denoiser\'s',
+        ),
+        "ldm": ("wrong", "its autoencoder is called vqvae, so pixels are taken for latents"),
+    },
+    "encode_images": {
+        **dict.fromkeys(("flux2", "flux2-klein", "ldm", "modular-sdxl", "modular-flux"), REFUSED),
+        **dict.fromkeys(("qwen", "sana", "wan", "wan22", "ltx", "cogvideox"), _NO_VAE_FACTS),
+        "kandinsky5": ("wrong", "the pipeline ignores the shift of its autoencoder's config"),
+    },
+}
 
 
-def _known(method: str, name: str) -> tuple[str, str]:
-    found = KNOWN.get(method, {}).get(name, "works")
+def _known(column: str, name: str) -> tuple[str, str]:
+    found = KNOWN.get(column, {}).get(name, "works")
     return (found, "") if isinstance(found, str) else found
 
 
-def _cells() -> list[Any]:
+def _cells(columns: Iterable[str]) -> list[Any]:
     cells = []
-    for method, name in itertools.product(METHODS, families.NAMES):
-        state, reason = _known(method, name)
+    for column, name in itertools.product(columns, families.NAMES):
+        state, reason = _known(column, name)
         fails = state in ("crashes", "wrong")
         marks = [pytest.mark.xfail(strict=True, reason=f"{state}: {reason}")] if fails else []
-        cells.append(pytest.param(method, name, id=f"{method}-{name}", marks=marks))
+        cells.append(pytest.param(column, name, id=f"{column}-{name}", marks=marks))
     return cells
 
 
-@pytest.mark.parametrize(("method", "name"), _cells())
-def test_a_method_works_or_is_refused(method: str, name: str) -> None:
-    state, reason = probe(method, name)
-    known, _ = _known(method, name)
+def _check(outcome: Outcome, column: str, name: str) -> None:
+    known, _ = _known(column, name)
     if known in ("crashes", "wrong"):
-        assert state in ("works", REFUSED, IN_CALL), reason
+        assert outcome.state in ("works", REFUSED, IN_CALL), outcome.reason
     else:
-        assert state == known, reason
+        assert outcome.state == known, outcome.reason
+
+
+@pytest.mark.parametrize(("method", "name"), _cells(METHODS))
+def test_a_method_works_or_is_refused(method: str, name: str) -> None:
+    _check(probe(method, name), method, name)
+
+
+@pytest.mark.parametrize(("helper", "name"), _cells(HELPERS))
+def test_a_function_of_core_works_or_refuses(helper: str, name: str) -> None:
+    _check(probe_helper(helper, name), helper, name)
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -631,4 +787,5 @@ def test_a_family_is_what_its_record_says(name: str) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    Path(sys.argv[1]).write_text(markdown(table()), encoding="utf-8")
+    tables = markdown(METHODS, probe) + "\n" + markdown(HELPERS, probe_helper)
+    Path(sys.argv[1]).write_text(tables, encoding="utf-8")
