@@ -34,6 +34,8 @@ class Family:
         kind: "flow" for x = (1 − σ)x₀ + σε, "diffusion" for the other noise schedules.
         layout: what `latents` look like in the denoising loop. "plain" is (B, *latents); "2x2" tokens of 2 × 2 patches,
             (B, H/2 · W/2, 4C), of latents (C, H, W); "1x1" a token for every position, (B, ... · H · W, C).
+        given: layout of the call's `latents=`: "loop" as in the denoising loop, "unpacked" for (B, *latents), None if
+            the call has no such argument.
         channels: index of the channel axis in `latents`.
         guidance: the argument of the call that sets the guidance scale; None if there is none.
         embedded: whether the denoiser takes a guidance scale as an input.
@@ -54,6 +56,7 @@ class Family:
     latents: tuple[int, ...]
     kind: Literal["flow", "diffusion"]
     layout: Literal["plain", "2x2", "1x1"] = "plain"
+    given: Literal["loop", "unpacked"] | None = "loop"
     channels: int = 0
     guidance: str | None = "guidance_scale"
     embedded: bool = False
@@ -199,6 +202,10 @@ def mistral3(layers: int, width: int) -> Any:
 
 
 # --- autoencoders ---
+
+
+# Of each channel, for the autoencoders that have such statistics.
+_MEAN, _STD = [0.3, -0.2, 0.1, 0.5], [1.5, 0.7, 1.2, 2.0]
 
 
 def vae(levels: int = 1, **config: Any) -> Any:
@@ -398,6 +405,8 @@ def _flux2(klein: bool = False) -> Any:
         ).eval(),
         "tokenizer": spelling("$A"),
     }
+    given["vae"].bn.running_mean.normal_()
+    given["vae"].bn.running_var.uniform_(0.5, 2.0)
     if klein:
         text = qwen3(transformers.Qwen3ForCausalLM, layers=27, width=width)
         return diffusers.Flux2KleinPipeline(**given, text_encoder=text)
@@ -423,8 +432,8 @@ def _qwen() -> Any:
             dim_mult=[1, 1],
             num_res_blocks=1,
             temperal_downsample=[False],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
+            latents_mean=_MEAN,
+            latents_std=_STD,
         ).eval(),
         text_encoder=qwen_vl(),
         tokenizer=spelling("$A"),
@@ -694,8 +703,8 @@ def _wan(two: bool = False) -> Any:
             dim_mult=[1, 1, 1, 1],
             num_res_blocks=1,
             temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
+            latents_mean=_MEAN,
+            latents_std=_STD,
         ).eval(),
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -709,7 +718,7 @@ def _wan(two: bool = False) -> Any:
 
 
 def _ltx() -> Any:
-    return diffusers.LTXPipeline(
+    pipe = diffusers.LTXPipeline(
         scheduler=_flow(use_dynamic_shifting=True),
         vae=diffusers.AutoencoderKLLTXVideo(
             latent_channels=4,
@@ -737,6 +746,9 @@ def _ltx() -> Any:
             caption_channels=_WIDTH,
         ).eval(),
     )
+    pipe.vae.latents_mean.copy_(torch.tensor(_MEAN))
+    pipe.vae.latents_std.copy_(torch.tensor(_STD))
+    return pipe
 
 
 def _cogvideox() -> Any:
@@ -762,7 +774,6 @@ def _cogvideox() -> Any:
             sample_width=4,
             sample_height=4,
             sample_frames=5,
-            max_text_seq_length=16,
         ).eval(),
         scheduler=diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
     )
@@ -801,12 +812,15 @@ FAMILIES: dict[str, Family] = {
         (16, 4, 4),
         "flow",
         "1x1",
+        given="unpacked",
         embedded=True,
         free_at=None,
         unguided={"guidance_scale": 0.0},
         call=_SHORT,
     ),
-    "flux2-klein": Family(lambda: _flux2(klein=True), (16, 4, 4), "flow", "1x1", call=_SHORT),
+    "flux2-klein": Family(
+        lambda: _flux2(klein=True), (16, 4, 4), "flow", "1x1", given="unpacked", call=_SHORT
+    ),
     "qwen": Family(
         _qwen, (4, 8, 8), "flow", "2x2", **_TRUE, call={"height": 16, "width": 16, "max_sequence_length": 256}
     ),
@@ -869,7 +883,7 @@ FAMILIES: dict[str, Family] = {
         channels=1,
         output="frames",
         per_prompt=None,
-        call=_VIDEO,
+        call={"height": 32, "width": 32, "num_frames": 5},
     ),
     "dit": Family(
         _dit,
@@ -877,6 +891,7 @@ FAMILIES: dict[str, Family] = {
         "diffusion",
         prompted=False,
         per_prompt=None,
+        given=None,
         rows=lambda numbers, guided: {"class_labels": [3 + 2 * i for i in numbers]},
     ),
     "ldm": Family(_ldm, (4, 8, 8), **_UNET, per_prompt=None, call=_BIG),
@@ -887,6 +902,7 @@ FAMILIES: dict[str, Family] = {
         **_NO_GUIDANCE,
         prompted=False,
         per_prompt=None,
+        given=None,
         rows=lambda numbers, guided: {"batch_size": len(numbers)},
     ),
     "modular-sdxl": Family(
