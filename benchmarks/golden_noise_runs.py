@@ -122,7 +122,7 @@ def starts(job: Job, texts: list[str]) -> Tensor:
     embeds = prompt_embeddings(pipe, texts)
     if job.variant == "shuffled":
         embeds = embeds.roll(1, 0)
-    golden = npnet(noise, embeds)
+    golden = npnet(noise, embeds).sample
     if job.variant == "random":
         golden = noise + equal_norm(golden - noise, torch.Generator().manual_seed(job.draw))
     if job.variant == "rescaled":

@@ -12,12 +12,17 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
 
 from .gri_attention import GRIAttnProcessor, GRIGrid
 
 _REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
+_UNDOES: dict[type, str] = {
+    FusedAttnProcessor2_0: "unet.unfuse_qkv_projections",
+    SlicedAttnProcessor: "pipe.disable_attention_slicing",
+}
 
 
 class _GridHook:
@@ -45,8 +50,9 @@ class _GridHook:
             if not isinstance(found, GRIAttnProcessor):
                 raise ValueError(
                     f"{name} had GRI attention, but now has a {type(found).__name__} (set for example by"
-                    " enable_xformers..., fuse_qkv_projections or set_attn_processor). Call"
-                    " remove_gri_attention first. For xFormers, use unet.set_attention_backend('xformers')."
+                    " enable_xformers..., enable_attention_slicing, disable_attention_slicing,"
+                    " fuse_qkv_projections or set_attn_processor). Call remove_gri_attention, to which"
+                    " apply_gri_attention can follow. For xFormers, use unet.set_attention_backend('xformers')."
                 )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         grid = GRIGrid(hidden_states.shape[2], hidden_states.shape[3], self.window, self.pool)
@@ -198,7 +204,7 @@ def _under(found: list[str], paths: Sequence[str]) -> list[str]:
 def _check(name: str, attn: Any) -> None:
     kind = type(attn.processor)
     if kind not in _REPLACEABLE:
-        hint = " Call unet.unfuse_qkv_projections() first." if kind is FusedAttnProcessor2_0 else ""
+        hint = f" Call {_UNDOES[kind]}() first." if kind in _UNDOES else ""
         raise ValueError(
             f"{name} has a {kind.__name__}, which GRI attention cannot replace: it replaces"
             f" {', '.join(k.__name__ for k in _REPLACEABLE)} only.{hint}"

@@ -7,6 +7,10 @@ The folder `pipelines/asdm_sd` imports the class for `custom_pipeline=`:
     )
 
 Importing this module registers `ASDMUNet2DConditionModel` with diffusers.
+
+What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
+`ASDMStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not
+find the class.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from collections.abc import Sequence
 
 from diffusers import StableDiffusionPipeline
 
+from ..core.pipeline import SubclassComponents
 from .apply import apply_gri_attention, remove_gri_attention
 from .unet import ASDMUNet2DConditionModel
 
 __all__ = ["ASDMStableDiffusionPipeline", "ASDMUNet2DConditionModel"]
 
 
-class ASDMStableDiffusionPipeline(StableDiffusionPipeline):
+class ASDMStableDiffusionPipeline(SubclassComponents, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that loads pruned UNets and can add GRI attention to any UNet.
 
     A call of the pipeline is that of the base class.

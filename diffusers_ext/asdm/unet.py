@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders import peft, unet_loader_utils
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -20,12 +24,22 @@ class SkippedAttention(nn.Module):
         return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
 
 
+def _with_parameters_of_the_parent(init: Callable[..., None]) -> Callable[..., None]:
+    """Shows the parameters behind *args and **config, by which diffusers filters and documents configs."""
+    parent = inspect.signature(UNet2DConditionModel.__init__)
+    own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    shown = parent.replace(parameters=[*parent.parameters.values(), *own])
+    init.__signature__ = shown  # type: ignore[attr-defined]
+    return init
+
+
 class ASDMUNet2DConditionModel(UNet2DConditionModel):
     """A `UNet2DConditionModel` with removed attentions, GRI attention or CLME-CondConv layers.
 
     A-SDM (arXiv:2312.15516) as rebuilt here. The changes are part of the config, so `save_pretrained` and
     `from_pretrained` keep them. A pipeline can load the class once `diffusers_ext` is imported. Stock
-    checkpoints can be loaded too.
+    checkpoints can be loaded too. `from_pipe` of the pipelines of this package takes such a UNet over; a stock
+    pipeline class compares exact classes and needs it by name: `from_pipe(pipe, unet=pipe.unet)`.
 
     Args:
         removed_attentions: paths of removed attentions, such as "down_blocks.0.attentions.1".
@@ -33,16 +47,20 @@ class ASDMUNet2DConditionModel(UNet2DConditionModel):
             `apply_gri_attention` and `remove_gri_attention` update it.
         cond_convs: {path of a convolution: number of experts}; `add_cond_convs` and `fold_cond_convs` update
             it.
-        config: the arguments of `UNet2DConditionModel`, by name.
+        args, config: the arguments of `UNet2DConditionModel`.
 
     Raises:
         ValueError: a path does not exist or has a module of the wrong kind, or the settings of a layer are
             invalid.
     """
 
+    # The kernels of all experts are used together, outside of any submodule.
+    _no_split_modules = [*UNet2DConditionModel._no_split_modules, "CLMECondConv2d"]  # noqa: RUF012
+
+    @_with_parameters_of_the_parent
     def __init__(
         self,
-        *,
+        *args: Any,
         removed_attentions: list[str] | None = None,
         gri_attention: dict[str, Any] | None = None,
         cond_convs: dict[str, int] | None = None,
@@ -52,7 +70,7 @@ class ASDMUNet2DConditionModel(UNet2DConditionModel):
         from .apply import apply_gri_attention
         from .condconv import CLMECondConv2d
 
-        super().__init__(**config)
+        super().__init__(*args, **config)
         for path in removed_attentions or []:
             parent = path.rpartition(".")[0]
             if not parent.endswith(".attentions"):
@@ -77,13 +95,18 @@ class ASDMUNet2DConditionModel(UNet2DConditionModel):
         parent, _, name = path.rpartition(".")
         setattr(self.get_submodule(parent), name, make(found))
 
-    @staticmethod
-    def _get_init_keys(input_class: Any) -> set[str]:
-        # from_config drops every key that is not in the signature, so the parent's keys replace **config.
-        keys = UNet2DConditionModel._get_init_keys(input_class)
-        if "config" in keys:
-            keys = (keys - {"config"}) | UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
-        return keys
+
+def _expanded_scales(unet: ASDMUNet2DConditionModel, weight_scales: list[Any]) -> list[Any]:
+    """Scales of a LoRA by block, as diffusers expands them for a UNet, of which it looks up the class by name."""
+    # A removed attention has no weights, which diffusers takes for a layer that does not exist.
+    names = dict.fromkeys(name for name, _ in unet.named_modules())
+    seen: Any = SimpleNamespace(
+        down_blocks=unet.down_blocks, up_blocks=unet.up_blocks, config=unet.config, state_dict=lambda: names
+    )
+    return unet_loader_utils._maybe_expand_lora_scales(seen, weight_scales)
+
+
+peft._SET_ADAPTER_SCALE_FN_MAPPING[ASDMUNet2DConditionModel.__name__] = _expanded_scales  # type: ignore[assignment]
 
 
 def build_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> UNet2DConditionModel:

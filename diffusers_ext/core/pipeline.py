@@ -234,6 +234,26 @@ def named_arguments(
     return {**dict(zip(names, args)), **kwargs}
 
 
+# --- components of a pipeline class ---
+
+
+class SubclassComponents:
+    """Before a pipeline class: `from_pipe` takes over components of subclasses too, such as pruned UNets.
+
+    diffusers looks for the exact class of a component among the annotations of `__init__`.
+    """
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        types = super()._get_signature_types()  # type: ignore[misc]
+        return {name: _AndSubclasses(kinds) for name, kinds in types.items()}
+
+
+class _AndSubclasses(tuple[Any, ...]):
+    def __contains__(self, kind: Any) -> bool:
+        return any(isinstance(own, type) and issubclass(kind, own) for own in self)
+
+
 # --- values read from one call ---
 
 

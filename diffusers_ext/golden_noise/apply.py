@@ -79,12 +79,12 @@ class GoldenNoise:
 
 
 def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float = 1.0) -> Tensor:
-    """noise + strength · (golden − noise), with golden = `npnet(noise, prompt_embeds)`.
+    """noise + strength · (golden − noise), with golden = `npnet(noise, prompt_embeds).sample`.
 
     Raises:
         ValueError: a shape that the network does not support, or an output that is not finite.
     """
-    golden = npnet(noise, prompt_embeds)
+    golden: Tensor = npnet(noise, prompt_embeds).sample
     if not torch.isfinite(golden).all():
         raise ValueError(
             "The output of NPNet has values that are not finite: its weights are corrupted, or overflow in"
@@ -103,7 +103,7 @@ def check_pipeline(pipe: Any) -> None:
     if missing:
         raise ValueError(
             f"{type(pipe).__name__} has no {' and no '.join(missing)}: golden noise needs a pipeline that draws"
-            " its noise for a prompt. Pass latents=npnet(noise, prompt_embeds) yourself."
+            " its noise for a prompt. Pass latents=npnet(noise, prompt_embeds).sample yourself."
         )
     if "image" in parameters_of(pipe, "prepare_latents"):
         raise ValueError(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +22,17 @@ from .released import ReleasedNPNet, latent_size, read_original
 
 PATCH = 2
 _FREQUENCIES = 4
+
+
+@dataclass
+class NPNetOutput(BaseOutput):
+    """The output of `NPNetModel`.
+
+    Args:
+        sample: golden noise, (B, C, H, W).
+    """
+
+    sample: Tensor
 
 
 class NPNetModel(ModelMixin, ConfigMixin):
@@ -43,6 +56,12 @@ class NPNetModel(ModelMixin, ConfigMixin):
     Raises:
         ValueError: invalid sizes.
     """
+
+    _supports_gradient_checkpointing = True
+    # A few million parameters, some of them outside of any layer.
+    _no_split_modules = ["CompactNPNet", "ReleasedNPNet"]  # noqa: RUF012
+    # Its branch of singular values computes in the dtype of its weights, next to a decomposition in float32.
+    _skip_layerwise_casting_patterns = ["norm", "unet_svd"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -73,16 +92,20 @@ class NPNetModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"width must be a multiple of 32, the size of a head, got {width}.")
             self.compact = CompactNPNet(latent_channels, text_dim, max_tokens, width, depth)
 
-    def forward(self, noise: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def forward(
+        self, noise: Tensor, prompt_embeds: Tensor, return_dict: bool = True
+    ) -> NPNetOutput | tuple[Tensor]:
         """Computes golden noise.
 
         Args:
             noise: (B, C, H, W), unit-variance noise as passed in `latents=`, before the scheduler's
                 `init_noise_sigma`.
             prompt_embeds: (B, tokens, text_dim), the positive prompts' embeddings, one row for each noise.
+            return_dict: return an `NPNetOutput` instead of a tuple.
 
         Returns:
-            Golden noise with the shape, dtype and device of `noise`.
+            An `NPNetOutput`, or a tuple with its `sample`: golden noise with the shape, dtype and device of
+            `noise`.
 
         Raises:
             ValueError: a shape that the network does not support; the message names both shapes.
@@ -96,7 +119,8 @@ class NPNetModel(ModelMixin, ConfigMixin):
         else:
             # The sum is in float32, because half precision would round a small residual away.
             golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype)).float()
-        return golden.to(noise)
+        golden = golden.to(noise)
+        return NPNetOutput(sample=golden) if return_dict else (golden,)
 
     def _check(self, noise: Tensor, prompt_embeds: Tensor) -> None:
         config: Any = self.config
@@ -187,6 +211,8 @@ class CompactNPNet(nn.Module):
         depth: number of blocks.
     """
 
+    _gradient_checkpointing_func: Any  # set by enable_gradient_checkpointing
+
     def __init__(self, latent_channels: int, text_dim: int, max_tokens: int, width: int, depth: int) -> None:
         super().__init__()
         self.tokens = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
@@ -198,6 +224,7 @@ class CompactNPNet(nn.Module):
         self.out = nn.Linear(width, patch)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.gradient_checkpointing = False
 
     def forward(self, noise: Tensor, prompt_embeds: Tensor) -> Tensor:
         """(B, C, H, W) noise and (B, tokens, text_dim) embeddings → the residual (B, C, H, W)."""
@@ -208,7 +235,10 @@ class CompactNPNet(nn.Module):
         x = self.embed(x)
         text = self.tokens(prompt_embeds) + self.token_positions[: prompt_embeds.shape[1]]
         for block in self.blocks:
-            x = block(x, text)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, text)
+            else:
+                x = block(x, text)
         residual = F.pixel_shuffle(self.out(self.norm(x)).movedim(-1, 1), PATCH)
         return residual[:, :, :height, :width]
 

@@ -10,6 +10,10 @@ The folders `pipelines/golden_noise_*` import these classes, for use with `custo
 
 `npnet` is an optional component, which is saved and loaded with the pipeline. Without it, the results are
 bit-identical to those of the base class.
+
+What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
+`GoldenNoiseStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not
+find the class.
 """
 
 import functools
@@ -31,7 +35,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..core.pipeline import adds_argument, named_arguments
+from ..core.pipeline import SubclassComponents, adds_argument, named_arguments
 from .apply import GoldenNoise
 from .npnet import NPNetModel
 
@@ -39,7 +43,7 @@ _DOC = """golden_strength (`float`, defaults to 1.0): 0 starts from the random n
         noise; other values interpolate or extrapolate linearly. `latents` are used as given."""
 
 
-class GoldenNoiseMixin:
+class GoldenNoiseMixin(SubclassComponents):
     """Replaces the noise with golden noise after a pipeline's own `prepare_latents`."""
 
     npnet: NPNetModel | None

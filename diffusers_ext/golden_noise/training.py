@@ -27,7 +27,7 @@ class NPNetObjective(nn.Module):
 
     def forward(self, noise: Tensor, golden: Tensor, prompt_embeds: Tensor) -> Tensor:
         """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) embeddings, one per noise → the loss."""
-        return F.mse_loss(self.npnet(noise, prompt_embeds), golden)
+        return F.mse_loss(self.npnet(noise, prompt_embeds).sample, golden)
 
 
 def split_by_prompt(pairs: NoisePairs, share: float) -> tuple[NoisePairs, NoisePairs]:
@@ -56,7 +56,7 @@ def relative_error(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, batch_size: 
     for rows in torch.arange(len(pairs)).split(batch_size):
         part = pairs.subset(rows)
         noise, golden = (x.float().to(npnet.device) for x in (part.noise, part.golden))
-        made = npnet(noise, prompt_embeddings(pipe, part.prompts))
+        made = npnet(noise, prompt_embeddings(pipe, part.prompts)).sample
         error += float((made - golden).square().sum())
         identity += float((noise - golden).square().sum())
     return error / identity
@@ -72,13 +72,13 @@ def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs) -> dict[str, Tenso
     """
     noise, golden = (x.float().to(npnet.device) for x in (pairs.noise, pairs.golden))
     embeds = prompt_embeddings(pipe, pairs.prompts)
-    made = npnet(noise, embeds)
+    made = npnet(noise, embeds).sample
     return {
         "plain": noise,
         "npnet": made,
         "re-denoised": golden,
         "random": noise + equal_norm(made - noise, torch.Generator().manual_seed(0)),
-        "shuffled": npnet(noise, embeds.roll(1, 0)),
+        "shuffled": npnet(noise, embeds.roll(1, 0)).sample,
         "rescaled": rescaled(noise, made),
     }
 

@@ -6,6 +6,10 @@
     sign.edit(image, mask).images
 
 The folder `pipelines/sign` imports the class for `custom_pipeline=`.
+
+What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
+`SIGNPipeline.from_pretrained`, or with `custom_pipeline=`. `DiffusionPipeline.from_pretrained` alone does not
+find the class.
 """
 
 from __future__ import annotations
@@ -16,13 +20,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import (
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.images import as_tensor, decode_latents, encode_images
-from ..core.pipeline import encode_prompts
+from ..core.pipeline import SubclassComponents, encode_prompts
 from .projector import Projector, check_teacher
 from .source import MixtureSource
 
@@ -31,7 +43,7 @@ REFINEMENT = 0.125
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class SIGNPipeline(DiffusionPipeline):
+class SIGNPipeline(SubclassComponents, DiffusionPipeline):
     """A one- or few-step generator that is also a projector onto the data (Zaman et al., arXiv:2509.21470).
 
     Args:
@@ -54,19 +66,21 @@ class SIGNPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: Any,
-        scheduler: Any,
-        vae: Any = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        unet: UNet2DModel | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         source: MixtureSource | None = None,
         timestep: int | None = None,
     ) -> None:
         super().__init__()
         if timestep is None:
             raise ValueError(
-                "This is a time-conditional diffusion model, not a projector: there is no `timestep` in its"
-                " model_index.json. Distill one with training/train_sign.py."
+                "A projector needs its constant `timestep`, got None. Of a SIGNPipeline, take it over with"
+                " SIGNPipeline.from_pipe(pipe) or SIGNPipeline(**pipe.components, **pipe.parameters). A pipeline or"
+                " folder without one is a time-conditional diffusion model, not a projector: distill one with"
+                " training/train_sign.py."
             )
         self.register_modules(
             unet=unet,

@@ -1,53 +1,33 @@
-"""`apply_smooth_lora` and `remove_smooth_lora`: Smooth-LoRA weights of any layout in a pipeline.
-
-diffusers 0.42 loads the released layout only if every key has the right prefix. Otherwise it loads nothing
-and gives no error. Here, every key must match a layer.
-"""
+"""`apply_smooth_lora` and `remove_smooth_lora`: Smooth-LoRA weights of any layout in a pipeline."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.pipeline import InstanceMethod, denoiser_of
+from .weights import WEIGHT_NAME, Weights, convert_lora, from_kohya, read_lora
 
-Weights = dict[str, Tensor]
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-_SIDES = {"down": "lora_A", "up": "lora_B", "lora_A": "lora_A", "lora_B": "lora_B"}
-# In this order: old attention processors, old attention layers, current layers, PEFT.
-_LAYOUTS = (
-    re.compile(r"(?P<layer>.+)\.processor\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.(?P<to>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.(?P<side>lora_[AB])(?:\.[^.]+)?\.weight"),
-)
-_PREFIXES = ("base_model.model.", "unet.", "transformer.")
-# Attribute of a denoiser with its `_Record`.
-_ATTRIBUTE = "_smooth_lora"
+__all__ = ["WEIGHT_NAME", "apply_smooth_lora", "lora_state", "remove_smooth_lora"]
 
 
-@dataclass
-class _Record:
-    """What `apply_smooth_lora` has done to a denoiser.
+class _State(NamedTuple):
+    """What `apply_smooth_lora` notes on a denoiser, where deep copies take it along.
 
-    Attributes:
-        adapters: names of the adapters that it has added.
-        trainable: whether the parameters were trainable before. PEFT freezes the model when an adapter is
-            added, and does not unfreeze it when the adapter is removed.
+    PEFT freezes the model when an adapter is added, and does not unfreeze it when the adapter is removed.
     """
 
-    adapters: set[str] = field(default_factory=set)
-    trainable: dict[str, bool] = field(default_factory=dict)
+    names: set[str]
+    trainable: dict[str, bool]
+
+
+_STATE = "_smooth_lora"
 
 
 def apply_smooth_lora(
@@ -60,9 +40,14 @@ def apply_smooth_lora(
 ) -> Any:
     """Adds a LoRA to the denoiser of a pipeline, as an adapter that can be combined with others.
 
-    The adapter works with the methods of diffusers, such as `set_adapters` and `fuse_lora`.
-    `pipe.save_pretrained` raises an error while an adapter is loaded, because diffusers would fill its layers
-    with random weights on reload.
+    The adapter works with the methods of diffusers, such as `set_adapters` and `fuse_lora`, and is added to a
+    denoiser before or after `torch.compile`. The scale of the file is applied, wherever it stands: in `.alpha`
+    keys, in the header that diffusers writes, or in PEFT's `adapter_config.json` beside the file. Files of
+    kohya's layout are converted by diffusers.
+
+    `save_pretrained` raises an error while an adapter is loaded, because diffusers would fill its layers with
+    random weights on reload. So does `fuse_qkv_projections`, because the adapter would lose its effect.
+    `set_attn_processor` with a fused processor is not noticed.
 
     Args:
         pipe: a pipeline with a `unet` or `transformer`.
@@ -77,51 +62,70 @@ def apply_smooth_lora(
 
     Raises:
         ValueError: the name is in use, the file is corrupted or not a safetensors file, a key has no matching
-            layer, or shapes or ranks do not match. The message names the keys.
+            layer, shapes, ranks or the configuration do not match, the attention projections are fused, or the
+            pipeline has two denoisers. The message names the keys.
         OSError: the file or repository does not exist.
     """
     denoiser = _denoiser(pipe)
+    _check_only_denoiser(pipe)
     taken = list(getattr(denoiser, "peft_config", {}))
     if adapter_name in taken:
         raise ValueError(
             f"An adapter called {adapter_name!r} is on this pipeline already: use another adapter_name or"
             f" call dx.remove_smooth_lora(pipe, {adapter_name!r}) first."
         )
-    file = _resolve(path_or_repo, weight_name, hub_kwargs)
-    try:
-        given = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is corrupted or not a safetensors file ({error}).") from error
-    weights = convert_lora(given, denoiser, str(path_or_repo))
-    if taken:
-        record = getattr(denoiser, _ATTRIBUTE, _Record())
-    else:
-        record = _Record(trainable={name: p.requires_grad for name, p in denoiser.named_parameters()})
-    denoiser.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name)
-    record.adapters.add(adapter_name)
-    vars(denoiser)[_ATTRIBUTE] = record
-    if not isinstance(pipe.save_pretrained, _GuardedSave):
-        _GuardedSave(pipe, "save_pretrained")
+    source = str(path_or_repo)
+    given, config = read_lora(path_or_repo, weight_name, hub_kwargs)
+    weights = convert_lora(from_kohya(given, pipe, source), denoiser, source, config)
+    if not taken or _STATE not in vars(denoiser):
+        trainable = {name: p.requires_grad for name, p in denoiser.named_parameters()} if not taken else {}
+        vars(denoiser)[_STATE] = _State(set(), trainable)
+    denoiser.load_lora_adapter(
+        weights, prefix=None, adapter_name=adapter_name, metadata=_peft_config(weights), _pipeline=pipe
+    )
+    vars(denoiser)[_STATE].names.add(adapter_name)
+    for owner, method in _guarded(pipe):
+        if not isinstance(vars(owner).get(method), _Guard):
+            _Guard(owner, method)
     return pipe
 
 
 def remove_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
-    """Removes the adapter and restores the pipeline; does nothing if it is not loaded. Returns `pipe`."""
+    """Removes the adapter and restores the pipeline; does nothing if it is not loaded.
+
+    The weights are those from before, bit for bit, unless `fuse_lora` and `unfuse_lora` were called in between,
+    which round.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        ValueError: the adapter is fused into the weights.
+    """
     denoiser = _denoiser(pipe)
     names = list(getattr(denoiser, "peft_config", {}))
     if adapter_name in names:
+        if any(adapter_name in getattr(part, "merged_adapters", ()) for part in denoiser.modules()):
+            raise ValueError(
+                f"The adapter {adapter_name!r} is fused into the weights, and would stay there. Call"
+                " pipe.unfuse_lora() first, which restores the weights up to rounding, or load the pipeline again."
+                " To keep it in the weights, call pipe.unload_lora_weights() instead."
+            )
         if len(names) == 1:
             denoiser.unload_lora()
             # diffusers sets this attribute to None instead of deleting it.
             vars(denoiser).pop("_hf_peft_config_loaded", None)
-            for name, trainable in getattr(denoiser, _ATTRIBUTE, _Record()).trainable.items():
+            state = vars(denoiser).get(_STATE)
+            for name, trainable in state.trainable.items() if state else ():
                 denoiser.get_parameter(name).requires_grad_(trainable)
         else:
             denoiser.delete_adapters(adapter_name)
     if not getattr(denoiser, "peft_config", None):
-        vars(denoiser).pop(_ATTRIBUTE, None)
-        if isinstance(pipe.save_pretrained, _GuardedSave):
-            pipe.save_pretrained.restore()
+        vars(denoiser).pop(_STATE, None)
+        for owner, method in _guarded(pipe):
+            guard = vars(owner).get(method)
+            if isinstance(guard, _Guard):
+                guard.restore()
     return pipe
 
 
@@ -140,88 +144,42 @@ def describe(pipe: Any) -> str | None:
 
 def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
     """The adapters that `apply_smooth_lora` added to the denoiser: {name: (rank, whether it is active)}."""
-    denoiser = denoiser_of(pipe)
-    live = getattr(denoiser, "peft_config", None)
-    if not live:
+    denoiser = _uncompiled(denoiser_of(pipe))
+    live, state = getattr(denoiser, "peft_config", None), getattr(denoiser, _STATE, None)
+    if not live or state is None:
         return {}
-    names = [name for name in sorted(getattr(denoiser, _ATTRIBUTE, _Record()).adapters) if name in live]
+    names = [name for name in sorted(state.names) if name in live]
     return {name: (live[name].r, name in denoiser.active_adapters()) for name in names}
 
 
-def convert_lora(given: Weights, denoiser: nn.Module, source: str = "the file") -> Weights:
-    """Converts LoRA weights of any supported layout to PEFT's names and checks their shapes.
-
-    Args:
-        given: the weights by key, as loaded from a file.
-        denoiser: the UNet or transformer that the LoRA is for.
-        source: name of the file, for error messages.
-
-    Raises:
-        ValueError: see `apply_smooth_lora`.
-    """
-    layers = dict(denoiser.named_modules())
-    found: Weights = {}
-    alphas: dict[str, Tensor] = {}
-    unknown = []
-    for key, value in given.items():
-        name = _without_prefix(key)
-        if name.endswith(".alpha"):
-            alphas[_layer_name(name.removesuffix(".alpha"))] = value
-            continue
-        match = next((m for m in (layout.fullmatch(name) for layout in _LAYOUTS) if m), None)
-        layer = (
-            ""
-            if match is None
-            else _layer_name(".".join(filter(None, (match["layer"], match.groupdict().get("to")))))
-        )
-        if match is None or layer not in layers:
-            unknown.append(key)
-            continue
-        found[f"{layer}.{_SIDES[match['side']]}.weight"] = value
-    if unknown or not found:
-        raise ValueError(
-            f"{source} does not fit {type(denoiser).__name__}: {len(unknown)} of its {len(given)} keys have"
-            f" no layer there ({', '.join(sorted(unknown)[:3]) or 'it is empty'}). The file is for another model"
-            " or is not a LoRA."
-        )
-    _check_shapes(found, layers, source)
-    for layer, alpha in alphas.items():
-        up = f"{layer}.lora_B.weight"
-        if up in found:
-            found[up] = found[up] * (alpha.to(found[up]) / found[up].shape[1])
-    return found
+def _peft_config(weights: Weights) -> dict[str, Any]:
+    """The arguments of `LoraConfig` with scale 1 in every layer."""
+    ranks = {
+        key.removesuffix(".lora_A.weight"): len(value)
+        for key, value in weights.items()
+        if key.endswith(".lora_A.weight")
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(layer)}": r for layer, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "target_modules": list(ranks),
+    }
 
 
-def _without_prefix(key: str) -> str:
-    for prefix in (*_PREFIXES, *_PREFIXES):  # twice, since a key can have two prefixes in any order
-        key = key.removeprefix(prefix)
-    return key
+# --- the denoiser ---
 
 
-def _layer_name(name: str) -> str:
-    return f"{name}.0" if name.endswith(".to_out") else name
-
-
-def _check_shapes(found: Weights, layers: dict[str, nn.Module], source: str) -> None:
-    faults = []
-    for layer in sorted({key.rsplit(".lora_", 1)[0] for key in found}):
-        down, up = (found.get(f"{layer}.lora_{side}.weight") for side in "AB")
-        weight: Any = layers[layer].weight
-        if down is None or up is None:
-            faults.append(f"{layer} has only one of its two matrices")
-        elif down.shape[0] != up.shape[1]:
-            faults.append(f"{layer} has rank {down.shape[0]} down and {up.shape[1]} up")
-        elif (up.shape[0], down.shape[1]) != tuple(weight.shape[:2]):
-            faults.append(
-                f"{layer} has shape {tuple(weight.shape[:2])}, the LoRA is for {(up.shape[0], down.shape[1])}"
-            )
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{source} does not fit: {'; '.join(faults[:3])}{more}.")
+def _uncompiled(denoiser: Any) -> Any:
+    """The model inside of `torch.compile(model)`, which is compiled again when its layers change."""
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def _denoiser(pipe: Any) -> Any:
-    denoiser = denoiser_of(pipe)
+    denoiser = _uncompiled(denoiser_of(pipe))
     if denoiser is None:
         raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to add a LoRA to.")
     if not hasattr(denoiser, "load_lora_adapter"):
@@ -232,51 +190,68 @@ def _denoiser(pipe: Any) -> Any:
     return denoiser
 
 
-def _resolve(
-    path_or_repo: str | os.PathLike[str], weight_name: str | None, hub_kwargs: dict[str, Any]
-) -> Path:
-    path = Path(path_or_repo)
-    if path.is_dir():
-        files = [path / weight_name] if weight_name else sorted(path.glob("*.safetensors"))
-        if len(files) != 1 or not files[0].is_file():
-            have = ", ".join(p.name for p in sorted(path.iterdir())) or "nothing"
-            raise ValueError(
-                f"{path} contains {have}: expected one safetensors file, or weight_name= to select it."
-            )
-        return files[0]
-    if path.suffix == ".safetensors" or path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a safetensors file, and no other format is supported.")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
-        return path
-    return Path(hf_hub_download(str(path_or_repo), weight_name or WEIGHT_NAME, **hub_kwargs))
+def _check_only_denoiser(pipe: Any) -> None:
+    more = [
+        name
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and re.fullmatch(r"(?:unet|transformer)_\d+", name)
+    ]
+    if more:
+        raise ValueError(
+            f"{type(pipe).__name__} has further denoisers ({', '.join(more)}), and a Smooth-LoRA file is for one:"
+            " load one file into each with pipe.load_lora_weights, which has an argument that selects it, such as"
+            " load_into_transformer_2."
+        )
 
 
-class _GuardedSave(InstanceMethod):
-    """The `save_pretrained` of a pipeline; raises a ValueError while an adapter is loaded."""
+# --- methods that would lose the adapter ---
+
+_WHY = {
+    "save_pretrained": "their layers would be filled with random weights on reload",
+    "fuse_qkv_projections": "the fused projections would be made without them",
+}
+
+
+def _guarded(pipe: Any) -> list[tuple[Any, str]]:
+    denoiser = _denoiser(pipe)
+    methods = [(pipe, "save_pretrained"), (denoiser, "save_pretrained"), (denoiser, "fuse_qkv_projections")]
+    return [(owner, method) for owner, method in methods if hasattr(owner, method)]
+
+
+class _Guard(InstanceMethod):
+    """Refuses a method while the denoiser of its owner has adapters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = list(getattr(_denoiser(self.owner), "peft_config", {}))
+        denoiser = self.owner if isinstance(self.owner, nn.Module) else _denoiser(self.owner)
+        names = list(getattr(denoiser, "peft_config", {}))
         if names:
             raise ValueError(
-                f"The adapter(s) {', '.join(names)} are on this pipeline: their layers would be filled with"
-                " random weights on reload. Remove them with dx.remove_smooth_lora, or merge them into the"
-                " weights with pipe.fuse_lora() and pipe.unload_lora_weights()."
+                f"The adapter(s) {', '.join(names)} are on this pipeline: {_WHY[self.name]}. Remove"
+                " them with dx.remove_smooth_lora, or merge them into the weights with pipe.fuse_lora() and"
+                " pipe.unload_lora_weights()."
             )
         return super().__call__(*args, **kwargs)
 
 
+# --- an adapter that was trained here ---
+
+
 def lora_state(denoiser: Any, adapter_name: str = "smooth") -> Weights:
-    """The weights of an adapter (float32, on the CPU) under the names that diffusers loads.
+    """The weights of an adapter (float32, on the CPU) under the names that diffusers loads, with scale 1.
 
     Every name starts with `unet.` or `transformer.`.
     """
     from peft.utils import get_peft_model_state_dict
 
     prefix = "unet" if "UNet" in type(denoiser).__name__ else "transformer"
-    state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
-    return {
-        f"{prefix}.{name}": value.detach().to("cpu", torch.float32).contiguous()
-        for name, value in state.items()
-    }
+    rooted = denoiser.peft_config[adapter_name].use_rslora
+    scales = {}
+    for name, part in denoiser.named_modules():
+        if adapter_name in getattr(part, "lora_alpha", {}):
+            rank = part.r[adapter_name]
+            scales[name] = part.lora_alpha[adapter_name] / (math.sqrt(rank) if rooted else rank)
+    state = {}
+    for name, value in get_peft_model_state_dict(denoiser, adapter_name=adapter_name).items():
+        scale = scales.get(name.removesuffix(".lora_B.weight"), 1.0)
+        state[f"{prefix}.{name}"] = (scale * value.detach().to("cpu", torch.float32)).contiguous()
+    return state

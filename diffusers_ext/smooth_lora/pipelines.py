@@ -12,6 +12,10 @@ The folders `pipelines/smooth_diffusion_*` import these classes for `custom_pipe
 
 A call of the pipeline gives the same result as its base class, bit for bit. The package has every method as a
 function too, for any other pipeline.
+
+What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
+`SmoothDiffusionStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not
+find the class.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..core.images import encode_images
+from ..core.pipeline import SubclassComponents
 from .apply import apply_smooth_lora, remove_smooth_lora
 from .editing import edit
 from .interpolation import interpolate
@@ -33,7 +38,7 @@ from .inversion import ddim_invert
 from .null_text import NullTextInversion, null_text_invert, reconstruct
 
 
-class SmoothDiffusionMixin:
+class SmoothDiffusionMixin(SubclassComponents):
     """Methods for loading a Smooth-LoRA, interpolation, inversion and editing."""
 
     def load_smooth_lora(

@@ -9,6 +9,10 @@ The folders `pipelines/teleport_*` import these classes, for use with `custom_pi
     pipe("a red bag").images[0]
 
 Without statistics, their results are bit-identical to those of their base classes.
+
+What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
+`TeleportStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
+`DiffusionPipeline.from_pretrained` alone does not find the class.
 """
 
 import copy
@@ -27,7 +31,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..core.pipeline import adds_argument, named_arguments, parameters_of
+from ..core.pipeline import SubclassComponents, adds_argument, named_arguments, parameters_of
 from .apply import apply_teleport, remove_teleport, teleport_is_on
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats
@@ -51,7 +55,7 @@ _CONDITIONS = (
 _BEYOND_TEXT = ("prompt_embeds", "ip_adapter_image", "ip_adapter_image_embeds")
 
 
-class TeleportMixin:
+class TeleportMixin(SubclassComponents):
     """`load_teleport`, `fit_teleport` and `unload_teleport` for a pipeline class."""
 
     scheduler: Any

@@ -403,3 +403,27 @@ def test_in_half_precision(dtype: torch.dtype) -> None:
     plain = tiny.images(pipe, "sd", steps=2)
     assert torch.isfinite(tiny.images(apply_gri_attention(pipe, window=4, pool=2), "sd", steps=2)).all()
     assert torch.equal(tiny.images(remove_gri_attention(pipe), "sd", steps=2), plain)
+
+
+def test_attention_slicing_is_refused_before_and_after() -> None:
+    pipe = tiny.build("sd")
+    pipe.enable_attention_slicing()
+    with pytest.raises(
+        ValueError, match=r"SlicedAttnProcessor.*Call pipe.disable_attention_slicing\(\) first"
+    ):
+        dx.apply_gri_attention(pipe, window=4, pool=2)
+    pipe.disable_attention_slicing()
+    plain = tiny.images(pipe, "sd", steps=2)
+    dx.apply_gri_attention(pipe, window=4, pool=2)
+    changed = tiny.images(pipe, "sd", steps=2)
+    assert not torch.equal(changed, plain)
+    for slicing in (pipe.enable_attention_slicing, pipe.disable_attention_slicing):
+        slicing()
+        with pytest.raises(
+            ValueError, match=r"enable_attention_slicing, .* Call remove_gri_attention, to which"
+        ):
+            tiny.images(pipe, "sd", steps=2)
+    dx.remove_gri_attention(pipe)
+    assert torch.equal(tiny.images(pipe, "sd", steps=2), plain)
+    dx.apply_gri_attention(pipe, window=4, pool=2)
+    assert torch.equal(tiny.images(pipe, "sd", steps=2), changed)

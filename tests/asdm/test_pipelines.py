@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.apply import gri_attention_of
 from diffusers_ext.asdm.pipelines import ASDMStableDiffusionPipeline
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
+from diffusers_ext.golden_noise.pipelines import GoldenNoiseStableDiffusionPipeline
+from diffusers_ext.smooth_lora.pipelines import SmoothDiffusionStableDiffusionPipeline
+from diffusers_ext.teleport.pipelines import TeleportStableDiffusionPipeline
 from diffusers_ext.testbed.embedded import pipeline_dir
 from tests import tiny
 from tests.training.launching import environment
@@ -74,3 +82,38 @@ def test_of_a_stock_model_it_is_the_base_class(tmp_path: Path) -> None:
     assert not torch.equal(tiny.images(pipe, "sd", steps=2), before)
     assert pipe.remove_gri_attention() is pipe
     assert torch.equal(tiny.images(pipe, "sd", steps=2), before)
+
+
+OURS = [
+    ASDMStableDiffusionPipeline,
+    GoldenNoiseStableDiffusionPipeline,
+    SmoothDiffusionStableDiffusionPipeline,
+    TeleportStableDiffusionPipeline,
+]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_from_pipe_takes_a_pruned_unet_over(kind: Any) -> None:
+    pipe = pruned()
+    expected = tiny.images(pipe, "sd", steps=2)
+    made = kind.from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    assert type(made) is kind
+    assert made.unet is pipe.unet
+    assert torch.equal(tiny.images(made, "sd", steps=2), expected)
+    assert kind.from_pipe(made).unet is pipe.unet
+    # What is not a UNet is still refused.
+    pipe.unet = tiny.build("ddpm").unet
+    with pytest.raises(ValueError, match="unet"):
+        kind.from_pipe(pipe)
+
+
+def test_from_pipe_with_the_folder_and_of_stock_classes() -> None:
+    made = ASDMStableDiffusionPipeline.from_pipe(pruned())
+    again = DiffusionPipeline.from_pipe(made, custom_pipeline=FOLDER, trust_remote_code=True)
+    assert again.unet is made.unet
+    # diffusers compares exact classes, and says what to do.
+    with pytest.raises(ValueError, match=r"expected .*unet"):
+        StableDiffusionImg2ImgPipeline.from_pipe(made)
+    assert StableDiffusionImg2ImgPipeline.from_pipe(made, unet=made.unet).unet is made.unet
+    assert AutoPipelineForImage2Image.from_pipe(pruned()).unet.config.removed_attentions

@@ -1,14 +1,18 @@
 """The subclass: what its config says, what it loads in, what it refuses."""
 
+import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
+from diffusers_ext.asdm.cost import example_inputs
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor
 from diffusers_ext.asdm.prune import prune_unet
 from diffusers_ext.asdm.sensitivity import skipped
@@ -135,3 +139,67 @@ def test_errors(given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         ASDMUNet2DConditionModel(**SMALL, **given)
     assert isinstance(ASDMUNet2DConditionModel(**SMALL), UNet2DConditionModel)
+
+
+def test_the_signature_is_that_of_the_parent_and_its_own() -> None:
+    parent, own = (
+        inspect.signature(kind.__init__).parameters
+        for kind in (UNet2DConditionModel, ASDMUNet2DConditionModel)
+    )
+    assert list(own) == [*parent, *OWN]
+    assert all(own[name] == parent[name] for name in parent)
+    assert ASDMUNet2DConditionModel._get_init_keys(ASDMUNet2DConditionModel) == set(own)
+    # What is shown works: positional arguments too.
+    rest = {key: value for key, value in SMALL.items() if key not in ("sample_size", "in_channels")}
+    unet = ASDMUNet2DConditionModel(SMALL["sample_size"], SMALL["in_channels"], **rest, **OWN)
+    assert unet.config["in_channels"] == SMALL["in_channels"]
+    with pytest.raises(TypeError, match="elsewhere"):
+        ASDMUNet2DConditionModel(**SMALL, elsewhere=1)
+
+
+def test_gradient_checkpointing_and_device_maps() -> None:
+    assert "CLMECondConv2d" in ASDMUNet2DConditionModel._no_split_modules
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        unet = ASDMUNet2DConditionModel(**SMALL, **OWN)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        torch.manual_seed(1)
+        unet(**example_inputs(unet.config, 2, tokens=5)).sample.square().mean().backward()
+        found.append({name: p.grad for name, p in unet.named_parameters()})
+    assert all(a is found[1][name] is None or torch.equal(a, found[1][name]) for name, a in found[0].items())
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layerwise_casting(storage: torch.dtype) -> None:
+    torch.manual_seed(0)
+    unet = ASDMUNet2DConditionModel(**SMALL, **OWN).eval()
+    exact = run(unet)
+    unet.enable_layerwise_casting(storage_dtype=storage)
+    assert (run(unet) - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [{"down": 0.5}, {"down": {"block_1": [0.5, 2.0]}, "up": 0.0}, {"mid": 0.0, "up": {"block_2": 3.0}}],
+)
+@pytest.mark.parametrize("removed", [False, True])
+def test_scales_of_a_lora_by_block(removed: bool, scales: dict[str, Any]) -> None:
+    own = OWN if removed else {"gri_attention": OWN["gri_attention"]}
+    torch.manual_seed(0)
+    unet = ASDMUNet2DConditionModel(**SMALL, **own).eval()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    unet.add_adapter(config, "random")
+    reference = copy.deepcopy(unet)
+    unet.set_adapters(["random"], [scales])
+    # The scale of every layer by hand.
+    for name, layer in reference.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            part, index, _, position = (name.replace("mid_block", "mid_blocks.0").split("."))[:4]
+            scale: Any = scales.get(part.removesuffix("_blocks"), 1.0)
+            scale = scale.get(f"block_{index}", 1.0) if isinstance(scale, dict) else scale
+            layer.set_scale("random", scale[int(position)] if isinstance(scale, list) else scale)
+    assert torch.allclose(run(unet), run(reference), atol=1e-6)
+    with pytest.raises(ValueError, match=r"Expected 2 scales for down\.block_1, got 3"):
+        unet.set_adapters(["random"], [{"down": {"block_1": [1.0, 1.0, 1.0]}}])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import BaseOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +33,8 @@ def test_any_size_and_the_identity_before_training(
     channels: int, height: int, width: int, tokens: int
 ) -> None:
     noise, text = inputs(2, channels, height, width, tokens=tokens)
-    assert torch.equal(build(channels, trained=False)(noise, text), noise)
-    golden = build(channels)(noise, text)
+    assert torch.equal(build(channels, trained=False)(noise, text).sample, noise)
+    golden = build(channels)(noise, text).sample
     assert golden.shape == noise.shape
     assert torch.isfinite(golden).all()
     assert not torch.equal(golden, noise)
@@ -42,11 +43,11 @@ def test_any_size_and_the_identity_before_training(
 def test_every_row_has_its_own_prompt() -> None:
     model = build()
     noise, text = inputs(3, 4, 6, 10)
-    batch = model(noise, text)
-    rows = torch.cat([model(noise[i : i + 1], text[i : i + 1]) for i in range(3)])
+    batch = model(noise, text).sample
+    rows = torch.cat([model(noise[i : i + 1], text[i : i + 1]).sample for i in range(3)])
     # Another batch size may take another matrix kernel: float32 rounding.
     assert torch.allclose(batch, rows, atol=1e-5)
-    other = model(noise, text[[0, 2, 1]])
+    other = model(noise, text[[0, 2, 1]]).sample
     assert torch.equal(other[0], batch[0])
     assert not torch.allclose(other[1:], batch[1:], atol=1e-3)
 
@@ -57,12 +58,12 @@ def test_every_token_and_its_place_count() -> None:
     for i in range(6):
         changed = text.clone()
         changed[:, i] += 1 + torch.arange(8.0)
-        assert not torch.allclose(model(noise, changed), model(noise, text), atol=1e-4)
-    assert not torch.allclose(model(noise, text.flip(1)), model(noise, text), atol=1e-4)
+        assert not torch.allclose(model(noise, changed).sample, model(noise, text).sample, atol=1e-4)
+    assert not torch.allclose(model(noise, text.flip(1)).sample, model(noise, text).sample, atol=1e-4)
 
 
 def test_the_same_patch_elsewhere_is_changed_otherwise() -> None:
-    golden = build()(torch.zeros(1, 4, 12, 12), inputs(1, 4, 1, 1)[1])
+    golden = build()(torch.zeros(1, 4, 12, 12), inputs(1, 4, 1, 1)[1]).sample
     assert not torch.allclose(golden[..., :6], golden[..., 6:], atol=1e-3)
     assert not torch.allclose(golden[..., :6, :], golden[..., 6:, :], atol=1e-3)
 
@@ -70,15 +71,15 @@ def test_the_same_patch_elsewhere_is_changed_otherwise() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_and_inputs(dtype: torch.dtype) -> None:
     noise, text = inputs(2, 4, 6, 6)
-    exact = build()(noise, text)
-    half = build().to(dtype)(noise.to(dtype), text.to(dtype))
+    exact = build()(noise, text).sample
+    half = build().to(dtype)(noise.to(dtype), text.to(dtype)).sample
     assert half.dtype == dtype
     # Three or two significant digits of a residual of about 1.
     assert (half - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.15)
-    mixed = build().to(dtype)(noise, text)
+    mixed = build().to(dtype)(noise, text).sample
     assert mixed.dtype == torch.float32
     untrained = build(trained=False).to(dtype)
-    assert torch.equal(untrained(noise, text), noise)
+    assert torch.equal(untrained(noise, text).sample, noise)
 
 
 def test_save_and_load(tmp_path: Any) -> None:
@@ -91,7 +92,7 @@ def test_save_and_load(tmp_path: Any) -> None:
     loaded: Any = dx.NPNetModel.from_pretrained(tmp_path)
     noise, text = inputs(2, 4, 5, 7)
     # Weights that lie elsewhere in memory may take another kernel.
-    assert torch.allclose(loaded(noise, text), model(noise, text), atol=1e-5)
+    assert torch.allclose(loaded(noise, text).sample, model(noise, text).sample, atol=1e-5)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert dict(loaded.config)["text_dim"] == 8
 
@@ -99,7 +100,7 @@ def test_save_and_load(tmp_path: Any) -> None:
 def test_gradients_reach_every_parameter() -> None:
     model = build().requires_grad_(True)
     noise, text = inputs(2, 4, 6, 6)
-    model(noise, text).square().mean().backward()
+    model(noise, text).sample.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # A key's bias adds the same to every token's score, and softmax doesn't see it.
     assert [name for name in without if not name.endswith("to_k.bias")] == []
@@ -132,3 +133,37 @@ def test_wrong_shapes_are_named(noise: Any, text: Any, message: str) -> None:
 def test_sizes_that_do_not_go_together(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dx.NPNetModel(**config)
+
+
+def test_the_output_has_the_forms_of_a_diffusers_model() -> None:
+    model = build()
+    noise, text = inputs(2, 4, 6, 6)
+    output = model(noise, text)
+    (golden,) = model(noise, text, return_dict=False)
+    assert isinstance(output, BaseOutput)
+    assert output["sample"] is output.sample is output[0]
+    assert torch.equal(output.sample, golden)
+
+
+def test_gradient_checkpointing_has_the_same_gradients() -> None:
+    noise, text = inputs(2, 4, 6, 6)
+    plain, saving = build().requires_grad_(True), build().requires_grad_(True)
+    saving.enable_gradient_checkpointing()
+    calls, inner = [], saving.compact._gradient_checkpointing_func
+    saving.compact._gradient_checkpointing_func = lambda *args: calls.append(args) or inner(*args)
+    for model in (plain, saving):
+        model(noise, text).sample.square().mean().backward()
+    assert len(calls) == len(saving.compact.blocks)
+    found = zip(plain.parameters(), saving.parameters())
+    assert all(a.grad is b.grad is None or torch.equal(a.grad, b.grad) for a, b in found)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layerwise_casting(storage: torch.dtype) -> None:
+    noise, text = inputs(2, 4, 6, 6)
+    exact, model = build()(noise, text).sample, build()
+    model.enable_layerwise_casting(storage_dtype=storage)
+    assert model.compact.embed.weight.dtype == storage
+    assert (model(noise, text).sample - exact).abs().mean() < (
+        0.1 if storage == torch.float8_e4m3fn else 0.02
+    )

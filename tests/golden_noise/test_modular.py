@@ -93,7 +93,7 @@ def test_the_start_is_the_networks_noise() -> None:
     npnet = network()
     pipe = modular(golden_noise_blocks(), npnet)
     with torch.no_grad():
-        golden = npnet(unit_noise(), prompt_embeds())
+        golden = npnet(unit_noise(), prompt_embeds()).sample
     assert (golden - unit_noise()).abs().mean() > 0.05
     torch.testing.assert_close(start(pipe) / scale(), golden, atol=1e-5, rtol=0)
     half = unit_noise().lerp(golden, 0.5)
@@ -110,7 +110,7 @@ def test_equals_the_classic_pipeline_with_golden_latents(each: int) -> None:
     embeds, negative, pooled, negative_pooled = stock().encode_prompt(PROMPTS, num_images_per_prompt=each)
     noise = randn_tensor((2 * each, 4, 8, 8), generator=tiny.generators(2 * each))
     with torch.no_grad():
-        latents = npnet(noise, embeds)
+        latents = npnet(noise, embeds).sample
     # diffusers 0.42's input step repeats the pooled embeddings as 0 1 0 1, and all others as 0 0 1 1.
     if each == 1:
         assert torch.equal(result["pooled_prompt_embeds"], pooled)
@@ -164,7 +164,7 @@ def test_keeps_the_latents_dtype() -> None:
     noise = start(modular(plain_blocks(), classic=classic)).float() / scale()
     embeds = classic.encode_prompt(PROMPTS, num_images_per_prompt=2, do_classifier_free_guidance=False)[0]
     with torch.no_grad():
-        golden = pipe.npnet(noise, embeds.float())
+        golden = pipe.npnet(noise, embeds.float()).sample
     torch.testing.assert_close(latents, (golden * scale()).bfloat16(), atol=0, rtol=2**-7)
 
 
@@ -172,7 +172,7 @@ def test_a_scheduler_that_does_not_scale() -> None:
     pipe = modular(golden_noise_blocks(), network())
     pipe.update_components(scheduler=DDIMScheduler.from_config(stock().scheduler.config))
     with torch.no_grad():
-        golden = network()(unit_noise(), prompt_embeds())
+        golden = network()(unit_noise(), prompt_embeds()).sample
     torch.testing.assert_close(start(pipe), golden, atol=1e-5, rtol=0)
 
 

@@ -245,7 +245,7 @@ def test_it_is_the_published_formula(file: Path) -> None:
     for attention in (True, False):
         model = dx.NPNetModel.from_original(file, svd_attention=attention, sample_size=SIZE)
         with torch.no_grad():
-            golden = model(noise, text)
+            golden = model(noise, text).sample
         assert close(golden, terms.golden(attention))
         assert not close(golden, terms.golden(not attention))
     # Every term has its share, and prompts differ, so each of them was compared.
@@ -259,7 +259,7 @@ def test_it_is_the_published_formula(file: Path) -> None:
 def test_at_the_released_size(released_size_file: Path) -> None:
     model = dx.NPNetModel.from_original(released_size_file)
     noise, text = inputs(1, 128)
-    assert close(model(noise, text), reference(checkpoint(128), noise, text).golden())
+    assert close(model(noise, text).sample, reference(checkpoint(128), noise, text).golden())
 
 
 @torch.no_grad()
@@ -316,22 +316,22 @@ def test_saving_converted_weights(file: Path, tmp_path: Path) -> None:
     assert same_weights(loaded, model)
     assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers()))
     # Weights that lie in the file's memory may take another kernel; a copy lies as the model's own.
-    assert torch.equal(copy.deepcopy(loaded)(noise, text), model(noise, text))
+    assert torch.equal(copy.deepcopy(loaded)(noise, text).sample, model(noise, text).sample)
     half: Any = dx.NPNetModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
-    golden = half(noise.half(), text.half())
+    golden = half(noise.half(), text.half()).sample
     assert golden.dtype == torch.float16
     # Twelve Swin blocks in half precision.
-    assert float((golden.float() - model(noise, text)).abs().mean()) < 0.02
+    assert float((golden.float() - model(noise, text).sample).abs().mean()) < 0.02
 
 
 @torch.no_grad()
 def test_rows_are_conditioned_one_by_one_and_the_residual_has_seven_rows(file: Path) -> None:
     model = dx.NPNetModel.from_original(file, sample_size=SIZE)
     noise, text = inputs()
-    batch = model(noise, text)
-    one = torch.cat([model(noise[i : i + 1], text[i : i + 1]) for i in range(2)])
+    batch = model(noise, text).sample
+    one = torch.cat([model(noise[i : i + 1], text[i : i + 1]).sample for i in range(2)])
     assert torch.allclose(batch, one, atol=1e-4)
-    other = model(noise, torch.stack([text[0], text[0]]))
+    other = model(noise, torch.stack([text[0], text[0]])).sample
     assert torch.allclose(other[0], batch[0], atol=1e-4)
     assert not torch.allclose(other[1], batch[1], atol=0.1)
     for image in model.released.unet_embedding(noise):
@@ -441,3 +441,20 @@ def test_nearest_is_torchs() -> None:
 def test_sizes_that_do_not_fold_into_a_square(channels: int, size: int) -> None:
     with pytest.raises(ValueError, match=f"{channels} channels of {size} × {size} do not allow it"):
         dx.NPNetModel(channels, TEXT, legacy=True, sample_size=size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layerwise_casting_leaves_the_singular_values_alone(file: Path, storage: torch.dtype) -> None:
+    model = dx.NPNetModel.from_original(file, sample_size=SIZE)
+    noise, text = inputs()
+    exact = model(noise, text).sample
+    model.enable_layerwise_casting(storage_dtype=storage)
+    assert {p.dtype for p in model.released.unet_svd.parameters()} == {torch.float32}
+    assert model.released.text_embedding.linear.weight.dtype == storage
+    assert float((model(noise, text).sample - exact).abs().mean()) < 0.05
+
+
+def test_gradient_checkpointing_is_refused(file: Path) -> None:
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        dx.NPNetModel.from_original(file, sample_size=SIZE).enable_gradient_checkpointing()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import diffusers_ext as dx
@@ -208,3 +208,37 @@ def test_prompts_are_asked_for_where_there_are_some() -> None:
     with pytest.raises(ValueError, match="2 images need 1 or 2 prompts, got 3"):
         pipe.project(pictures(), ["a", "b", "c"])
     assert len(pipe(["a a", "b b"], batch_size=2).images) == 4
+
+
+class Subclass(UNet2DConditionModel):
+    """Stands for the UNets of other packages."""
+
+
+@each
+@pytest.mark.parametrize("make", ["from_pipe", "parameters", "timestep"])
+def test_a_second_pipeline_of_the_same_components(name: str, make: str) -> None:
+    pipe = build(name)
+    if make == "from_pipe":
+        other = dx.SIGNPipeline.from_pipe(pipe)
+    elif make == "parameters":
+        other = dx.SIGNPipeline(**pipe.components, **pipe.parameters)
+    else:
+        other = dx.SIGNPipeline(**pipe.components, timestep=pipe.config.timestep)
+    assert other.components == pipe.components
+    assert other.config.timestep == pipe.config.timestep
+    call = {**texts(name, 2), "num_inference_steps": 2, "output_type": "pt"}
+    first, second = (p(**call, generator=tiny.generators(2)).images for p in (pipe, other))
+    assert torch.equal(first, second)
+
+
+def test_a_component_of_a_subclass_is_taken_over() -> None:
+    pipe = build("sd")
+    pipe.unet = Subclass.from_config(pipe.unet.config)
+    assert dx.SIGNPipeline.from_pipe(pipe).unet is pipe.unet
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match=r"constant `timestep`, got None.*SIGNPipeline.from_pipe\(pipe\)"):
+        dx.SIGNPipeline(**build("sd").components)
+    with pytest.raises(ValueError, match="time-conditional diffusion model, not a projector"):
+        dx.SIGNPipeline.from_pipe(tiny.build("ddpm"))

@@ -169,7 +169,7 @@ def test_the_controls_are_what_they_are_called(pairs: Path) -> None:
     norms = [(starts[name] - plain).flatten(1).norm(dim=1) for name in ("npnet", "random")]
     assert torch.allclose(*norms, rtol=1e-4)
     embeds = prompt_embeddings(pipe, few.prompts)
-    assert torch.equal(starts["shuffled"][0], npnet(plain, embeds.roll(1, 0))[0])
+    assert torch.equal(starts["shuffled"][0], npnet(plain, embeds.roll(1, 0)).sample[0])
     assert not torch.equal(starts["shuffled"], made)
     for axis in (torch.mean, torch.std):
         found, wanted = (axis(x.flatten(1), dim=1) for x in (starts["rescaled"], made))
