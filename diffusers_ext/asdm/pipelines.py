@@ -9,8 +9,8 @@ The folder `pipelines/asdm_sd` imports the class for `custom_pipeline=`:
 Importing this module registers `ASDMUNet2DConditionModel` with diffusers.
 
 What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`ASDMStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not
-find the class.
+`ASDMStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
+`DiffusionPipeline.from_pretrained` alone does not find the class.
 """
 
 from __future__ import annotations

@@ -335,7 +335,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True) -> 
         ValueError: the pipeline has no `encode_prompt`, or it returns other values.
     """
     encoded = _encode(pipe, prompts, guidance)
-    names = _ENCODED.get(len(encoded), ()) if isinstance(encoded, tuple) else ()
+    names = (_ENCODED.get(len(encoded)) or ()) if isinstance(encoded, tuple) else ()
     found = {name: value for name, value in zip(names, encoded) if value is not None}
     # Others return as many values, among them masks.
     axes = {name: 2 if "pooled" in name else 3 for name in names}

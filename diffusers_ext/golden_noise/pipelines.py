@@ -12,8 +12,8 @@ The folders `pipelines/golden_noise_*` import these classes, for use with `custo
 bit-identical to those of the base class.
 
 What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`GoldenNoiseStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not
-find the class.
+`GoldenNoiseStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
+`DiffusionPipeline.from_pretrained` alone does not find the class.
 """
 
 import functools
