@@ -145,11 +145,26 @@ def named_arguments(base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 # --- components of a pipeline class ---
 
 
-class SubclassComponents:
+class FromPipeMixin:
     """Before a pipeline class: `from_pipe` takes over components of subclasses too, such as pruned UNets.
 
     diffusers looks for the exact class of a component among the annotations of `__init__`.
+
+    Raises:
+        ValueError: `DiffusionPipeline.from_pipe(..., custom_pipeline=...)` for a class with optional components,
+            of which diffusers passes the names instead of the objects.
     """
+
+    def register_modules(self, **modules: Any) -> None:
+        """Same as in the base class."""
+        entries = {name: module for name, module in modules.items() if isinstance(module, tuple | list)}
+        named = [name for name, (library, _) in entries.items() if library is not None]
+        if named:
+            raise ValueError(
+                f"Expected components, got their names for {', '.join(named)}: DiffusionPipeline.from_pipe does"
+                f" not pass optional components on. Use {type(self).__name__}.from_pipe(pipe) instead."
+            )
+        super().register_modules(**{**modules, **dict.fromkeys(entries)})  # type: ignore[misc]
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
