@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 from diffusers import StableDiffusionPipeline
 
-from ..core.pipeline import SubclassComponents
+from ..core.pipeline import FromPipeMixin
 from .apply import apply_gri_attention, remove_gri_attention
 from .unet import ASDMUNet2DConditionModel
 
 __all__ = ["ASDMStableDiffusionPipeline", "ASDMUNet2DConditionModel"]
 
 
-class ASDMStableDiffusionPipeline(SubclassComponents, StableDiffusionPipeline):
+class ASDMStableDiffusionPipeline(FromPipeMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that loads pruned UNets and can add GRI attention to any UNet.
 
     A call of the pipeline is that of the base class.

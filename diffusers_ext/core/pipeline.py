@@ -237,11 +237,26 @@ def named_arguments(
 # --- components of a pipeline class ---
 
 
-class SubclassComponents:
+class FromPipeMixin:
     """Before a pipeline class: `from_pipe` takes over components of subclasses too, such as pruned UNets.
 
     diffusers looks for the exact class of a component among the annotations of `__init__`.
+
+    Raises:
+        ValueError: `DiffusionPipeline.from_pipe(..., custom_pipeline=...)` for a class with optional components,
+            of which diffusers passes the names instead of the objects.
     """
+
+    def register_modules(self, **modules: Any) -> None:
+        """Same as in the base class."""
+        entries = {name: module for name, module in modules.items() if isinstance(module, tuple | list)}
+        named = [name for name, (library, _) in entries.items() if library is not None]
+        if named:
+            raise ValueError(
+                f"Expected components, got their names for {', '.join(named)}: DiffusionPipeline.from_pipe does"
+                f" not pass optional components on. Use {type(self).__name__}.from_pipe(pipe) instead."
+            )
+        super().register_modules(**{**modules, **dict.fromkeys(entries)})  # type: ignore[misc]
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
@@ -336,16 +351,17 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True) -> 
     """
     encoded = _encode(pipe, prompts, guidance)
     names = (_ENCODED.get(len(encoded)) or ()) if isinstance(encoded, tuple) else ()
-    found = {name: value for name, value in zip(names, encoded) if value is not None}
+    found: dict[str, Tensor] = {name: value for name, value in zip(names, encoded) if value is not None}
     # Others return as many values, among them masks.
     axes = {name: 2 if "pooled" in name else 3 for name in names}
     embeds = all(_is_float(value) and value.ndim == axes[name] for name, value in found.items())
-    if not found or not embeds or not found.keys() <= parameters_of(pipe).keys():
+    if not embeds or "prompt_embeds" not in found:
         raise ValueError(
             f"{type(pipe).__name__}.encode_prompt returns other values than that of SD, SDXL, SD3 or Flux, so its"
             " prompts cannot be encoded here."
         )
-    return found
+    accepted = parameters_of(pipe)  # a distilled model has no negative_prompt_embeds
+    return {name: value for name, value in found.items() if name in accepted}
 
 
 @torch.no_grad()

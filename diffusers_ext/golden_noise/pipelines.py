@@ -35,7 +35,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..core.pipeline import SubclassComponents, adds_argument, named_arguments
+from ..core.pipeline import FromPipeMixin, adds_argument, named_arguments
 from .apply import GoldenNoise
 from .npnet import NPNetModel
 
@@ -43,7 +43,7 @@ _DOC = """golden_strength (`float`, defaults to 1.0): 0 starts from the random n
         noise; other values interpolate or extrapolate linearly. `latents` are used as given."""
 
 
-class GoldenNoiseMixin(SubclassComponents):
+class GoldenNoiseMixin(FromPipeMixin):
     """Replaces the noise with golden noise after a pipeline's own `prepare_latents`."""
 
     npnet: NPNetModel | None

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.images import as_tensor, decode_latents, encode_images
-from ..core.pipeline import SubclassComponents, encode_prompts
+from ..core.pipeline import FromPipeMixin, encode_prompts
 from .projector import Projector, check_teacher
 from .source import MixtureSource
 
@@ -43,7 +43,7 @@ REFINEMENT = 0.125
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class SIGNPipeline(SubclassComponents, DiffusionPipeline):
+class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
     """A one- or few-step generator that is also a projector onto the data (Zaman et al., arXiv:2509.21470).
 
     Args:

@@ -30,7 +30,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..core.images import encode_images
-from ..core.pipeline import SubclassComponents
+from ..core.pipeline import FromPipeMixin
 from .apply import apply_smooth_lora, remove_smooth_lora
 from .editing import edit
 from .interpolation import interpolate
@@ -38,7 +38,7 @@ from .inversion import ddim_invert
 from .null_text import NullTextInversion, null_text_invert, reconstruct
 
 
-class SmoothDiffusionMixin(SubclassComponents):
+class SmoothDiffusionMixin(FromPipeMixin):
     """Methods for loading a Smooth-LoRA, interpolation, inversion and editing."""
 
     def load_smooth_lora(

@@ -31,7 +31,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..core.pipeline import SubclassComponents, adds_argument, named_arguments, parameters_of
+from ..core.pipeline import FromPipeMixin, adds_argument, named_arguments, parameters_of
 from .apply import apply_teleport, remove_teleport, teleport_is_on
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats
@@ -55,7 +55,7 @@ _CONDITIONS = (
 _BEYOND_TEXT = ("prompt_embeds", "ip_adapter_image", "ip_adapter_image_embeds")
 
 
-class TeleportMixin(SubclassComponents):
+class TeleportMixin(FromPipeMixin):
     """`load_teleport`, `fit_teleport` and `unload_teleport` for a pipeline class."""
 
     scheduler: Any

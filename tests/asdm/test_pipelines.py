@@ -112,6 +112,7 @@ def test_from_pipe_with_the_folder_and_of_stock_classes() -> None:
     made = ASDMStableDiffusionPipeline.from_pipe(pruned())
     again = DiffusionPipeline.from_pipe(made, custom_pipeline=FOLDER, trust_remote_code=True)
     assert again.unet is made.unet
+    assert again.image_encoder is None
     # diffusers compares exact classes, and says what to do.
     with pytest.raises(ValueError, match=r"expected .*unet"):
         StableDiffusionImg2ImgPipeline.from_pipe(made)

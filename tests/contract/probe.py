@@ -389,7 +389,7 @@ def _golden_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
     if scale != 1:
         scale *= float(scheduler.init_noise_sigma)
     with torch.no_grad():
-        golden = noise_network(name)(before.shown[0] / scale, before.embeds[:BATCH])
+        golden = noise_network(name)(before.shown[0] / scale, before.embeds[:BATCH]).sample
     return differ("the first input", run.shown[0], golden * scale)
 
 

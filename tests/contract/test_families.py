@@ -41,24 +41,15 @@ _BEFORE_FIRST_CALL = {
     "dit": IN_CALL,  # it copies the latents
 }
 _NO_PROMPT = dict.fromkeys(("dit", "ldm", "ddpm", "modular-sdxl", "modular-flux"), REFUSED)
-_OVERWRITTEN = "wrong", "the negative prompt is encoded by a second call, whose mean replaces the prompt's"
 KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
     "teleport": _BEFORE_FIRST_CALL,
     "teleport-first-call": _TELEPORT,
     "teleport-prompt-map": {
         **_BEFORE_FIRST_CALL,
         **_NO_PROMPT,
-        "flux": _OVERWRITTEN,
-        "flux-schnell": _OVERWRITTEN,
-        "qwen": _OVERWRITTEN,
-        "kandinsky5": _OVERWRITTEN,
-        "hunyuan-dit": ("wrong", "the means of a second text encoder replace those of the first"),
-        "pixart": ("wrong", "it has no do_classifier_free_guidance: the negative prompt is not seen"),
-        "auraflow": ("wrong", "it has no do_classifier_free_guidance: the negative prompt is not seen"),
-        # Only with a negative prompt: the second value of encode_prompt is no embedding.
-        "sana": IN_CALL,
-        "chroma": IN_CALL,
-        "zimage": ("crashes", "encode_prompt returns a list of tensors"),
+        # Guided calls, of which the scale is not known to others.
+        **dict.fromkeys(("flux", "flux-schnell", "qwen", "kandinsky5", "pixart", "auraflow"), IN_CALL),
+        "zimage": REFUSED,  # it has no check_inputs, and a list of embeddings
     },
     "golden-noise": {
         **_NO_PROMPT,
@@ -66,23 +57,25 @@ KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
         # Channels that are not the second axis, or more than two other axes.
         **dict.fromkeys(("flux2", "flux2-klein", "kandinsky5", "wan", "wan22", "cogvideox"), IN_CALL),
         "qwen": ("wrong", "the network sees the padding, so an image depends on the others' prompts"),
-        "zimage": ("crashes", "encode_prompt returns a list of tensors"),
-        "ltx": ("crashes", "the pipeline has no vae_scale_factor"),
+        "zimage": IN_CALL,  # a list of embeddings
+        "ltx": IN_CALL,  # packed latents of videos
     },
     "smooth-lora": {
         **dict.fromkeys(("pixart", "hunyuan-dit", "dit", "ddpm"), REFUSED),  # diffusers loads no LoRA there
-        "wan22": ("wrong", "only the first of its two networks has the LoRA"),
+        "wan22": REFUSED,  # it has two networks
     },
 }
-_LAYOUT = "crashes", "the values of encode_prompt are named by their number alone"
 _NO_VAE_FACTS = "crashes", "the autoencoder is none of pictures, or its config has other keys"
 _NO_METHOD = "crashes", "the pipeline has no prepare_latents"
 _NO_LATENTS = "crashes", "the call has no latents="
 KNOWN |= {
     "encode_prompts": {
-        **dict.fromkeys((*_NO_PROMPT, "chroma"), REFUSED),
-        **dict.fromkeys(("flux2", "flux2-klein", "qwen", "sana", "pixart", "hunyuan-dit"), _LAYOUT),
-        **dict.fromkeys(("lumina2", "auraflow", "kandinsky5", "ltx"), _LAYOUT),
+        **dict.fromkeys(_NO_PROMPT, REFUSED),
+        # encode_prompt returns other values.
+        **dict.fromkeys(
+            ("flux2", "flux2-klein", "qwen", "sana", "pixart", "hunyuan-dit", "lumina2"), REFUSED
+        ),
+        **dict.fromkeys(("auraflow", "chroma", "kandinsky5", "ltx", "zimage"), REFUSED),
     },
     "initial_noise": {
         **dict.fromkeys(_NO_PROMPT, _NO_METHOD),

@@ -242,3 +242,7 @@ def test_what_is_missing_is_named() -> None:
         dx.SIGNPipeline(**build("sd").components)
     with pytest.raises(ValueError, match="time-conditional diffusion model, not a projector"):
         dx.SIGNPipeline.from_pipe(tiny.build("ddpm"))
+    with pytest.raises(ValueError, match=r"for source: .*Use SIGNPipeline.from_pipe\(pipe\) instead"):
+        DiffusionPipeline.from_pipe(
+            build("ddpm"), custom_pipeline=str(ROOT / "pipelines/sign"), trust_remote_code=True
+        )
