@@ -10,7 +10,7 @@ import torch
 import diffusers_ext as dx
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
 from diffusers_ext.teleport.prompts import prompt_features
-from tests import tiny
+from tests import families, tiny
 
 PROMPTS = [a + b for a in "abcde" for b in ("", "f", "g", "h")]
 SHAPE = (4, 8, 8)
@@ -132,6 +132,53 @@ def test_a_negative_prompt_moves_the_mean():
     positive, negative = stats.prompt_mean(prompt_features(pipe, ["a", "b"]))
     torch.testing.assert_close(used, negative + 3 * (positive - negative), atol=1e-4, rtol=1e-4)
     assert scale == 1.0
+
+
+def test_prompts_encoded_outside_of_a_call_change_nothing():
+    pipe = tiny.build("sd")
+    dx.apply_teleport(pipe, mapped(pipe), skip=0.5)
+    plain = tiny.images(pipe, "sd")
+    used = pipe.scheduler._mean.clone()
+    pipe.encode_prompt("another", "cpu", 1, False)
+    assert torch.equal(pipe.scheduler._mean, used)
+    assert torch.equal(tiny.images(pipe, "sd"), plain)
+
+
+class _OffAtZero(diffusers.StableDiffusionPipeline):
+    """Guides as c + w(c − u), like Z-Image and Krea 2."""
+
+    @property
+    def do_classifier_free_guidance(self):
+        return self._guidance_scale > 0
+
+
+def test_guidance_that_is_off_at_zero_is_followed():
+    pipe = _OffAtZero(**tiny.build("sd").components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    stats = mapped(pipe)
+    dx.apply_teleport(pipe, stats, skip=0.5)
+    call = {"num_inference_steps": 4, "height": 8, "width": 8, "output_type": "pt", "guidance_scale": 2.0}
+    pipe("a", negative_prompt="b", generator=torch.Generator().manual_seed(0), **call)
+    positive, negative = stats.prompt_mean(prompt_features(pipe, ["a", "b"]))
+    assert pipe._guidance_scale == 2.0
+    torch.testing.assert_close(
+        pipe.scheduler._mean[0], positive + 2 * (positive - negative), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_guidance_that_a_pipeline_does_not_tell_is_refused():
+    pipe = families.build("flux")
+    length = families.inputs("flux")["max_sequence_length"]
+    embeds = pipe.encode_prompt("a", None, max_sequence_length=length)[0]
+    shape = families.latent_shape("flux")
+    features, size = embeds.numel(), torch.Size(shape).numel()
+    found = PromptMap(
+        torch.zeros(features), torch.zeros(features, 1), torch.zeros(1, size), torch.zeros(size), 0.5
+    )
+    dx.apply_teleport(pipe, dataclasses.replace(tiny.gaussian(shape), prompt_map=found), skip=0.4)
+    assert torch.isfinite(families.images(pipe, "flux", steps=5, guided=False)).all()
+    with pytest.raises(ValueError, match="FluxPipeline does not tell the scale"):
+        families.images(pipe, "flux", steps=5)
 
 
 def test_saved_and_loaded(tmp_path):
