@@ -355,13 +355,14 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True) -> 
     # Others return as many values, among them masks.
     axes = {name: 2 if "pooled" in name else 3 for name in names}
     embeds = all(_is_float(value) and value.ndim == axes[name] for name, value in found.items())
-    if not embeds or "prompt_embeds" not in found:
+    # Kandinsky 5 has a pooled embedding too, by another name.
+    unknown = {name for name in found if "pooled" in name} - parameters_of(pipe).keys()
+    if not embeds or unknown or "prompt_embeds" not in found:
         raise ValueError(
             f"{type(pipe).__name__}.encode_prompt returns other values than that of SD, SDXL, SD3 or Flux, so its"
             " prompts cannot be encoded here."
         )
-    accepted = parameters_of(pipe)  # a distilled model has no negative_prompt_embeds
-    return {name: value for name, value in found.items() if name in accepted}
+    return found
 
 
 @torch.no_grad()

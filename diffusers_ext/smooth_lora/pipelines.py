@@ -14,8 +14,8 @@ A call of the pipeline gives the same result as its base class, bit for bit. The
 function too, for any other pipeline.
 
 What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`SmoothDiffusionStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not
-find the class.
+`SmoothDiffusionStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
+`DiffusionPipeline.from_pretrained` alone does not find the class.
 """
 
 from __future__ import annotations
