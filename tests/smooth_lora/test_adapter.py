@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusers_ext as dx
-from tests import tiny
+from tests import families, tiny
 
 RANK = 3
 
@@ -456,30 +455,14 @@ def test_a_deep_copy_has_the_adapter_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_second_denoiser_is_refused(tmp_path: Path) -> None:
-    def transformer() -> Any:
-        return diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=16,
-            ffn_dim=16,
-            num_layers=1,
-            rope_max_seq_len=8,
-        )
-
-    parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None, "vae": None}
-    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "transformer": transformer()}
-    pipe = diffusers.WanPipeline(**parts, transformer_2=transformer(), boundary_ratio=0.9)
+    pipe = families.build("wan22")
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "smooth")
     pipe.transformer.save_lora_adapter(tmp_path, "smooth")
     pipe.transformer.unload_lora()
     with pytest.raises(ValueError, match=r"WanPipeline has further denoisers \(transformer_2\).*load_into_"):
         dx.apply_smooth_lora(pipe, tmp_path)
     assert not getattr(pipe.transformer, "peft_config", None)
-    one = dx.apply_smooth_lora(diffusers.WanPipeline(**parts), tmp_path)
+    one = dx.apply_smooth_lora(families.build("wan"), tmp_path)
     assert list(one.transformer.peft_config) == ["smooth"]
 
 
