@@ -14,7 +14,7 @@ from torch import Tensor
 
 import diffusers_ext as dx
 from diffusers_ext.core.images import as_tensor
-from diffusers_ext.core.pipeline import prompt_embeddings
+from diffusers_ext.core.prompts import prompt_embeddings
 from diffusers_ext.golden_noise.training import equal_norm, rescaled, sample
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import diffusers_ext  # noqa: F401
 from diffusers_ext.core.images import as_tensor, save_grid
-from diffusers_ext.core.pipeline import prompt_embeddings
+from diffusers_ext.core.prompts import prompt_embeddings
 from diffusers_ext.core.storage import ShardStore
 from diffusers_ext.golden_noise.npnet import NPNetModel
 from diffusers_ext.golden_noise.pairs import NoisePairs, describe_model

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from diffusers import StableDiffusionPipeline
 
-from ..core.pipeline import FromPipeMixin
+from ..core.classes import FromPipeMixin
 from .apply import apply_gri_attention, remove_gri_attention
 from .unet import ASDMUNet2DConditionModel
 

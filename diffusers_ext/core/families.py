@@ -1,66 +1,281 @@
-"""Facts about pipelines that cannot be read from a call: the layout and the scale of their latents."""
+"""Facts about pipelines that cannot be read from a call, in one record for each kind of denoiser (`FAMILIES`).
+
+Latents have two layouts. In the *loop layout* the pipeline denoises them and gives them to its scheduler; there may be
+one token for each patch. The *grid layout* is that of the autoencoder: (B, C, H, W) for images, (B, C, T, H, W) for
+videos. Statistics, networks and encoded images of this package are in the grid layout.
+"""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# --- packed latents: Flux stores latents as tokens, one for each 2 × 2 patch: (B, H/2·W/2, 4C) ---
+from .hooks import parameters_of
 
-
-def is_packed(rows: torch.Size, shape: tuple[int, ...]) -> bool:
-    """Whether `rows`, the shape of one sample, is `shape` = (C, H, W) packed as in Flux: (H/2·W/2, 4C)."""
-    if len(rows) != 2 or len(shape) != 3:
-        return False
-    channels, height, width = shape
-    return height % 2 == 0 and width % 2 == 0 and tuple(rows) == (height * width // 4, 4 * channels)
+Layout = Literal["grid", "patches", "positions", "frames first", "channels last"]
 
 
-def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, H/2·W/2, 4C) → (B, C, H, W). Each token is a 2 × 2 patch, with the channel as the slowest index."""
-    channels, height, width = shape
-    patches = x.reshape(len(x), height // 2, width // 2, channels, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x), channels, height, width)
+@dataclass(frozen=True)
+class Family:
+    """What the pipelines of one class of denoisers have in common.
+
+    Attributes:
+        layout: of the latents in the denoising loop. "grid" is (B, C, H, W) or (B, C, T, H, W); "patches" has one
+            token for each 2 × 2 patch, (B, H/2 · W/2, 4C), with the channel as the slowest index; "positions" has one
+            token for each position, (B, T · H · W, C); "frames first" is (B, T, C, H, W); "channels last" is
+            (B, T, H, W, C), with T = 1 for images.
+        unpacked: the call's `latents=` are in the grid layout, whatever the layout of the loop.
+        reversed_time: the denoiser is given 1 − t/1000 and predicts −v. All others are given t or t/1000.
+        guidance_off: the scale at which classifier-free guidance is off. It is 1 for u + w(c − u), and 0 for
+            c + w(c − u), where c and u are the outputs with and without the prompt.
+    """
+
+    layout: Layout = "grid"
+    unpacked: bool = False
+    reversed_time: bool = False
+    guidance_off: float = 1.0
 
 
-def pack(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H/2·W/2, 4C), the inverse of `unpack`."""
-    batch, channels, height, width = x.shape
-    patches = x.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
+# By the class of the denoiser. A subclass has the record of its base class.
+FAMILIES: dict[str, Family] = {
+    "UNet2DModel": Family(),  # works on pixels
+    "UNet2DConditionModel": Family(),  # Stable Diffusion 1, 2 and XL, Kolors, ControlNet, LCM, latent diffusion
+    "DiTTransformer2DModel": Family(),
+    "PixArtTransformer2DModel": Family(),
+    "HunyuanDiT2DModel": Family(),
+    "SD3Transformer2DModel": Family(),
+    "SanaTransformer2DModel": Family(),
+    "AuraFlowTransformer2DModel": Family(),
+    "CogView4Transformer2DModel": Family(),
+    "FluxTransformer2DModel": Family("patches"),
+    "ChromaTransformer2DModel": Family("patches"),
+    "QwenImageTransformer2DModel": Family("patches"),
+    "Flux2Transformer2DModel": Family("positions", unpacked=True),
+    "ZImageTransformer2DModel": Family(reversed_time=True, guidance_off=0.0),
+    "Lumina2Transformer2DModel": Family(reversed_time=True),
+    "Kandinsky5Transformer3DModel": Family("channels last"),
+    "WanTransformer3DModel": Family(),
+    "LTXVideoTransformer3DModel": Family("positions"),
+    "CogVideoXTransformer3DModel": Family("frames first"),
+}
 
 
-def packs_latents(pipe: Any) -> bool:
-    """Whether the `latents=` of the pipeline are packed."""
-    return hasattr(pipe, "_pack_latents")
+def family_of(pipe: Any) -> Family:
+    """The record of the pipeline's denoiser.
+
+    Raises:
+        ValueError: there is no record for the class of the denoiser.
+    """
+    part = getattr(denoiser_of(pipe), "_orig_mod", denoiser_of(pipe))  # inside of torch.compile(model)
+    classes = (cls.__name__ for cls in type(part).__mro__)
+    found = next((FAMILIES[name] for name in classes if name in FAMILIES), None)
+    if found is None:
+        what = "no unet and no transformer" if part is None else f"a {type(part).__name__}"
+        raise ValueError(
+            f"{type(pipe).__name__} has {what}, of which the layout of the latents, the time and the guidance are not"
+            f" known. The known denoisers are {', '.join(FAMILIES)}. The facts of another one can be added:"
+            ' diffusers_ext.core.families.FAMILIES["ClassName"] = Family(...).'
+        )
+    return found
 
 
-def unpacked_shape(pipe: Any, packed: Tensor, given: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of latents packed to (B, H/2 · W/2, 4C).
+# --- the pipeline's networks ---
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+
+
+def denoisers_of(pipe: Any) -> list[nn.Module]:
+    """The networks that predict the noise or the velocity; Wan 2.2 has two, for different noise levels."""
+    parts = (getattr(pipe, name, None) for name in DENOISERS)
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The pipeline's `unet` or `transformer`; None if it has neither."""
+    return next(iter(denoisers_of(pipe)), None)
+
+
+# --- layouts of the latents ---
+
+
+def to_grid(layout: Layout, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Latents in the loop layout → (B, *shape).
+
+    Args:
+        layout: see `Family`.
+        x: the latents, of any dtype.
+        shape: (C, H, W) or (C, T, H, W), from `grid_shape`.
+
+    Raises:
+        ValueError: the latents do not have this shape.
+    """
+    if tuple(x.shape[1:]) != loop_shape(layout, shape):
+        raise ValueError(
+            f"The latents have shape {tuple(x.shape[1:])}, and an image or video with latents of shape {shape} has"
+            f" {loop_shape(layout, shape)}."
+        )
+    if layout == "patches":
+        channels, height, width = shape
+        patches = x.reshape(len(x), height // 2, width // 2, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(x), *shape)
+    if layout == "positions":
+        return x.movedim(-1, 1).reshape(len(x), *shape)
+    if layout == "frames first":
+        return x.movedim(2, 1)
+    if layout == "channels last":
+        return x.movedim(-1, 1).reshape(len(x), *shape)
+    return x
+
+
+def from_grid(layout: Layout, x: Tensor) -> Tensor:
+    """The inverse of `to_grid`: (B, C, H, W) or (B, C, T, H, W) → latents in the loop layout."""
+    if layout == "patches":
+        batch, channels, height, width = x.shape
+        patches = x.reshape(batch, channels, height // 2, 2, width // 2, 2)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
+    if layout == "positions":
+        return x.flatten(2).movedim(1, -1)
+    if layout == "frames first":
+        return x.movedim(1, 2)
+    if layout == "channels last":
+        return (x if x.ndim == 5 else x.unsqueeze(2)).movedim(1, -1)
+    return x
+
+
+def loop_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one sample in the loop layout, for `shape` = (C, H, W) or (C, T, H, W) in the grid layout."""
+    channels, *sizes = shape
+    if layout == "patches":
+        return sizes[0] // 2 * (sizes[1] // 2), 4 * channels
+    if layout == "positions":
+        count = 1
+        for size in sizes:
+            count *= size
+        return count, channels
+    if layout == "frames first":
+        return sizes[0], channels, *sizes[1:]
+    if layout == "channels last":
+        return (*([1] if len(sizes) == 2 else []), *sizes, channels)
+    return shape
+
+
+def grid_shape(pipe: Any, x: Tensor, call: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of one sample in the grid layout: (C, H, W), or (C, T, H, W) of a video.
 
     Args:
         pipe: the pipeline.
-        packed: its latents.
-        given: arguments that include the image's `height` and `width`, such as those of `prepare_latents`.
+        x: its latents in the loop layout.
+        call: arguments with the `height` and `width` of the image, and the `num_frames` of a video, such as those of
+            `prepare_latents`.
 
     Raises:
-        ValueError: the latents are not packed in 2 × 2 patches.
+        ValueError: an unknown family, or latents of another size than the call says.
     """
-    step = 2 * getattr(pipe, "vae_scale_factor", 0)  # pipelines for videos have other factors
-    if step:
-        shape = (packed.shape[2] // 4, 2 * (int(given["height"]) // step), 2 * (int(given["width"]) // step))
-        if is_packed(packed.shape[1:], shape):
-            return shape
-    raise ValueError(
-        f"{type(pipe).__name__} has latents of shape {tuple(packed.shape[1:])}, which are not those of an image in"
-        " 2 × 2 patches: this layout is not supported."
-    )
+    layout, rows = family_of(pipe).layout, tuple(x.shape[1:])
+    if layout == "grid":
+        return rows
+    if layout == "frames first":
+        return rows[1], rows[0], *rows[2:]
+    if layout == "channels last":
+        return (rows[-1], *(rows[1:3] if rows[0] == 1 else rows[:3]))
+    if layout == "patches":
+        side = 2 * pipe.vae_scale_factor
+        shape: tuple[int, ...] = (
+            rows[1] // 4,
+            *(2 * (int(call[name]) // side) for name in ("height", "width")),
+        )
+    elif hasattr(pipe, "vae_temporal_compression_ratio"):
+        sizes = (int(call[name]) // pipe.vae_spatial_compression_ratio for name in ("height", "width"))
+        shape = (rows[1], (int(call["num_frames"]) - 1) // pipe.vae_temporal_compression_ratio + 1, *sizes)
+    else:
+        shape = (rows[1], *(int(call[name]) // (2 * pipe.vae_scale_factor) for name in ("height", "width")))
+    if loop_shape(layout, shape) != rows:
+        raise ValueError(
+            f"{type(pipe).__name__} has latents of shape {rows}, which are not those of an image of"
+            f" {call['height']} × {call['width']} pixels."
+        )
+    return shape
 
 
-# --- scale ---
+# --- guidance ---
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline is guided.
+
+    Attributes:
+        argument: the argument of the call that is the scale of classifier-free guidance; None if there is no such
+            guidance.
+        off: the scale at which it is off, see `Family.guidance_off`.
+        needs_negative: it is off, too, in a call without a negative prompt.
+        embedded: the argument of the call that the denoiser is given as an input; None if there is none.
+    """
+
+    argument: str | None
+    off: float = 1.0
+    needs_negative: bool = False
+    embedded: str | None = None
+
+    def weight(self, call: Mapping[str, Any]) -> float:
+        """w of u + w(c − u) in this call; 1 without classifier-free guidance."""
+        value = None if self.argument is None else call.get(self.argument)
+        negative = any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+        if value is None or float(value) <= self.off or (self.needs_negative and not negative):
+            return 1.0
+        return float(value) + 1.0 - self.off
+
+    def call(self, weight: float) -> dict[str, Any]:
+        """Arguments of a call with this w of u + w(c − u).
+
+        Raises:
+            ValueError: w is not 1, and the pipeline has no classifier-free guidance.
+        """
+        if self.argument is None:
+            if weight != 1:
+                raise ValueError(f"This pipeline has no classifier-free guidance, got a scale of {weight:g}.")
+            return {}
+        if self.needs_negative and weight != 1:
+            return {self.argument: weight - 1.0 + self.off, "negative_prompt": " "}
+        return {self.argument: weight - 1.0 + self.off}
+
+
+def guidance_of(pipe: Any) -> Guidance:
+    """How the pipeline is guided.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    family, names, config = family_of(pipe), parameters_of(pipe), denoiser_of(pipe).config
+    # LCM's UNet has an embedding of the scale as well.
+    embeds = config.get("guidance_embeds") or config.get("time_cond_proj_dim") is not None
+    embedded = "guidance_scale" if embeds and "guidance_scale" in names else None
+    if "true_cfg_scale" in names:
+        return Guidance("true_cfg_scale", needs_negative=True, embedded=embedded)
+    if embedded or pipe.config.get("is_distilled") or "guidance_scale" not in names:
+        return Guidance(None, embedded=embedded)
+    return Guidance("guidance_scale", family.guidance_off)
+
+
+# --- the noise at the start ---
+
+
+def check_starts_from_noise(pipe: Any) -> None:
+    """Raises a ValueError unless the pipeline draws noise in `prepare_latents` and starts from it."""
+    if not hasattr(pipe, "prepare_latents"):
+        raise ValueError(
+            f"{type(pipe).__name__} has no prepare_latents, in which other pipelines draw their noise, so its noise"
+            " can neither be read nor replaced."
+        )
+    if "image" in parameters_of(pipe, "prepare_latents"):
+        raise ValueError(
+            f"{type(pipe).__name__} starts from an image, mixed with noise of a lower level. Use the text-to-image"
+            " pipeline."
+        )
 
 
 def noise_scale(pipe: Any) -> float:

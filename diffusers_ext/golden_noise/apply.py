@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.families import noise_scale, pack, unpack, unpacked_shape
-from ..core.pipeline import HookHandle, add_hook, embeddings_of, initial_noise, parameters_of
+from ..core.hooks import HookHandle, add_hook, parameters_of
+from ..core.pipeline import initial_noise
+from ..core.prompts import embeddings_of
 from .npnet import NPNetModel
 
 # Attribute of a pipeline with its `GoldenNoise`.

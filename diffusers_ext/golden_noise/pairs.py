@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.families import unpack, unpacked_shape
-from ..core.pipeline import call_pipeline, denoiser_of, initial_noise, quiet
+from ..core.families import denoiser_of, unpack, unpacked_shape
+from ..core.pipeline import call_pipeline, initial_noise, quiet
 from ..core.schedules import first_order_scheduler
 from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, weights_digest
 from .redenoising import redenoise

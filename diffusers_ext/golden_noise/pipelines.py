@@ -35,7 +35,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..core.pipeline import FromPipeMixin, adds_argument, named_arguments
+from ..core.classes import FromPipeMixin, adds_argument, named_arguments
 from .apply import GoldenNoise
 from .npnet import NPNetModel
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.pipeline import model_output, parameters_of, scheduler_of
+from ..core.hooks import parameters_of
+from ..core.pipeline import model_output, scheduler_of
 from ..core.predictions import Level, clean_prediction, noise_prediction
 from ..core.schedules import first_order_scheduler, grid_levels, prediction_type
 

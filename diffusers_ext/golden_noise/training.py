@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.families import pack, packs_latents
-from ..core.pipeline import call_pipeline, prompt_embeddings, quiet
+from ..core.pipeline import call_pipeline, quiet
+from ..core.prompts import prompt_embeddings
 from .npnet import NPNetModel
 from .pairs import NoisePairs
 from .scorers import Scorer, checked_scores

@@ -33,8 +33,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.classes import FromPipeMixin
 from ..core.images import as_tensor, decode_latents, encode_images
-from ..core.pipeline import FromPipeMixin, encode_prompts
+from ..core.prompts import encode_prompts
 from .projector import Projector, check_teacher
 from .source import MixtureSource
 

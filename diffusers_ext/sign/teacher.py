@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.images import save_grid
-from ..core.pipeline import call_pipeline, encode_prompts
+from ..core.pipeline import call_pipeline
+from ..core.prompts import encode_prompts
 from ..core.storage import weights_digest
 from ..training.arguments import load_pipeline
 from ..training.data import image_arrays, load_dataset

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..core.pipeline import InstanceMethod, denoiser_of
+from ..core.families import denoiser_of
+from ..core.hooks import InstanceMethod
 from .weights import WEIGHT_NAME, Weights, convert_lora, from_kohya, read_lora
 
 __all__ = ["WEIGHT_NAME", "apply_smooth_lora", "lora_state", "remove_smooth_lora"]

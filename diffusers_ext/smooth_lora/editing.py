@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.pipeline import call_pipeline, encode_prompts, prompt_per_row, quiet, scheduler_of
+from ..core.pipeline import call_pipeline, prompt_per_row, quiet, scheduler_of
+from ..core.prompts import encode_prompts
 from ..core.schedules import first_order_scheduler
 from .inversion import image_size
 

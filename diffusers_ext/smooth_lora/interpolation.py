@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.noise import noise_path
-from ..core.pipeline import call_pipeline, encode_prompts, initial_noise, quiet
+from ..core.pipeline import call_pipeline, initial_noise, quiet
+from ..core.prompts import encode_prompts
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..core.pipeline import encode_prompts, prompt_per_row
+from ..core.pipeline import prompt_per_row
+from ..core.prompts import encode_prompts
 from ..core.schedules import first_order_scheduler
 from .editing import redraw
 from .inversion import ddim_invert

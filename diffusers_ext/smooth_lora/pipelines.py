@@ -29,8 +29,8 @@ import PIL.Image
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..core.classes import FromPipeMixin
 from ..core.images import encode_images
-from ..core.pipeline import FromPipeMixin
 from .apply import apply_smooth_lora, remove_smooth_lora
 from .editing import edit
 from .interpolation import interpolate

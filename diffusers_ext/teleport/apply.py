@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.pipeline import HookHandle, add_hook, embeddings_of, parameters_of
+from ..core.hooks import HookHandle, add_hook, parameters_of
+from ..core.prompts import embeddings_of
 from .gaussian import GaussianStats
 from .prompt_map import features_of
 from .scheduler import TeleportScheduler

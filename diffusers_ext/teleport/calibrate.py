@@ -24,7 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import families
-from ..core.pipeline import call_pipeline, denoiser_of, parameters_of, quiet
+from ..core.families import denoiser_of
+from ..core.hooks import parameters_of
+from ..core.pipeline import call_pipeline, quiet
 from ..core.predictions import Level, noise_to_signal
 from ..core.schedules import same_grid_deterministic, scheduler_prediction
 from .apply import apply_teleport, remove_teleport

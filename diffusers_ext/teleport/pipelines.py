@@ -31,7 +31,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..core.pipeline import FromPipeMixin, adds_argument, named_arguments, parameters_of
+from ..core.classes import FromPipeMixin, adds_argument, named_arguments
+from ..core.hooks import parameters_of
 from .apply import apply_teleport, remove_teleport, teleport_is_on
 from .calibrate import calibrate_skip
 from .gaussian import GaussianStats

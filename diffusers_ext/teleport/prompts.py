@@ -11,7 +11,9 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from ..core.pipeline import call_pipeline, parameters_of, prompt_embeddings, quiet, scheduler_of
+from ..core.hooks import parameters_of
+from ..core.pipeline import call_pipeline, quiet, scheduler_of
+from ..core.prompts import prompt_embeddings
 from ..core.schedules import scheduler_prediction
 from .gaussian import GaussianStats
 from .prompt_map import PromptMap, features_of

@@ -17,8 +17,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.hooks import parameters_of
 from ..core.images import ImageSource, encode_pixels, image_batches, open_images, vae_of
-from ..core.pipeline import call_pipeline, parameters_of, quiet
+from ..core.pipeline import call_pipeline, quiet
 from .scheduler import TeleportScheduler
 
 Batch = Tensor | tuple[Tensor, list[str]]

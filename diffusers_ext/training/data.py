@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..core.extras import SHORT_NAMES, load_function, require
 from ..core.images import encode_images, prepare_image
-from ..core.pipeline import encode_prompts
+from ..core.prompts import encode_prompts
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

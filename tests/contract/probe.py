@@ -33,7 +33,8 @@ from torch import Tensor, nn
 import diffusers_ext as dx
 from diffusers_ext import GaussianStats, NPNetModel
 from diffusers_ext.core.images import decode_latents, encode_images, vae_of
-from diffusers_ext.core.pipeline import encode_prompts, initial_noise, model_output
+from diffusers_ext.core.pipeline import initial_noise, model_output
+from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.teleport import prompt_map
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
 from diffusers_ext.teleport.sources import pipeline_samples

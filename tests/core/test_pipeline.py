@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import diffusers_ext
-from diffusers_ext.core.pipeline import InstanceMethod, add_hook, call_pipeline, parameters_of
+from diffusers_ext.core.hooks import InstanceMethod, add_hook, parameters_of
+from diffusers_ext.core.pipeline import call_pipeline
 
 
 class Thing:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusers_ext.core.pipeline import encode_prompts
+from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.smooth_lora.editing import edit
 from tests import tiny
 

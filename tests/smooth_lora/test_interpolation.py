@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_ext.core.noise import slerp
-from diffusers_ext.core.pipeline import encode_prompts
+from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.smooth_lora.interpolation import interpolate
 from tests import tiny
 

@@ -11,7 +11,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 
 from diffusers_ext.core import families
 from diffusers_ext.core.images import encode_images
-from diffusers_ext.core.pipeline import encode_prompts
+from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.smooth_lora.inversion import ddim_invert
 from diffusers_ext.smooth_lora.null_text import null_text_invert, reconstruct
 from diffusers_ext.testbed import fashion_scenes

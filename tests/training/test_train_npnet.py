@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.core.pipeline import prompt_embeddings
+from diffusers_ext.core.prompts import prompt_embeddings
 from diffusers_ext.golden_noise.pairs import NoisePairs
 from diffusers_ext.golden_noise.training import (
     equal_norm,
