@@ -101,15 +101,23 @@ def initial_noise(pipe: Any, call: Mapping[str, Any]) -> Tensor:
         ValueError: a pipeline that does not draw its noise in `prepare_latents`, one that starts from an image, or an
             unknown family.
     """
+    return given_latents(pipe, initial_grid(pipe, call))
+
+
+def initial_grid(pipe: Any, call: Mapping[str, Any]) -> Tensor:
+    """The noise of `initial_noise` in the grid layout.
+
+    Raises:
+        ValueError: see `initial_noise`.
+    """
     check_starts_from_noise(pipe)
     family = family_of(pipe)
     found: list[Tensor] = []
 
     def stop(given: dict[str, Any], prepared: Any) -> Any:
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
-        if family.unpacked:
-            latents = to_grid(family.layout, latents, grid_shape(pipe, latents, given))
-        found.append(latents / noise_scale(pipe))
+        grid = to_grid(family.layout, latents, grid_shape(pipe, latents, given))
+        found.append(grid / noise_scale(pipe))
         raise Stop
 
     handle = add_hook(pipe, "prepare_latents", stop)
@@ -165,7 +173,9 @@ def final_latents(pipe: Any, call: Mapping[str, Any]) -> Tensor:
     """
     family = family_of(pipe)
     if family.layout != "grid" and not hasattr(pipe, "prepare_latents"):
-        raise ValueError(f"{type(pipe).__name__} has no prepare_latents, which tells the size of its latents.")
+        raise ValueError(
+            f"{type(pipe).__name__} has no prepare_latents, which tells the size of its latents."
+        )
     shape: list[tuple[int, ...]] = []
     last: list[Tensor] = []
 

@@ -34,7 +34,7 @@ import diffusers_ext as dx
 from diffusers_ext import GaussianStats, NPNetModel
 from diffusers_ext.core.images import decode_latents, encode_images, vae_of
 from diffusers_ext.core.pipeline import initial_noise, model_output
-from diffusers_ext.core.prompts import encode_prompts
+from diffusers_ext.core.prompts import embeddings_of, encode_prompts
 from diffusers_ext.teleport import prompt_map
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
 from diffusers_ext.teleport.sources import pipeline_samples
@@ -380,6 +380,23 @@ def noise_network(name: str) -> NPNetModel:
     return model.eval()
 
 
+@functools.cache
+def tokens(name: str, number: int, guided: bool) -> Tensor:
+    """(1, tokens, width): the embeddings of one prompt that is alone in its batch, without padding that is masked."""
+    pipe, found = families.build(name), []
+    encode = pipe.encode_prompt
+
+    @functools.wraps(encode)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found.append(encode(*args, **kwargs))
+        return found[-1]
+
+    vars(pipe)["encode_prompt"] = watched
+    families.images(pipe, name, 1, steps=1, first=number, guided=guided)
+    prompt = embeddings_of(pipe, found[0])[0]
+    return prompt.embeds[:1] if prompt.mask is None else prompt.embeds[:1, prompt.mask[0]]
+
+
 def _apply_golden_noise(pipe: Any, name: str) -> Any:
     return dx.apply_golden_noise(pipe, noise_network(name))
 
@@ -389,9 +406,14 @@ def _golden_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
     scale = input_scale(name, scheduler, before, 0)
     if scale != 1:
         scale *= float(scheduler.init_noise_sigma)
+    axis = families.FAMILIES[name].channels + 1
+    noise = before.shown[0].movedim(axis, 1) / scale
+    # Images have no axis of frames for the network.
+    rows = noise.squeeze(2) if noise.ndim == 5 else noise
     with torch.no_grad():
-        golden = noise_network(name)(before.shown[0] / scale, before.embeds[:BATCH]).sample
-    return differ("the first input", run.shown[0], golden * scale)
+        golden = [noise_network(name)(rows[i : i + 1], tokens(name, i, guided)).sample for i in range(BATCH)]
+    expected = torch.cat(golden).reshape(noise.shape).movedim(1, axis)
+    return differ("the first input", run.shown[0], expected * scale)
 
 
 _LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "to_query", "to_key", "to_value", "to_qkv_mlp_proj", "qkv")

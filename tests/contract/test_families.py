@@ -53,12 +53,8 @@ KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
     },
     "golden-noise": {
         **_NO_PROMPT,
-        "sdxl-img2img": REFUSED,
-        # Channels that are not the second axis, or more than two other axes.
-        **dict.fromkeys(("flux2", "flux2-klein", "kandinsky5", "wan", "wan22", "cogvideox"), IN_CALL),
-        "qwen": ("wrong", "the network sees the padding, so an image depends on the others' prompts"),
-        "zimage": IN_CALL,  # a list of embeddings
-        "ltx": IN_CALL,  # packed latents of videos
+        "sdxl-img2img": REFUSED,  # it starts from an image
+        **dict.fromkeys(("wan", "wan22", "ltx", "cogvideox"), REFUSED),  # videos
     },
     "smooth-lora": {
         **dict.fromkeys(("pixart", "hunyuan-dit", "dit", "ddpm"), REFUSED),  # diffusers loads no LoRA there
