@@ -274,7 +274,10 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
                 truncation=True,
                 return_tensors="pt",
             )
-            embeds = self.text_encoder(tokens.input_ids.to(device or self._execution_device))[0]
+            where = device or self._execution_device
+            masks = getattr(self.text_encoder.config, "use_attention_mask", False)
+            mask = tokens.attention_mask.to(where) if masks else None
+            embeds = self.text_encoder(tokens.input_ids.to(where), attention_mask=mask)[0]
             return embeds.repeat_interleave(num_images_per_prompt, 0)
 
         return encode(texts), encode([""] * len(texts)) if do_classifier_free_guidance else None

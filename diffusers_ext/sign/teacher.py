@@ -17,7 +17,7 @@ from ..core.pipeline import call_pipeline
 from ..core.prompts import encode_prompts
 from ..core.storage import weights_digest
 from ..training.arguments import load_pipeline
-from ..training.data import image_arrays, load_dataset
+from ..training.data import image_arrays, load_dataset, other_inputs
 from .pairs import TeacherPairs
 from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
@@ -48,14 +48,6 @@ def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
 
 # What a projector takes over, and what Stable Diffusion has besides.
 _PARTS = {"unet", "scheduler", "vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"}
-# Entries in the config of a UNet for inputs besides the image, the timestep and one text embedding.
-_OTHER_INPUTS = {
-    "time_cond_proj_dim": "a guidance scale as an input, as in LCM",
-    "addition_embed_type": "additional embeddings, as in SDXL",
-    "encoder_hid_dim_type": "embeddings of images or of another text encoder, as with an IP-Adapter",
-    "class_embed_type": "class labels",
-    "num_class_embeds": "class labels",
-}
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -73,11 +65,11 @@ def check_pipeline(pipe: Any) -> None:
     extra = sorted(there - _PARTS)
     if extra or "unet" not in there:
         raise ValueError(f"{type(pipe).__name__} has {', '.join(extra) or 'no unet'}: {expected}.")
-    config = pipe.unet.config
-    inputs = [what for name, what in _OTHER_INPUTS.items() if getattr(config, name, None) is not None]
+    inputs = other_inputs(pipe.unet)
     if inputs:
-        raise ValueError(f"The UNet of {type(pipe).__name__} takes {inputs[0]}: {expected}.")
-    if ("text_encoder" in there) != (config.get("cross_attention_dim") is not None):
+        what = next(iter(inputs.values()))
+        raise ValueError(f"The UNet of {type(pipe).__name__} takes {what}: {expected}.")
+    if ("text_encoder" in there) != (pipe.unet.config.get("cross_attention_dim") is not None):
         has = "a" if "text_encoder" in there else "no"
         takes = "no" if "text_encoder" in there else "a"
         raise ValueError(
