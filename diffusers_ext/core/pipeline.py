@@ -191,8 +191,9 @@ def final_latents(pipe: Any, call: Mapping[str, Any]) -> Tensor:
         if hasattr(pipe, "prepare_latents"):
             hooks.callback(add_hook(pipe, "prepare_latents", size).remove)
         hooks.callback(add_hook(pipe.scheduler, "step", keep).remove)
-        call_pipeline(pipe, **{"output_type": "latent", **call})
-    return to_grid(family.layout, last[0], shape[0] if shape else tuple(last[0].shape[1:]))
+        images = call_pipeline(pipe, **{"output_type": "latent", **call, "return_dict": False})[0]
+    rows = last[0][: len(images)]  # guided, DiT has two in its loop for each image
+    return to_grid(family.layout, rows, shape[0] if shape else tuple(rows.shape[1:]))
 
 
 def given_latents(pipe: Any, grid: Tensor) -> Tensor:

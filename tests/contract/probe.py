@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 import diffusers_ext as dx
 from diffusers_ext import GaussianStats, NPNetModel
-from diffusers_ext.core.images import decode_latents, encode_images, vae_of
+from diffusers_ext.core.autoencoders import decode_latents, vae_of
+from diffusers_ext.core.images import encode_images
 from diffusers_ext.core.pipeline import initial_noise, model_output
 from diffusers_ext.core.prompts import embeddings_of, encode_prompts
 from diffusers_ext.teleport import prompt_map
@@ -588,14 +589,25 @@ def _encode_prompts(name: str, pipe: Any) -> Faults:
     return differ("the images of encoded prompts", given, wanted)
 
 
+def _grid(name: str, x: Tensor) -> Tensor:
+    """(B, *latents) → (B, C, H, W), or (B, C, T, H, W) of a video."""
+    x = x.movedim(families.FAMILIES[name].channels + 1, 1)
+    return x.squeeze(2) if x.ndim == 5 and x.shape[2] == 1 else x
+
+
+def _one(name: str, x: Tensor) -> Tensor:
+    """Latents in the layout of `latents=` → (B, *latents)."""
+    return x if families.FAMILIES[name].given == "unpacked" else one_latent_an_image(name, x, BATCH)
+
+
 def _initial_noise(name: str, pipe: Any) -> Faults:
     """The noise is what the call starts from, and the call starts from it when it is passed as `latents=`."""
-    found, _ = initial_noise(pipe, _call(name))
+    found = initial_noise(pipe, _call(name))
     noise = _noise(name, pipe, plain(name).steps[0][1])
     faults = (
         [] if families.FAMILIES[name].starts_from_noise else ["the image is part of what is called noise"]
     )
-    faults += differ("the noise", one_latent_an_image(name, found, BATCH), noise)
+    faults += differ("the noise", _one(name, found), noise)
     again = record(pipe, name, latents=found)
     return faults + differ("the first input with latents=noise", again.shown[0], plain(name).shown[0])
 
@@ -605,7 +617,7 @@ def _model_output(name: str, pipe: Any) -> Faults:
     run, unpacked = plain(name), families.FAMILIES[name].given == "unpacked"
     latents = _noise(name, pipe, run.steps[0][1] if unpacked else run.first)
     found = model_output(pipe, latents, _call(name))
-    return differ("the model's output", one_latent_an_image(name, found, BATCH), run.steps[0][0])
+    return differ("the model's output", _one(name, found), run.steps[0][0])
 
 
 def _pipeline_samples(name: str, pipe: Any) -> Faults:
@@ -614,10 +626,7 @@ def _pipeline_samples(name: str, pipe: Any) -> Faults:
     options = {key: value for key, value in call.items() if key not in ("prompt", "generator", "batch_size")}
     prompts = call.get("prompt")
     batch = next(iter(pipeline_samples(pipe, BATCH, batch_size=BATCH, prompts=prompts, seed=7, **options)))
-    found = batch[0] if prompts else batch
-    wanted = plain(name).end
-    if found.ndim == 3:
-        found = one_latent_an_image(name, found, BATCH)
+    found, wanted = batch[0] if prompts else batch, _grid(name, plain(name).end)
     if found.shape != wanted.shape:
         return [f"the samples have shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"]
     # Pipelines that work on pixels clip them.
@@ -625,17 +634,16 @@ def _pipeline_samples(name: str, pipe: Any) -> Faults:
 
 
 def _encode_images(name: str, pipe: Any) -> Faults:
-    """The scale of encoded images is the one that the pipeline itself undoes before it decodes."""
-    latents = encode_images(pipe, torch.rand(BATCH, 3, *plain(name).images.shape[-2:]))
-    end = plain(name).end.movedim(families.FAMILIES[name].channels + 1, 1)
-    end = end.squeeze(2) if end.ndim == 5 else end
-    if latents.shape != end.shape:
-        return [f"the latents have shape {tuple(latents.shape)} instead of {tuple(end.shape)}"]
-    vae = vae_of(pipe)
-    if vae is None:
+    """Encoded images have the shape of the pipeline's latents, and the scale that it undoes before it decodes."""
+    end, images = _grid(name, plain(name).end), plain(name).images
+    latents = encode_images(pipe, torch.rand(BATCH, 3, *images.shape[-2:]))
+    expected = end[:, :, :1] if end.ndim == 5 else end
+    if latents.shape != expected.shape:
+        return [f"the latents have shape {tuple(latents.shape)} instead of {tuple(expected.shape)}"]
+    if vae_of(pipe) is None:
         return []
-    decoded = (decode_latents(vae, end) / 2 + 0.5).clamp(0, 1)
-    return differ("decoded latents", decoded, plain(name).images)
+    decoded = (decode_latents(pipe, end) / 2 + 0.5).clamp(0, 1)
+    return differ("decoded latents", decoded.movedim(1, 2) if end.ndim == 5 else decoded, images)
 
 
 HELPERS: dict[str, Callable[[str, Any], Faults]] = {

@@ -61,9 +61,8 @@ KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
         "wan22": REFUSED,  # it has two networks
     },
 }
-_NO_VAE_FACTS = "crashes", "the autoencoder is none of pictures, or its config has other keys"
-_NO_METHOD = "crashes", "the pipeline has no prepare_latents"
-_NO_LATENTS = "crashes", "the call has no latents="
+_FROM_IMAGE = {"sdxl-img2img": REFUSED}
+_NO_NOISE = dict.fromkeys(_NO_PROMPT, REFUSED)  # they have no prepare_latents
 KNOWN |= {
     "encode_prompts": {
         **dict.fromkeys(_NO_PROMPT, REFUSED),
@@ -73,29 +72,10 @@ KNOWN |= {
         ),
         **dict.fromkeys(("auraflow", "chroma", "kandinsky5", "ltx", "zimage"), REFUSED),
     },
-    "initial_noise": {
-        **dict.fromkeys(_NO_PROMPT, _NO_METHOD),
-        **dict.fromkeys(("flux2", "flux2-klein"), ("crashes", "latents= takes another layout than the loop")),
-        "sdxl-img2img": ("wrong", "the noised image is called noise"),
-    },
-    "model_output": {
-        "dit": _NO_LATENTS,
-        "ddpm": _NO_LATENTS,
-        "sdxl-img2img": ("wrong", "the latents are taken for noise at the highest level"),
-    },
-    "pipeline_samples": {
-        **dict.fromkeys(("dit", "modular-sdxl", "modular-flux"), REFUSED),
-        "flux2-klein": (
-            "wrong",
-            'output_type="latent" is in the scale of the autoencoder, unlike the denoiser\'s',
-        ),
-        "ldm": ("wrong", "its autoencoder is called vqvae, so pixels are taken for latents"),
-    },
-    "encode_images": {
-        **dict.fromkeys(("flux2", "flux2-klein", "ldm", "modular-sdxl", "modular-flux"), REFUSED),
-        **dict.fromkeys(("qwen", "sana", "wan", "wan22", "ltx", "cogvideox"), _NO_VAE_FACTS),
-        "kandinsky5": ("wrong", "the pipeline ignores the shift of its autoencoder's config"),
-    },
+    "initial_noise": {**_NO_NOISE, **_FROM_IMAGE},
+    "model_output": {**_NO_NOISE, **_FROM_IMAGE},
+    "pipeline_samples": dict.fromkeys(("dit", "modular-sdxl", "modular-flux"), REFUSED),
+    "encode_images": dict.fromkeys(("modular-sdxl", "modular-flux"), REFUSED),
 }
 
 
