@@ -165,7 +165,9 @@ def final_latents(pipe: Any, call: Mapping[str, Any]) -> Tensor:
     """
     family = family_of(pipe)
     if family.layout != "grid" and not hasattr(pipe, "prepare_latents"):
-        raise ValueError(f"{type(pipe).__name__} has no prepare_latents, which tells the size of its latents.")
+        raise ValueError(
+            f"{type(pipe).__name__} has no prepare_latents, which tells the size of its latents."
+        )
     shape: list[tuple[int, ...]] = []
     last: list[Tensor] = []
 
