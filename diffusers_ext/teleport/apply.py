@@ -36,8 +36,8 @@ def apply_teleport(
     """Makes `pipe` skip its first steps.
 
     With a prompt map in the statistics (`fit_prompt_map`), every image starts from the mean of its own
-    prompt, and the transport follows the guidance of the call, including negative prompts. This costs no
-    denoiser call.
+    prompt, and the transport follows the guidance of the call, including negative prompts. Without a negative
+    prompt, it follows it if the statistics have an `unconditional` part. This costs no denoiser call.
 
     Pipelines that share one denoiser may take turns, but must not sample at the same time.
 
@@ -45,9 +45,8 @@ def apply_teleport(
         pipe: a `DiffusionPipeline` that starts from pure noise and whose denoiser is one of
             `diffusers_ext.core.families.FAMILIES`.
         stats: statistics of the pipeline's latents, (C, H, W) or, of videos, (C, T, H, W), also if the pipeline
-            packs them. None only for a pipeline whose scheduler already is a
-            `TeleportScheduler`, for example after loading a saved pipeline. Then only the missing hooks are
-            added.
+            packs them. None only for a pipeline whose scheduler already is a `TeleportScheduler`, for example
+            after loading a saved pipeline. Then only the missing hooks are added.
         skip, sigma, mean_from: see `TeleportScheduler`.
 
     Returns:
@@ -157,7 +156,8 @@ class _CallStart:
             latents = prepared[0] if isinstance(prepared, tuple) else prepared
             scheduler.set_layout(family_of(self.pipe).layout, grid_shape(self.pipe, latents, given))
             # A subclass is a probe, which needs no mean.
-            if type(scheduler) is TeleportScheduler and scheduler.stats.prompt_map is not None:
+            reads = type(scheduler) is TeleportScheduler and scheduler.mean_from == "stats"
+            if reads and scheduler.stats.prompt_map is not None:
                 self._tell_mean(scheduler, len(latents))
         return prepared
 

@@ -150,7 +150,7 @@ class TeleportScheduler(ShortenedGrid):
                 " (tensor, prompts), or use guidance_scale=1 for a transport without guidance."
             )
         self._guidance_scale = float(guidance_scale)
-        self._cache = None
+        self._cache, self._no_mean = None, _NOT_APPLIED
         if mean is None:
             self._mean = None
             return
