@@ -35,9 +35,9 @@ from diffusers_ext import GaussianStats, NPNetModel
 from diffusers_ext.core.autoencoders import decode_latents, vae_of
 from diffusers_ext.core.images import encode_images
 from diffusers_ext.core.pipeline import initial_noise, model_output
-from diffusers_ext.core.prompts import embeddings_of, encode_prompts
+from diffusers_ext.core.prompts import embeddings_of, encode_prompts, recorded_encodings
 from diffusers_ext.teleport import prompt_map
-from diffusers_ext.teleport.prompt_map import PromptMap, features_of
+from diffusers_ext.teleport.prompt_map import PromptMap
 from diffusers_ext.teleport.sources import pipeline_samples
 from tests import families, tiny
 
@@ -177,9 +177,11 @@ def plain(name: str, guided: bool = True) -> Run:
 
 
 @functools.cache
-def embeddings(name: str, text: str) -> Any:
-    """What `encode_prompt` returns for a prompt as the first value, one row for each of the batch."""
-    return record(families.build(name), name, guided=False, prompt=[text] * BATCH).embeds
+def feature(name: str, text: str) -> Tensor:
+    """(E,), the mean of a prompt's embeddings, encoded alone."""
+    call = {**families.inputs(name, guided=False), "prompt": [text]}
+    pipe = families.build(name)
+    return embeddings_of(pipe, recorded_encodings(pipe, call)[0])[0].mean()[0]
 
 
 def doubled(pipe: Any, name: str) -> tuple[Run, Run]:
@@ -270,10 +272,22 @@ def differ(what: str, found: Tensor, expected: Tensor, tolerance: float = 1e-4) 
     )
 
 
+def in_grid(name: str, x: Tensor) -> Tensor:
+    """(B, *latents) → (B, C, H, W), or (B, C, T, H, W) for videos."""
+    x = x.movedim(families.FAMILIES[name].channels + 1, 1)
+    return x.squeeze(2) if families.FAMILIES[name].output != "frames" and x.ndim == 5 else x
+
+
+def out_of_grid(name: str, x: Tensor) -> Tensor:
+    """The inverse of `in_grid`."""
+    x = x.unsqueeze(2) if x.ndim <= len(families.latent_shape(name)) else x
+    return x.movedim(1, families.FAMILIES[name].channels + 1)
+
+
 @functools.cache
 def statistics(name: str) -> GaussianStats:
     """Random statistics of the family's latents."""
-    return tiny.gaussian(families.latent_shape(name), rank=6)
+    return tiny.gaussian(in_grid(name, torch.zeros(1, *families.latent_shape(name))).shape[1:], rank=6)
 
 
 def _apply_teleport(mean_from: str) -> Callable[[Any, str], Any]:
@@ -287,8 +301,8 @@ def _after_skipping(
     before, scheduler = plain(name, guided), pipe.scheduler
     start = before.shown[0] / input_scale(name, scheduler, before, 0)
     levels = [level(name, scheduler, before, i) for i in (0, SKIPPED)]
-    moved = statistics(name).transport(start, levels[0], levels[1], mean=mean)
-    expected = moved * input_scale(name, scheduler, before, SKIPPED)
+    moved = statistics(name).transport(in_grid(name, start), levels[0], levels[1], mean=mean)
+    expected = out_of_grid(name, moved) * input_scale(name, scheduler, before, SKIPPED)
     faults = differ("the input after the transport", run.shown[first], expected)
     time = before.times[SKIPPED * before.each_step]
     if abs(run.times[first] - time) > 1e-4 * abs(time):
@@ -318,7 +332,8 @@ def _first_call_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
         if run.times[i] != before.times[i]:
             faults.append(f"call {i} is shown the time {run.times[i]:g} instead of {before.times[i]:g}")
     x, start = before.steps[0][1], level(name, scheduler, before, 0)
-    mean = statistics(name).implied_mean(x, clean(name, scheduler, before), start)
+    implied = clean(name, scheduler, before)
+    mean = statistics(name).implied_mean(in_grid(name, x), in_grid(name, implied), start)
     # The first call makes no step of the wrapped scheduler.
     calls = before.each_step * (STEPS - SKIPPED + 1)
     if len(run.shown) != calls:
@@ -330,9 +345,9 @@ def _first_call_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
 def mean_map(name: str) -> PromptMap:
     """A random map from the family's prompt embeddings to means of its latents."""
     draw = torch.Generator().manual_seed(5)
-    rows = plain(name).embeds
-    rows = torch.zeros(BATCH, 1, 4) if rows is None or isinstance(rows, list) else rows
-    sizes = features_of(rows).shape[1], torch.Size(families.latent_shape(name)).numel()
+    # Without embeddings, the method is refused.
+    features = 4 if plain(name).embeds is None else feature(name, "a").numel()
+    sizes = features, statistics(name).mean.numel()
     components, _ = torch.linalg.qr(torch.randn(sizes[0], 4, generator=draw))
     weights = 3 * torch.randn(4, sizes[1], generator=draw)
     return PromptMap(torch.zeros(sizes[0]), components, weights, torch.zeros(sizes[1]), 0.5)
@@ -346,15 +361,16 @@ def _apply_prompt_map(pipe: Any, name: str) -> Any:
 def _prompt_map_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
     family, call = families.FAMILIES[name], families.inputs(name, BATCH, guided=guided)
 
-    def means(embeds: Any) -> Tensor:
-        return mean_map(name)(features_of(embeds)).reshape(-1, *family.latents)
+    def means(texts: list[str]) -> Tensor:
+        features = torch.stack([feature(name, text) for text in texts])
+        return mean_map(name)(features).reshape(-1, *statistics(name).shape)
 
     def guided_mean(negative: str) -> Tensor:
         weight = call[str(family.guidance)] + 1 - family.free_at
-        away = means(embeddings(name, negative))
+        away = means([negative])
         return away + weight * (mean - away)
 
-    mean = means(plain(name, guided).embeds[:BATCH])
+    mean = means(call["prompt"])
     classifier_free = guided and family.free_at is not None
     if classifier_free and "negative_prompt" in call:
         return _teleport_faults(name, pipe, run, guided, guided_mean(call["negative_prompt"][0]))

@@ -26,30 +26,19 @@ REFUSED, IN_CALL = "refused", "refused in the call"
 
 # Cells that do not work, by method. Crashes and wrong results are failures that are known, with their reasons.
 _TELEPORT: dict[str, str | tuple[str, str]] = {
-    "sdxl-img2img": IN_CALL,  # it starts from an image
+    "sdxl-img2img": REFUSED,  # it starts from an image
     "lcm": REFUSED,  # its scheduler
-    "flux2": IN_CALL,  # a token for each position
-    "flux2-klein": IN_CALL,
-    "ltx": IN_CALL,
-    "cogvideox": REFUSED,  # its scheduler
-}
-_BEFORE_FIRST_CALL = {
-    **_TELEPORT,
-    "zimage": IN_CALL,  # its time runs from 0 to 1
-    "lumina2": IN_CALL,
-    "wan22": IN_CALL,  # the second network has no hook
-    "dit": IN_CALL,  # it copies the latents
+    "modular-flux": REFUSED,  # packed latents, of which nothing tells the size
 }
 _NO_PROMPT = dict.fromkeys(("dit", "ldm", "ddpm", "modular-sdxl", "modular-flux"), REFUSED)
 KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
-    "teleport": _BEFORE_FIRST_CALL,
+    "teleport": _TELEPORT,
     "teleport-first-call": _TELEPORT,
     "teleport-prompt-map": {
-        **_BEFORE_FIRST_CALL,
+        **_TELEPORT,
         **_NO_PROMPT,
-        # Guided calls, of which the scale is not known to others.
-        **dict.fromkeys(("flux", "flux-schnell", "qwen", "kandinsky5", "pixart", "auraflow"), IN_CALL),
-        "zimage": REFUSED,  # it has no check_inputs, and a list of embeddings
+        # They rescale guided outputs, Lumina 2 by default; see tests/teleport/test_guidance.py for other calls.
+        **dict.fromkeys(("qwen", "lumina2"), IN_CALL),
     },
     "golden-noise": {
         **_NO_PROMPT,
