@@ -568,7 +568,7 @@ def _encode_prompts(name: str, pipe: Any) -> Faults:
 
 def _initial_noise(name: str, pipe: Any) -> Faults:
     """The noise is what the call starts from, and the call starts from it when it is passed as `latents=`."""
-    found, _ = initial_noise(pipe, _call(name))
+    found = initial_noise(pipe, _call(name))
     noise = _noise(name, pipe, plain(name).steps[0][1])
     faults = (
         [] if families.FAMILIES[name].starts_from_noise else ["the image is part of what is called noise"]
