@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffusers_ext.core.schedules import noising_scheduler
 from diffusers_ext.metrics.istd import compute_istd
 from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora, check_pipeline
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments, load_pipeline
 from diffusers_ext.training.cards import create_hub_repo, publish
@@ -85,6 +85,7 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
     pipe: Any = load_pipeline(args).to(accelerator.device)
+    check_pipeline(pipe)
     scheduler: Any = noising_scheduler(pipe.scheduler)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -94,6 +94,24 @@ class Stop(Exception):
     """Ends a call of a pipeline when the wanted value has been read."""
 
 
+@contextmanager
+def until_stop(pipe: Any) -> Iterator[None]:
+    """Ends the block at a `Stop`, and does what the pipeline would have done at the end of its call.
+
+    Perturbed-attention guidance restores the attention processors there. Offloading and caches are reset.
+    """
+    parts: list[Any] = [part for part in denoisers_of(pipe) if hasattr(part, "attn_processors")]
+    processors = [(part, dict(part.attn_processors)) for part in parts]
+    try:
+        yield
+    except Stop:
+        for part, before in processors:
+            if part.attn_processors != before:
+                part.set_attn_processor(before)
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
+
+
 def initial_noise(pipe: Any, call: Mapping[str, Any]) -> Tensor:
     """The unit-variance noise that `pipe(**call)` would start from, in the layout of `latents=`.
 
@@ -122,7 +140,7 @@ def initial_grid(pipe: Any, call: Mapping[str, Any]) -> Tensor:
 
     handle = add_hook(pipe, "prepare_latents", stop)
     try:
-        with quiet(pipe), suppress(Stop):
+        with quiet(pipe), until_stop(pipe):
             call_pipeline(pipe, **call, output_type="latent")
     finally:
         handle.remove()
@@ -156,7 +174,7 @@ def model_output(pipe: Any, latents: Tensor, call: Mapping[str, Any]) -> Tensor:
 
     handle = add_hook(pipe.scheduler, "step", read)
     try:
-        with quiet(pipe), suppress(Stop):
+        with quiet(pipe), until_stop(pipe):
             call_pipeline(pipe, **call, latents=latents, output_type="latent")
     finally:
         handle.remove()
@@ -213,7 +231,7 @@ def stop_at_first_step(pipe: Any, call: Mapping[str, Any]) -> None:
             hooks.callback(add_hook(pipe, "prepare_latents", stop).remove)
         for part in denoisers_of(pipe):
             hooks.callback(part.register_forward_pre_hook(stop).remove)
-        with suppress(Stop):
+        with until_stop(pipe):
             call_pipeline(pipe, **call)
 
 

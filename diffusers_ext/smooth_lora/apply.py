@@ -31,6 +31,12 @@ class _State(NamedTuple):
 _STATE = "_smooth_lora"
 
 
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError if `apply_smooth_lora` does not work on the pipeline."""
+    _denoiser(pipe)
+    _check_only_denoiser(pipe)
+
+
 def apply_smooth_lora(
     pipe: Any,
     path_or_repo: str | os.PathLike[str],
@@ -67,8 +73,8 @@ def apply_smooth_lora(
             pipeline has two denoisers. The message names the keys.
         OSError: the file or repository does not exist.
     """
+    check_pipeline(pipe)
     denoiser = _denoiser(pipe)
-    _check_only_denoiser(pipe)
     taken = list(getattr(denoiser, "peft_config", {}))
     if adapter_name in taken:
         raise ValueError(
@@ -186,7 +192,8 @@ def _denoiser(pipe: Any) -> Any:
     if not hasattr(denoiser, "load_lora_adapter"):
         raise ValueError(
             f"diffusers cannot load a LoRA into a {type(denoiser).__name__}, the denoiser of"
-            f" {type(pipe).__name__}. Smooth-LoRA needs a text-to-image pipeline."
+            f" {type(pipe).__name__}. Use a pipeline whose denoiser has load_lora_adapter, such as those of Stable"
+            " Diffusion, SD3, Flux, Qwen-Image, Z-Image and Sana."
         )
     return denoiser
 

@@ -11,9 +11,32 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.families import pack, packs_latents
-from ..core.pipeline import call_pipeline, prompt_per_row, quiet, scheduler_of
+from ..core.families import denoiser_of, family_of, guidance_of
+from ..core.hooks import parameters_of
+from ..core.pipeline import final_latents, given_latents, quiet, scheduler_of
 from ..core.schedules import inverse_scheduler
+from .calls import (
+    check_not_distilled,
+    check_text_to_image,
+    image_size,
+    prompts_per_row,
+    refuse,
+    starting_from,
+    with_size,
+)
+
+_REFUSED = {
+    "num_images_per_prompt": "there is one image for each row of the latents",
+    "output_type": "the result is the noise",
+    "return_dict": "the result is the noise",
+}
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError if `ddim_invert` does not work on the pipeline."""
+    check_text_to_image(pipe)
+    check_not_distilled(pipe)
+    inverse_scheduler(pipe.scheduler)
 
 
 def ddim_invert(
@@ -31,43 +54,51 @@ def ddim_invert(
     it goes to, as the paper's code does.
 
     Args:
-        pipe: a Stable Diffusion, SDXL, SD3 or Flux pipeline, or one with the same schedules. Its scheduler is
-            restored afterwards.
+        pipe: a text-to-image pipeline. Its scheduler is restored afterwards.
         latents: (B, C, H, W) clean latents, see `diffusers_ext.encode_images`.
         prompt: description of the images: one text for all, or B texts. None if `prompt_embeds=` is given.
         num_inference_steps: number of steps. Use the same number to generate the images again.
-        guidance_scale: 1 uses the conditional prediction only. With larger values, sampling from the noise
-            does not return to the same image.
-        call_kwargs: arguments of the pipeline. The image size follows from the latents.
+        guidance_scale: w of u + w(c − u), where c and u are the outputs with and without the prompt; the input of the
+            model if it has an embedded guidance scale, as that of Flux. 1 uses the prediction with the prompt only,
+            on every pipeline. With larger values, sampling from the noise does not return to the same image.
+        call_kwargs: arguments of the pipeline. The image size follows from the latents. Perturbed-attention guidance
+            is off unless `pag_scale=` is given.
 
     Returns:
-        Noise for `latents=`: (B, C, H, W), or packed (B, tokens, 4C) if the pipeline packs its latents.
+        Noise for `latents=`, in the layout that the pipeline takes: (B, C, H, W), or packed (B, tokens, 4C) as for
+        Flux and Qwen-Image, which need `height=` and `width=` with it.
 
     Raises:
-        ValueError: the scheduler is not supported, the number of prompts does not match the latents, or the
-            latents have the wrong shape.
+        ValueError: the pipeline or its scheduler is not supported, the number of prompts does not match the
+            latents, or the latents have the wrong shape.
     """
-    inverse = inverse_scheduler(pipe.scheduler)
-    if prompt is not None:
-        call_kwargs["prompt"] = prompt_per_row(prompt, latents)
-    channels = pipe.vae.config.latent_channels
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise ValueError(f"Expected latents (B, {channels}, H, W), got {tuple(latents.shape)}.")
-    for name, value in image_size(pipe, latents).items():
-        if call_kwargs.setdefault(name, value) != value:
-            raise ValueError(f"The latents belong to an image of {name} {value}, got {call_kwargs[name]}.")
-    start = pack(latents) if packs_latents(pipe) else latents
-    with scheduler_of(pipe, inverse), quiet(pipe):
-        return call_pipeline(
-            pipe,
-            latents=start.to(pipe.device),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            output_type="latent",
-            **call_kwargs,
-        ).images
+    check_pipeline(pipe)
+    refuse("ddim_invert", call_kwargs, _REFUSED)
+    call = {**_guided(pipe, guidance_scale), **call_kwargs, "num_inference_steps": num_inference_steps}
+    if "pag_scale" in parameters_of(pipe):
+        call.setdefault("pag_scale", 0.0)
+    call = prompts_per_row({**call, "prompt": prompt}, latents)
+    multiple = _multiple(pipe)
+    if latents.ndim != 4 or any(n % multiple for n in latents.shape[2:]):
+        sizes = f" with H and W that are multiples of {multiple}" if multiple > 1 else ""
+        raise ValueError(f"Expected latents (B, C, H, W){sizes}, got {tuple(latents.shape)}.")
+    call = with_size(call, image_size(pipe, *latents.shape[2:]))
+    call = starting_from(pipe, given_latents(pipe, latents), call)
+    with scheduler_of(pipe, inverse_scheduler(pipe.scheduler)), quiet(pipe):
+        return given_latents(pipe, final_latents(pipe, call))
 
 
-def image_size(pipe: Any, latents: Tensor) -> dict[str, int]:
-    """`height` and `width` of the images for latents (B, C, H, W)."""
-    return {name: n * pipe.vae_scale_factor for name, n in zip(("height", "width"), latents.shape[2:])}
+def _guided(pipe: Any, scale: float) -> dict[str, Any]:
+    guidance = guidance_of(pipe)
+    if guidance.embedded is not None:
+        return {**guidance.call(1.0), guidance.embedded: scale}
+    return guidance.call(scale)
+
+
+def _multiple(pipe: Any) -> int:
+    """What the height and width of latents in the grid layout are multiples of: the side of a patch."""
+    if family_of(pipe).layout == "patches":
+        return 2
+    config = denoiser_of(pipe).config
+    size = config.get("patch_size") or config.get("all_patch_size") or 1
+    return size if isinstance(size, int) else size[-1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -17,8 +18,9 @@ from tqdm.auto import tqdm
 from ..core.pipeline import prompt_per_row
 from ..core.prompts import encode_prompts
 from ..core.schedules import first_order_scheduler
-from .editing import redraw
-from .inversion import ddim_invert
+from . import inversion
+from .calls import starting_from
+from .editing import FirstSteps, continued, null_text
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,26 @@ class NullTextInversion:
     prompt_embeds: Tensor
     guidance_scale: float
     losses: Tensor
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError if `null_text_invert` does not work on the pipeline."""
+    name = type(pipe).__name__
+    if not isinstance(pipe, StableDiffusionPipeline):
+        raise ValueError(
+            f"Null-text inversion needs the conditioning and the guidance of StableDiffusionPipeline, which {name}"
+            " does not have. Load the model with it, or use ddim_invert."
+        )
+    inversion.check_pipeline(pipe)
+    if pipe.unet.config.encoder_hid_dim_type is not None:
+        raise ValueError(
+            f"Null-text inversion has no image prompts, and {name} has an IP-Adapter. Call"
+            " pipe.unload_ip_adapter() first."
+        )
+    if pipe.unet.dtype != torch.float32:
+        raise ValueError(
+            f"Null-text inversion optimizes in float32, the pipeline is {pipe.unet.dtype}: load it in float32."
+        )
 
 
 def null_text_invert(
@@ -75,22 +97,18 @@ def null_text_invert(
         ValueError: the pipeline is of another kind or in half precision, a number is out of range, or
             `ddim_invert` raises an error.
     """
-    unet = getattr(pipe, "unet", None)
-    if unet is None or unet.config.addition_embed_type is not None:
+    check_pipeline(pipe)
+    if torch.is_inference_mode_enabled() or latents.is_inference():
         raise ValueError(
-            "Null-text inversion needs the conditioning of Stable Diffusion, which"
-            f" {type(pipe).__name__} does not have."
-        )
-    if unet.dtype != torch.float32:
-        raise ValueError(
-            f"Null-text inversion optimizes in float32, the pipeline is {unet.dtype}: load it in float32."
+            "Null-text inversion needs gradients, which torch.inference_mode() does not allow: call it and make the"
+            " latents outside, or under torch.no_grad()."
         )
     if num_inner_steps < 0 or learning_rate <= 0:
         raise ValueError(
             f"Expected num_inner_steps of 0 or more and learning_rate above 0, got {num_inner_steps} and"
             f" {learning_rate}."
         )
-    scheduler = first_order_scheduler(pipe.scheduler)
+    unet, scheduler = pipe.unet, first_order_scheduler(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps, device=pipe.device)
     prompts = prompt_per_row(prompt, latents)
     path = _inversion_path(pipe, latents, prompts, num_inference_steps)
@@ -138,7 +156,7 @@ def _inversion_path(pipe: Any, latents: Tensor, prompts: list[str], steps: int) 
         seen.append(tensors["latents"])
         return tensors
 
-    ddim_invert(pipe, latents, prompts, num_inference_steps=steps, callback_on_step_end=keep)
+    inversion.ddim_invert(pipe, latents, prompts, num_inference_steps=steps, callback_on_step_end=keep)
     return seen[::-1]
 
 
@@ -153,11 +171,16 @@ def reconstruct(pipe: Any, inversion: NullTextInversion, **call_kwargs: Any) -> 
 
     Returns:
         The output of the pipeline.
+
+    Raises:
+        ValueError: see `null_text_invert` and `edit`.
     """
-    options = {
+    check_pipeline(pipe)
+    call = {
         "num_inference_steps": len(inversion.null_embeds),
         "guidance_scale": inversion.guidance_scale,
         **call_kwargs,
+        "prompt_embeds": inversion.prompt_embeds,
     }
-    encoded = {"prompt_embeds": inversion.prompt_embeds}
-    return redraw(pipe, encoded, inversion.noise, null_embeds=inversion.null_embeds, **options)
+    call |= null_text(pipe, inversion.null_embeds, call)
+    return continued(pipe, starting_from(pipe, inversion.noise, call), FirstSteps())

@@ -5,13 +5,36 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from ..core.predictions import denoising_loss
-from ..core.schedules import levels_at
+from ..core.schedules import first_order_scheduler, levels_at, noising_scheduler
 from .variation import StepwiseVariationLoss, double_differentiable
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError if a Smooth-LoRA cannot be trained on the pipeline.
+
+    Training makes the call of a UNet itself, with the noise schedule of DDPM and the conditioning of Stable Diffusion
+    or SDXL, and its targets are those of a model that is not distilled.
+    """
+    name = type(pipe).__name__
+    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise ValueError(
+            f"A Smooth-LoRA can be trained on Stable Diffusion and SDXL, got {name}. Load the model with"
+            " StableDiffusionPipeline or StableDiffusionXLPipeline, or use another model."
+        )
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"The UNet of {name} is distilled to a few steps. Train on the model that it was distilled from."
+        )
+    if pipe.unet.config.encoder_hid_dim_type is not None:
+        raise ValueError(f"{name} has an IP-Adapter, whose images training does not have: load it without.")
+    first_order_scheduler(pipe.scheduler)  # refuses the schedulers of other distilled models
+    noising_scheduler(pipe.scheduler)
 
 
 def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:

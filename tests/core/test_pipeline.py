@@ -11,10 +11,12 @@ from itertools import permutations
 from typing import Any
 
 import pytest
+import torch
 
 import diffusers_ext
 from diffusers_ext.core.hooks import InstanceMethod, add_hook, parameters_of
-from diffusers_ext.core.pipeline import call_pipeline
+from diffusers_ext.core.pipeline import call_pipeline, model_output
+from tests import families
 
 
 class Thing:
@@ -187,3 +189,12 @@ def test_calls_get_lists_of_their_own() -> None:
     pipe(prompt, negative=negative)
     assert seen == [{"prompt": ["a", "b"], "negative": ["c"]}]
     assert prompt == ["user a", "user b"]  # the user's own call is not changed
+
+
+def test_a_stopped_call_leaves_what_a_whole_call_leaves() -> None:
+    """Perturbed-attention guidance sets attention processors in its call and restores them at the end."""
+    pipe = families.build("sd-pag")
+    before = dict(pipe.unet.attn_processors)
+    noise = torch.randn(1, 4, 8, 8)
+    model_output(pipe, noise, {"prompt": "a", "height": 8, "width": 8, "pag_scale": 3.0})
+    assert pipe.unet.attn_processors == before

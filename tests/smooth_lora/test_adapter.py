@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diffusers_ext as dx
+from diffusers_ext.smooth_lora.apply import apply_smooth_lora, check_pipeline
 from tests import families, tiny
 
 RANK = 3
@@ -507,3 +508,13 @@ def test_a_repository_has_its_configuration_beside_the_weights(tmp_path: Path, m
     # PEFT's own layout has a configuration, which an offline cache may lack.
     with pytest.raises(LocalEntryNotFoundError):
         images("base_model.model.")
+
+
+@pytest.mark.parametrize("name", ["pixart", "hunyuan-dit", "dit", "ddpm"])
+def test_a_denoiser_without_loras_is_refused_with_what_would_work(name: str) -> None:
+    pipe = families.build(name)
+    kind = type(families.denoisers(pipe, name)[0]).__name__
+    message = f"cannot load a LoRA into a {kind}, .* Use a pipeline whose denoiser has load_lora_adapter"
+    for refused in (check_pipeline, lambda pipe: apply_smooth_lora(pipe, "nowhere")):
+        with pytest.raises(ValueError, match=message):
+            refused(pipe)

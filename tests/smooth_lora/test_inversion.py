@@ -1,5 +1,7 @@
 """Inversion on the embedded text-to-image model: real pictures, real prompts, few steps."""
 
+import contextlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,15 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 
-from diffusers_ext.core import families
 from diffusers_ext.core.images import encode_images
 from diffusers_ext.core.prompts import encode_prompts
+from diffusers_ext.core.schedules import inverse_scheduler
+from diffusers_ext.smooth_lora import inversion
 from diffusers_ext.smooth_lora.inversion import ddim_invert
 from diffusers_ext.smooth_lora.null_text import null_text_invert, reconstruct
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.embedded import card_dir
-from tests import tiny
+from tests import families, tiny
 
 STEPS = 10
 
@@ -83,54 +86,197 @@ def test_null_text_inversion_redraws_under_guidance(pipe: Any, scenes: Any, late
     assert found.null_embeds.shape == (STEPS, 3, *kept.prompt_embeds.shape[1:])
     assert torch.equal(kept.null_embeds[0], kept.null_embeds[-1])
     errors = []
-    for inversion in (found, kept):
-        redrawn = reconstruct(pipe, inversion, output_type="latent").images
+    for inverted in (found, kept):
+        redrawn = reconstruct(pipe, inverted, output_type="latent").images
         # The optimisation's last state is what the pipeline arrives at.
-        assert error(redrawn, latents) == pytest.approx(float(inversion.losses[-1]), rel=1e-2)
+        assert error(redrawn, latents) == pytest.approx(float(inverted.losses[-1]), rel=1e-2)
         errors.append(error(redrawn, latents))
     assert errors[0] < 0.5 * errors[1]
     assert not found.null_embeds.requires_grad
     assert all(p.grad is None for p in pipe.unet.parameters())
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_flow_is_inverted_by_its_own_steps(name: str) -> None:
-    pipe = tiny.build(name)
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    options = tiny.inputs(name, 2, guided=False)
-    if name == "sd3":
-        call = {"prompt": options["prompt"]}
-    else:
-        call = {"prompt": None, **tiny.flux_prompt(2, guided=False)}
-    before = pipe.scheduler
-    noise = ddim_invert(pipe, latents, num_inference_steps=200, **call)
-    assert pipe.scheduler is before
-    size = {
-        "height": 8,
-        "width": 8,
-        "num_inference_steps": 200,
-        "guidance_scale": 1.0,
-        "output_type": "latent",
-    }
-    again = pipe(**call, **size, latents=noise).images
-    wanted = families.pack(latents) if name == "flux" else latents
-    other = pipe(**call, **size, latents=noise.flip(0)).images
-    # Euler's error falls with the step; the way there and back is of the order of one step.
-    assert error(again, wanted) < 1e-3 * error(other, wanted)
+# How the networks are told the time: 1000σ, σ, or 1 − σ of a flow; or the timestep.
+TIMES: dict[str, Any] = {
+    **dict.fromkeys(("sd", "sd2", "pixart", "hunyuan-dit"), None),
+    **dict.fromkeys(("sd3", "sana", "kandinsky5"), lambda t: t / 1000),
+    **dict.fromkeys(("flux", "flux2", "flux2-klein", "qwen", "auraflow", "chroma"), lambda t: t),
+    **dict.fromkeys(("zimage", "lumina2"), lambda t: 1 - t),
+    "cogview4": "of the schedule",  # it is told the time before the shift
+}
+SPREAD = 0.5  # the standard deviation of the Gaussian data
+
+
+def answer_as_gaussian(name: str, pipe: Any) -> None:
+    """Replaces the network's output with the exact prediction for independent normal data of this spread."""
+    network = families.denoisers(pipe, name)[0]
+
+    def exact(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        given = {**dict(zip(inspect.signature(type(module).forward).parameters, (None, *args))), **kwargs}
+        x = next(given[key] for key in ("sample", "hidden_states", "x") if key in given)
+        t = float(torch.as_tensor(next(given[key] for key in ("timestep", "t") if key in given)).flatten()[0])
+        sign = -1 if name in ("zimage", "lumina2") else 1
+        if TIMES[name] is None:
+            a2 = float(pipe.scheduler.alphas_cumprod[int(t)])
+            mean = a2**0.5 * SPREAD**2 / (a2 * SPREAD**2 + 1 - a2)  # E[x₀] = mean · x
+            factor = (1 - a2**0.5 * mean) / (1 - a2) ** 0.5  # E[ε] = factor · x
+            if pipe.scheduler.config.prediction_type == "v_prediction":
+                factor = a2**0.5 * factor - (1 - a2) ** 0.5 * mean
+        else:
+            sigma = TIMES[name](t) if callable(TIMES[name]) else _level(pipe.scheduler, t)
+            factor = (sigma - (1 - sigma) * SPREAD**2) / ((1 - sigma) ** 2 * SPREAD**2 + sigma**2)
+        return _like(output, x, sign * factor)
+
+    network.register_forward_hook(exact, with_kwargs=True)
+
+
+def _level(inverse: Any, t: float) -> float:
+    """The level that the step at this time goes to."""
+    return float(inverse.sigmas[inverse.timesteps.tolist().index(t) + 1])
+
+
+def _like(output: Any, x: Any, factor: float) -> Any:
+    if isinstance(x, list):
+        return ([factor * row for row in x],)
+    made = output[0]
+    value = factor * x
+    if made.shape[1] == 2 * value.shape[1]:  # the network learned a variance
+        value = torch.cat([value, torch.zeros_like(value)], 1)
+    assert made.shape == value.shape
+    return (value,) if isinstance(output, tuple) else type(output)(sample=value)
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_normal_data_are_inverted_to_their_own_shape_of_unit_variance(name: str) -> None:
+    """The closed form: the probability-flow path of x₀ is x₀ times the spread of all noisy states."""
+    pipe = families.build(name)
+    answer_as_gaussian(name, pipe)
+    channels, height, width = (4, 8, 8) if name == "kandinsky5" else families.latent_shape(name)
+    latents = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    call = {key: v for key, v in families.FAMILIES[name].call.items() if key not in ("height", "width")}
+    noise = ddim_invert(pipe, latents, "a", num_inference_steps=100, **call)
+    grid = latents.unsqueeze(2).movedim(1, -1) if name == "kandinsky5" else latents
+    if name in ("flux", "qwen", "chroma"):
+        grid = _packed(latents)
+    scale = 1 / SPREAD
+    if TIMES[name] is None:
+        scheduler = inverse_scheduler(pipe.scheduler)
+        scheduler.set_timesteps(100)
+        start, end = (
+            (a2 * SPREAD**2 + 1 - a2) ** 0.5
+            for a2 in (
+                float(scheduler.initial_alpha_cumprod),
+                float(scheduler.alphas_cumprod[int(scheduler.timesteps[-1])]),
+            )
+        )
+        scale = end / start
+    assert noise.shape == grid.shape
+    # One hundred steps of first order, which Kandinsky's shift of 7 makes large at the end.
+    assert torch.allclose(noise, scale * grid, rtol=0.1 if name == "kandinsky5" else 0.03, atol=1e-4)
+
+
+def _packed(latents: torch.Tensor) -> torch.Tensor:
+    """Token (i, j) holds the 2 × 2 patch at (2i, 2j), channel by channel."""
+    _, _, height, width = latents.shape
+    tokens = [
+        latents[:, :, i : i + 2, j : j + 2].flatten(1)
+        for i in range(0, height, 2)
+        for j in range(0, width, 2)
+    ]
+    return torch.stack(tokens, 1)
+
+
+@pytest.mark.parametrize("name", ["sana", "cogview4", "flux", "flux2", "kandinsky5", "pixart", "zimage"])
+def test_the_size_of_the_image_follows_from_the_latents(name: str) -> None:
+    pipe = families.build(name)
+    if name == "kandinsky5":
+        pipe.resolutions = [(64, 64), (128, 64)]  # width and height
+    channels, height, width = (4, 8, 8) if name == "kandinsky5" else families.latent_shape(name)
+    wide = torch.zeros(1, channels, height, 2 * width)
+    call = {key: v for key, v in families.FAMILIES[name].call.items() if key not in ("height", "width")}
+    options = {"num_inference_steps": 2, **call}
+    noise = ddim_invert(pipe, wide, "a", **options)
+    one = families.inputs(name)
+    size = {"height": one["height"], "width": 2 * one["width"]}
+    images = pipe(prompt="a", latents=noise, **options, **size, output_type="pt", return_dict=False)[0]
+    assert images.shape[-2:] == (size["height"], size["width"])
+    with pytest.raises(ValueError, match=f"image of width {size['width']}, got {one['width']}"):
+        ddim_invert(pipe, wide, "a", **options, width=one["width"])
+    if name not in ("sana", "flux2"):
+        with pytest.raises(ValueError, match="multiples of 2, got"):
+            ddim_invert(pipe, wide[..., 1:], "a", **options)
+    if name == "kandinsky5":
+        pipe.resolutions = [(64, 64)]
+        with pytest.raises(ValueError, match=r"of 64 × 128 pixels from latents of shape"):
+            ddim_invert(pipe, wide, "a", **options)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_guidance_is_off_unless_it_is_asked_for(name: str) -> None:
+    pipe = families.build(name)
+    with contextlib.suppress(ValueError):
+        inversion.check_pipeline(pipe)
+        latents = torch.zeros(1, *families.latent_shape(name)) + 0.1
+        latents = torch.full((1, 4, 8, 8), 0.1) if name == "kandinsky5" else latents
+        family = families.FAMILIES[name]
+        call = {key: v for key, v in family.call.items() if key not in ("height", "width", "pag_scale")}
+        call |= family.rows(range(1), False) if family.rows else {}
+        rows = []
+        network = families.denoisers(pipe, name)[0]
+        network.register_forward_hook(lambda module, args, output: rows.append(_rows(output)))
+        ddim_invert(pipe, latents, "a", num_inference_steps=2, **call)
+        assert rows == [1, 1]
+
+
+def _rows(output: Any) -> int:
+    return len(output[0])
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "sana", "zimage", "lumina2"])
+def test_the_scale_is_the_weight_of_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = families.build(name)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {key: v for key, v in families.FAMILIES[name].call.items() if key not in ("height", "width")}
+    options |= {"cfg_normalization": False} if name == "lumina2" else {}
+    outputs, guided = [], []
+    kind = type(inverse_scheduler(pipe.scheduler))
+    step = kind.step
+
+    def note(scheduler: Any, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        guided.append(output)
+        return step(scheduler, output, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "step", note)
+    network = families.denoisers(pipe, name)[0]
+    network.register_forward_hook(lambda module, args, output: outputs.append(output))
+    ddim_invert(pipe, latents, "a", guidance_scale=3.0, num_inference_steps=2, **options)
+    # In one call or two; Z-Image and Lumina 2 have the prompt's first and change the sign.
+    rows = [row for output in outputs for row in output[0]][:2]
+    free, conditional = rows[::-1] if name in ("zimage", "lumina2") else rows
+    wanted = free + 3 * (conditional - free)
+    wanted = -wanted if name in ("zimage", "lumina2") else wanted
+    assert torch.allclose(guided[0].squeeze(), wanted.squeeze(), atol=1e-4)
 
 
 def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 latents need 1 or 3 prompts, got 2"):
         ddim_invert(pipe, latents, scenes[1][:2])
-    with pytest.raises(ValueError, match=r"Expected latents \(B, 4, H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"of 32 × 64 pixels from latents of shape \(3, 4, 8, 16\), got \(3, 3, 8"
+    ):
         ddim_invert(pipe, latents[:, :3], scenes[1])
+    with pytest.raises(ValueError, match=r"Expected latents \(B, C, H, W\), got \(4, 8, 16\)"):
+        ddim_invert(pipe, latents[0], "a")
+    for name in ("num_images_per_prompt", "output_type", "return_dict"):
+        with pytest.raises(ValueError, match=f"ddim_invert does not take {name}="):
+            ddim_invert(pipe, latents, scenes[1], **{name: 2})
     with pytest.raises(ValueError, match="image of width 64, got 32"):
         ddim_invert(pipe, latents, scenes[1], width=32)
     other = tiny.build("sd")
     other.scheduler = diffusers.EDMEulerScheduler()
     with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
         ddim_invert(other, latents, scenes[1])
-    with pytest.raises(ValueError, match="StableDiffusionXLPipeline does not have"):
+    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline does not have\. Load"):
         null_text_invert(tiny.build("sdxl"), latents, scenes[1])
     with pytest.raises(ValueError, match=r"optimizes in float32, the pipeline is torch\.float16"):
         null_text_invert(tiny.build("sd", dtype=torch.float16), latents, scenes[1])

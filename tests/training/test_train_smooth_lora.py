@@ -1,23 +1,30 @@
 """Training a Smooth-LoRA end to end, as a user launches it, on a tiny random pipeline and twelve pictures."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+)
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora, check_pipeline
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training.checkpoints import list_checkpoints
-from tests import tiny
+from tests import families, tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
 # One worker runs them all: they share the trained weights.
 pytestmark = [pytest.mark.slow]
 
+OTHERS = [name for name in families.NAMES if name not in ("sd", "sd2", "sdxl", "sd-ip-adapter")]
 SCRIPT = str(ROOT / "training" / "train_smooth_lora.py")
 
 
@@ -159,3 +166,33 @@ def test_refusals() -> None:
         SmoothLoraObjective(unet, DDPMScheduler(), StepwiseVariationLoss("v_prediction"))
     with pytest.raises(ValueError, match="rank must be 1 or more"):
         add_lora(unet, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sd", None),
+        ("sd2", None),
+        ("sdxl", None),
+        ("sd-ip-adapter", "has an IP-Adapter"),
+        *((other, "can be trained on Stable Diffusion and SDXL, got") for other in OTHERS),
+    ],
+)
+def test_other_kinds_of_models_are_refused(name: str, message: str | None) -> None:
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_pipeline(families.build(name))
+
+
+def test_distilled_models_are_refused() -> None:
+    pipe = tiny.build("sd")
+    pipe.scheduler = TCDScheduler()
+    with pytest.raises(ValueError, match="TCDScheduler belongs to a model that is distilled"):
+        check_pipeline(pipe)
+    distilled = StableDiffusionPipeline(
+        **{**tiny.build("sd").components, "unet": families.build("lcm").unet}, requires_safety_checker=False
+    )
+    with pytest.raises(ValueError, match="The UNet of StableDiffusionPipeline is distilled"):
+        check_pipeline(distilled)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        check_pipeline(pipe)
