@@ -139,7 +139,7 @@ def _path(
     seed = (1_000_003 * seeds[0] + seeds[1]) * 2
     generators = [torch.Generator().manual_seed((seed + end) % 2**63) for end in (0, 1)]
     with quiet(pipe):
-        ends, _ = initial_noise(pipe, {**call, "prompt": [prompt] * 2, "generator": generators})
+        ends = initial_noise(pipe, {**call, "prompt": [prompt] * 2, "generator": generators})
         latents, _ = noise_path(ends, frames)
         images = [
             call_pipeline(pipe, **call, prompt=[prompt] * len(part), latents=part, output_type="np").images
