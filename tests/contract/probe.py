@@ -642,7 +642,8 @@ def _pipeline_samples(name: str, pipe: Any) -> Faults:
     options = {key: value for key, value in call.items() if key not in ("prompt", "generator", "batch_size")}
     prompts = call.get("prompt")
     batch = next(iter(pipeline_samples(pipe, BATCH, batch_size=BATCH, prompts=prompts, seed=7, **options)))
-    found, wanted = batch[0] if prompts else batch, _grid(name, plain(name).end)
+    found: Any = batch[0] if prompts else batch
+    wanted = _grid(name, plain(name).end)
     if found.shape != wanted.shape:
         return [f"the samples have shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"]
     # Pipelines that work on pixels clip them.

@@ -66,6 +66,7 @@ def test_encoded_images_of_a_pipeline_are_its_samples(name: str, monkeypatch: py
     assert found.shape == samples.shape
     # Float32, with scales from 0.2 to 2.
     assert torch.allclose(found, samples, atol=1e-5)
+    drawn: Any
     (drawn,) = dx.encoded_images(pipe, 2 * frame - 1 - 1e-6, progress=False)
     assert torch.allclose(drawn, samples, atol=1e-5)
 
@@ -129,6 +130,18 @@ def test_an_autoencoder_in_float32_beside_half_networks(name: str) -> None:
     # One rounding to the 8 bits of bfloat16: the encoder itself ran in float32. Flux.2's statistics were rounded too.
     assert torch.allclose(found.float(), expected, rtol=2**-6, atol=2**-6)
     assert decode_latents(pipe, found).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sd", "flux2"])
+@pytest.mark.parametrize("groups", [False, True])
+def test_offloaded_pipelines_encode_the_same(name: str, groups: bool) -> None:
+    pipe, images = families.build(name), torch.rand(2, 3, 8, 8)
+    expected = dx.encode_images(pipe, images)
+    if groups:
+        pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    else:
+        pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(dx.encode_images(pipe, images), expected)
 
 
 # --- sizes and channels ---
