@@ -13,4 +13,7 @@ __getattr__, __dir__ = register(
     title="A-SDM",
     describe="apply:describe",
     commands="commands:add_commands",
+    checks={
+        "A-SDM": "apply:check_pipeline",
+    },
 )

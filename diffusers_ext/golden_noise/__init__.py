@@ -12,4 +12,7 @@ __getattr__, __dir__ = register(
     title="golden noise",
     describe="apply:describe",
     commands="commands:add_commands",
+    checks={
+        "golden noise": "apply:check_pipeline",
+    },
 )

@@ -12,4 +12,11 @@ __getattr__, __dir__ = register(
     title="Smooth-LoRA",
     describe="apply:describe",
     commands="commands:add_commands",
+    checks={
+        "Smooth-LoRA": "apply:check_pipeline",
+        "interpolation": "interpolation:check_pipeline",
+        "inversion": "inversion:check_pipeline",
+        "editing": "editing:check_pipeline",
+        "null-text inversion": "null_text:check_pipeline",
+    },
 )

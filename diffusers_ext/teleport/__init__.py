@@ -12,4 +12,8 @@ __getattr__, __dir__ = register(
     title="teleport",
     describe="apply:describe",
     commands="commands:add_commands",
+    checks={
+        "teleportation": "apply:check_pipeline",
+        "teleportation with a prompt map": "apply:check_prompt_map",
+    },
 )

@@ -112,11 +112,17 @@ def _check_stats(pipe: Any, stats: GaussianStats, mean_from: str) -> None:
         )
     if stats.prompt_map is None or mean_from != "stats":
         return
+    check_prompt_map(pipe)
+
+
+def check_prompt_map(pipe: Any) -> None:
+    """Raises a ValueError if teleportation with a prompt map does not work on the pipeline."""
+    check_pipeline(pipe)
     try:
         check_encodes(pipe)
     except ValueError as error:
         raise ValueError(
-            f"The statistics have a prompt map, and {error} Remove the map with"
+            f"A prompt map needs the prompts of the calls, and {error} Use statistics without the map,"
             " dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
         ) from None
 

@@ -4,10 +4,15 @@ import pytest
 
 import diffusers_ext as dx
 from tests import families
-from tests.contract import matrix, test_families
+from tests.contract import matrix, test_families, test_families_editing
 
 # The column of the contract that each line of `dx.support` has to agree with.
-COLUMNS: dict[str, str] = {}
+COLUMNS = {
+    "teleportation": "teleport",
+    "teleportation with a prompt map": "teleport-prompt-map",
+    "golden noise": "golden-noise",
+    "Smooth-LoRA": "smooth-lora",
+}
 
 
 @pytest.mark.parametrize("name", families.NAMES)
@@ -16,6 +21,8 @@ def test_support_is_what_the_contract_finds(name: str) -> None:
     for label, column in COLUMNS.items():
         state, _ = test_families._known(column, name)
         assert (refusals[label] is None) == (state != test_families.REFUSED), (label, refusals[label])
+    for label, refused in test_families_editing.KNOWN.items():
+        assert (refusals[label] is None) == (name not in refused), (label, refusals[label])
 
 
 @pytest.mark.parametrize("name", families.NAMES)
