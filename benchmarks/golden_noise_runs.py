@@ -15,6 +15,7 @@ from torch import Tensor
 import diffusers_ext as dx
 from diffusers_ext.core.images import as_tensor
 from diffusers_ext.core.prompts import prompt_embeddings
+from diffusers_ext.golden_noise.apply import predict
 from diffusers_ext.golden_noise.training import equal_norm, rescaled, sample
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct
@@ -121,8 +122,8 @@ def starts(job: Job, texts: list[str]) -> Tensor:
         return torch.cat(parts)
     embeds = prompt_embeddings(pipe, texts)
     if job.variant == "shuffled":
-        embeds = embeds.roll(1, 0)
-    golden = npnet(noise, embeds).sample
+        embeds = embeds.rows(torch.arange(len(texts)).roll(1))
+    golden = predict(npnet, noise, embeds)
     if job.variant == "random":
         golden = noise + equal_norm(golden - noise, torch.Generator().manual_seed(job.draw))
     if job.variant == "rescaled":
@@ -140,8 +141,8 @@ def run(job: Job, num_prompts: int, path: Path) -> Path:
     original = pipe.scheduler
     latents = starts(job, texts)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config, timestep_spacing=job.spacing)
-    options = {"num_inference_steps": job.steps, "guidance_scale": job.guidance, **SIZE}
-    pictures = sample(pipe, texts, latents, batch_size=64, **options)
+    options = {"num_inference_steps": job.steps, **SIZE}
+    pictures = sample(pipe, texts, latents, batch_size=64, guidance_scale=job.guidance, **options)
     pipe.scheduler = original
     grader = load_grader()
     outcome = {

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
+_REPORTS = ("summary", "support")
 _BASES = ("ModelMixin", "SchedulerMixin")
 _register_components(__name__, {base: ["save_pretrained", "from_pretrained"] for base in _BASES})
 
 
 def __getattr__(name: str) -> Any:
-    if name == "summary":
-        return _registry.summary
+    if name in _REPORTS:
+        return getattr(_registry, name)
     if name in _BASES:
         import diffusers
 
@@ -40,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_registry.exports(), *_BASES, "summary"})
+    return sorted({*globals(), *_registry.exports(), *_BASES, *_REPORTS})

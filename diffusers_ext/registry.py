@@ -57,3 +57,39 @@ def summary(pipe: Any) -> Summary:
         str(room.title): room.load(room.describe)(pipe) for room in methods() if room.describe is not None
     }
     return Summary(type(pipe).__name__, {name: text for name, text in found.items() if text})
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which methods work on one pipeline; `str()` of it is the report.
+
+    Attributes:
+        pipeline: class name of the pipeline.
+        refusals: for every use of a method, by its name, the reason why it does not work on this pipeline; None where
+            it works.
+    """
+
+    pipeline: str
+    refusals: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = (f"  {name}: {reason or 'works'}" for name, reason in self.refusals.items())
+        return "\n".join([self.pipeline, *lines])
+
+
+def support(pipe: Any) -> Support:
+    """Which methods work on `pipe`, and why the others do not; `print(dx.support(pipe))`.
+
+    The answer is that of the checks with which the methods themselves refuse a pipeline. The pipeline is neither called
+    nor changed. A method that works may still refuse single calls, for example those with an argument that it does not
+    support, and weights or statistics that do not fit.
+    """
+    refusals: dict[str, str | None] = {}
+    for room in methods():
+        for name, reference in room.checks.items():
+            try:
+                room.load(reference)(pipe)
+                refusals[name] = None
+            except ValueError as error:
+                refusals[name] = str(error)
+    return Support(type(pipe).__name__, refusals)

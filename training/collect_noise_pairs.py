@@ -11,6 +11,7 @@ an interrupted run, start it again. Several processes share the work. On a CPU, 
 """
 
 import argparse
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def parse_args() -> argparse.Namespace:
     add("--train_batch_size", type=int, default=8, help="attempts per shard, made in one batch")
     add("--height", type=int, default=None, help="image height; default: the pipeline's")
     add("--width", type=int, default=None, help="image width; default: the pipeline's")
+    add(
+        "--call_arguments",
+        type=json.loads,
+        default={},
+        help="""more arguments of the pipeline's call, as JSON: '{"clip_skip": 2}'; training uses the same""",
+    )
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="data type of the pipeline")
     add(
         "--scorer",
@@ -81,6 +88,7 @@ def main() -> None:
         world=accelerator.num_processes,
         progress=accelerator.is_local_main_process,
         **size,
+        **args.call_arguments,
     )
     counts: Any = accelerator.reduce(torch.tensor([mine.kept, mine.tried], device=accelerator.device), "sum")
     accelerator.print(f"{args.output_dir}: {int(counts[0])} pairs kept of {int(counts[1])} tried")

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from diffusers_ext.core.images import as_tensor, encode_pixels
+from diffusers_ext.core.autoencoders import encode_pixels
+from diffusers_ext.core.images import as_tensor
 from diffusers_ext.testbed import fashion_scenes
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import diffusers_ext  # noqa: F401
 from diffusers_ext.core.images import as_tensor, save_grid
-from diffusers_ext.core.prompts import prompt_embeddings
+from diffusers_ext.core.prompts import PromptEmbeds, prompt_embeddings, prompt_options
 from diffusers_ext.core.storage import ShardStore
 from diffusers_ext.golden_noise.npnet import NPNetModel
 from diffusers_ext.golden_noise.pairs import NoisePairs, describe_model
@@ -88,23 +88,30 @@ def main() -> None:
         raise ValueError(
             f"{folder} holds pairs of another model: {made_by['model']} there, {describe_model(pipe)} here."
         )
-    npnet = build(args, training, prompt_embeddings(pipe, training.prompts[:1]))
+    # The size of the images, and what acts on the encoding of the prompts.
+    call = made_by["call"]
+    npnet = build(
+        args,
+        training,
+        prompt_embeddings(pipe, training.prompts[:1], **call),
+        prompt_options(pipe, call),
+    )
 
     def make_batch(rows: Rows) -> dict[str, Tensor]:
         part = training.subset(rows.indices(len(training)))
-        embeds = prompt_embeddings(pipe, part.prompts).float()
-        return {"noise": part.noise.float(), "golden": part.golden.float(), "prompt_embeds": embeds}
+        prompts = prompt_embeddings(pipe, part.prompts, **call)
+        batch = {"noise": part.noise.float(), "golden": part.golden.float()}
+        batch["prompt_embeds"] = prompts.embeds.float()
+        return batch if prompts.mask is None else {**batch, "encoder_attention_mask": prompts.mask}
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         few = held_out.subset(torch.arange(min(args.num_validation_images, len(held_out))))
         scorer = load_scorer(args.scorer, accelerator.device) if args.scorer else None
-        height, width = (size * pipe.vae_scale_factor for size in training.noise.shape[2:])
-        size = {"height": height, "width": width}
-        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        scores, images = compare(npnet, pipe, few, scorer, **size, **call)
+        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        scores, images = compare(npnet, pipe, few, scorer, **options, **call)
         rows = [as_tensor(images[name])[:8] for name in ("plain", "npnet", "re-denoised")]
         save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
-        return {"relative error": relative_error(npnet, pipe, held_out), **scores}
+        return {"relative error": relative_error(npnet, pipe, held_out, **call), **scores}
 
     record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate)
     if accelerator.is_main_process:
@@ -127,14 +134,19 @@ def main() -> None:
         print(json.dumps(record, indent=1))
 
 
-def build(args: argparse.Namespace, pairs: NoisePairs, embeds: Tensor) -> NPNetModel:
-    """An untrained network for these pairs and prompt embeddings (1, tokens, text_dim)."""
+def build(
+    args: argparse.Namespace, pairs: NoisePairs, prompts: PromptEmbeds, options: dict[str, Any]
+) -> NPNetModel:
+    """An untrained network for these pairs and for prompts that were encoded with these options."""
+    tokens, width = prompts.embeds.shape[1:]
     return NPNetModel(
         latent_channels=pairs.noise.shape[1],
-        text_dim=embeds.shape[2],
-        max_tokens=embeds.shape[1],
+        text_dim=width,
+        # Where prompts are padded to the longest of a batch, others may have more tokens.
+        max_tokens=max(tokens, options.get("max_sequence_length") or 0),
         width=args.width,
         depth=args.depth,
+        prompt_options=options,
     )
 
 

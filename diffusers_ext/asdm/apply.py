@@ -157,11 +157,16 @@ def gri_attention_of(unet: Any) -> tuple[list[str], int, int] | None:
     return paths, found[0][2].window, found[0][2].pool
 
 
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError unless the pipeline's `unet` is a `UNet2DConditionModel`."""
+    _unet_of(pipe)
+
+
 def _unet_of(given: Any) -> UNet2DConditionModel:
     unet = given if isinstance(given, UNet2DConditionModel) else getattr(given, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
-            "GRI attention needs a UNet2DConditionModel, or a pipeline whose .unet is one, got"
+            "A-SDM and its GRI attention need a UNet2DConditionModel, or a pipeline whose .unet is one, got"
             f" {type(given).__name__}."
         )
     return unet

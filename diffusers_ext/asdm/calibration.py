@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.pipeline import call_pipeline, quiet
 from ..core.schedules import noising_scheduler
+from .apply import check_pipeline
 
 CalibrationInput = dict[str, Any]
 
@@ -38,8 +39,14 @@ def record_calibration_inputs(
         Keyword arguments for a call of the UNet, one dict per timestep.
 
     Raises:
-        ValueError: there are no prompts, or `num_timesteps` is out of range.
+        ValueError: there are no prompts, `num_timesteps` is out of range, or the pipeline has no
+            `UNet2DConditionModel` or has a ControlNet, whose outputs are added to blocks that may be pruned.
     """
+    check_pipeline(pipe)
+    if getattr(pipe, "controlnet", None) is not None:
+        raise ValueError(
+            f"{type(pipe).__name__} has a ControlNet, which a pruned UNet does not fit: use the pipeline without it."
+        )
     if not prompts or not 1 <= num_timesteps <= num_inference_steps:
         raise ValueError(
             f"Expected prompts, and num_timesteps from 1 to num_inference_steps={num_inference_steps}; got"

@@ -21,7 +21,7 @@ from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
 from ..training.arguments import load_pipeline
 from ..training.checkpoints import checkpoint_only_what_is_trained
-from ..training.data import TrainingLatents, encode_captions
+from ..training.data import TrainingLatents, check_captioned_training, encode_captions
 from ..training.loop import Rows, make_accelerator, rows_of_step, train
 from . import training as asdm
 from .distill import DistillWeights
@@ -33,17 +33,10 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
     """The pipeline of the teacher, with all parameters frozen.
 
     Raises:
-        ValueError: the pipeline is not Stable Diffusion or SDXL for text-to-image.
+        ValueError: see `check_captioned_training`.
     """
     pipe: Any = load_pipeline(args, dtype=torch.float32)
-    missing = [name for name in ("unet", "vae", "text_encoder") if pipe.components.get(name) is None]
-    if missing or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        what = (
-            f"no {', '.join(missing)}" if missing else f"a UNet with {pipe.unet.config.in_channels} channels"
-        )
-        raise ValueError(
-            f"{type(pipe).__name__} has {what}: expected Stable Diffusion or SDXL for text-to-image."
-        )
+    check_captioned_training(pipe)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)

@@ -101,7 +101,7 @@ def load_pipeline(model: str, dtype: str = "float32", device: str | None = None)
 
 def require_prompts(pipe: Any) -> None:
     """Raises a ValueError if the pipeline takes no prompt."""
-    from .pipeline import parameters_of
+    from .hooks import parameters_of
 
     if "prompt" not in parameters_of(pipe):
         raise ValueError(

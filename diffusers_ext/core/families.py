@@ -32,12 +32,14 @@ class Family:
         reversed_time: the denoiser is given 1 − t/1000 and predicts −v. All others are given t or t/1000.
         guidance_off: the scale at which classifier-free guidance is off. It is 1 for u + w(c − u), and 0 for
             c + w(c − u), where c and u are the outputs with and without the prompt.
+        rescaled: the guided output always gets the norm of c.
     """
 
     layout: Layout = "grid"
     unpacked: bool = False
     reversed_time: bool = False
     guidance_off: float = 1.0
+    rescaled: bool = False
 
 
 # By the class of the denoiser. A subclass has the record of its base class.
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "CogView4Transformer2DModel": Family(),
     "FluxTransformer2DModel": Family("patches"),
     "ChromaTransformer2DModel": Family("patches"),
-    "QwenImageTransformer2DModel": Family("patches"),
+    "QwenImageTransformer2DModel": Family("patches", rescaled=True),
     "Flux2Transformer2DModel": Family("positions", unpacked=True),
     "ZImageTransformer2DModel": Family(reversed_time=True, guidance_off=0.0),
     "Lumina2Transformer2DModel": Family(reversed_time=True),
@@ -203,6 +205,15 @@ def grid_shape(pipe: Any, x: Tensor, call: Mapping[str, Any]) -> tuple[int, ...]
 
 # --- guidance ---
 
+# Arguments that change u + w(c − u), or at which steps it is used, and the values with which they do not.
+_ALTERATIONS = {
+    "guidance_rescale": 0.0,
+    "cfg_normalization": False,
+    "cfg_truncation": 1.0,
+    "cfg_trunc_ratio": 1.0,
+    "use_dynamic_cfg": False,
+}
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -214,12 +225,14 @@ class Guidance:
         off: the scale at which it is off, see `Family.guidance_off`.
         needs_negative: it is off, too, in a call without a negative prompt.
         embedded: the argument of the call that the denoiser is given as an input; None if there is none.
+        rescaled: see `Family.rescaled`.
     """
 
     argument: str | None
     off: float = 1.0
     needs_negative: bool = False
     embedded: str | None = None
+    rescaled: bool = False
 
     def weight(self, call: Mapping[str, Any]) -> float:
         """w of u + w(c − u) in this call; 1 without classifier-free guidance."""
@@ -228,6 +241,18 @@ class Guidance:
         if value is None or float(value) <= self.off or (self.needs_negative and not negative):
             return 1.0
         return float(value) + 1.0 - self.off
+
+    def altered(self, call: Mapping[str, Any]) -> str | None:
+        """Why a guided call does not follow u + w(c − u), and what to set so that it does; None if it follows it."""
+        if self.rescaled:
+            return f"The pipeline scales every guided output to the norm of the unguided one: use {self.argument}=1."
+        for name, neutral in _ALTERATIONS.items():
+            if call.get(name) is not None and float(call[name]) != neutral:
+                return f"{name}={call[name]!r} changes the guided output: use {name}={neutral!r}."
+        second = call.get("guidance_scale_2")  # of Wan's second network
+        if second is not None and second != call.get("guidance_scale"):
+            return f"guidance_scale_2={second!r} is another scale: use guidance_scale_2=None."
+        return None
 
     def call(self, weight: float) -> dict[str, Any]:
         """Arguments of a call with this w of u + w(c − u).
@@ -255,7 +280,7 @@ def guidance_of(pipe: Any) -> Guidance:
     embeds = config.get("guidance_embeds") or config.get("time_cond_proj_dim") is not None
     embedded = "guidance_scale" if embeds and "guidance_scale" in names else None
     if "true_cfg_scale" in names:
-        return Guidance("true_cfg_scale", needs_negative=True, embedded=embedded)
+        return Guidance("true_cfg_scale", needs_negative=True, embedded=embedded, rescaled=family.rescaled)
     if embedded or pipe.config.get("is_distilled") or "guidance_scale" not in names:
         return Guidance(None, embedded=embedded)
     return Guidance("guidance_scale", family.guidance_off)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from .autoencoders import channels_of, encode_pixels, side_of, vae_of
+from .families import denoiser_of
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -96,120 +98,41 @@ def encode_images(pipe: Any, images: Any) -> Tensor:
     """Encodes images to latents in the scale that the pipeline denoises, with the mean of the posterior.
 
     Args:
-        pipe: a pipeline or an autoencoder. A pipeline without a `vae` works on pixels; the result is then in
+        pipe: a pipeline or an autoencoder. A pipeline without an autoencoder works on pixels; the result is then in
             [−1, 1].
         images: see `as_tensor`.
 
     Returns:
-        (n, C, h, w), not packed, in the dtype and on the device of the autoencoder (without one, of the
-        denoiser).
+        (n, c, h', w'), not packed (Flux.2: (n, 4c, h'/2, w'/2), as its denoiser has them); (n, c, 1, h', w') for
+        videos, of which an image is one frame. In the dtype of the denoiser and on the pipeline's device; in those
+        of an autoencoder that is given alone.
 
     Raises:
         ValueError: an unsupported layout, range or number of channels, a size that is not a multiple of the
-            downsampling factor, or an autoencoder whose latents have an unknown scale.
+            downsampling factor, or a pipeline or an autoencoder that is not known.
     """
     vae = vae_of(pipe)
-    model = pipe.unet if vae is None else vae
-    channels = model.config.in_channels
+    alone = not isinstance(pipe, DiffusionPipeline)
+    model = vae if alone else denoiser_of(pipe)
+    side = side_of(pipe)
+    channels = channels_of(pipe)
     x = as_tensor(images, _MODES.get(channels, "RGB"))
     if x.shape[1] != channels:
         raise ValueError(
             f"Expected images of {channels} channels, got {tuple(x.shape)} as (n, channels, h, w)."
         )
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    device = pipe._execution_device if isinstance(pipe, DiffusionPipeline) else model.device
-    if x.shape[2] % factor or x.shape[3] % factor:
+    check_sides(x, side)
+    x = (2 * x - 1).to(vae.device if alone else pipe._execution_device)
+    return (x if vae is None else encode_pixels(pipe, x)).to(model.dtype)
+
+
+def check_sides(images: Tensor, side: int) -> None:
+    """Raises a ValueError unless images (n, C, h, w) are multiples of `side` high and wide."""
+    height, width = images.shape[2:]
+    if height % side or width % side:
         raise ValueError(
-            f"Images must be multiples of {factor} high and wide, got {x.shape[2]} × {x.shape[3]}: resize or crop."
+            f"Images must be multiples of {side} high and wide, got {height} × {width}: resize or crop."
         )
-    x = (2 * x - 1).to(device)
-    return (x if vae is None else encode_pixels(vae, x)).to(model.dtype)
-
-
-@torch.no_grad()
-def encode_pixels(vae: Any, pixels: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-    """Encodes pixels to latents, scaled as in the training scripts of diffusers.
-
-    The scale comes from the config of the autoencoder: a factor and a shift, or a mean and a standard
-    deviation.
-
-    Args:
-        vae: an autoencoder. A float16 one with `force_upcast` in its config encodes in float32.
-        pixels: (n, C, h, w) in [−1, 1], on the device of `vae`.
-        generators: one per image, to sample the posterior; None for the mean of the posterior.
-
-    Returns:
-        (n, c, h', w') float32.
-
-    Raises:
-        ValueError: an autoencoder that normalises its latents by batch statistics.
-    """
-    if hasattr(vae, "bn"):
-        raise ValueError(
-            f"{type(vae).__name__} normalises packed latents by batch statistics, which is not supported: use"
-            " pipeline_samples."
-        )
-    with _upcast(vae):
-        encoded = vae.encode(pixels.to(vae.dtype))
-        posterior = getattr(encoded, "latent_dist", None)
-        if posterior is None:
-            # VQModel calls them `latents`, AutoencoderDC `latent`.
-            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-        else:
-            latents = posterior.mode() if generators is None else posterior.sample(generators)
-    latents = latents.float()
-    shift, scale = _latent_scale(vae, latents)
-    return (latents - shift) * scale
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Pixels (n, C, h, w) of latents in the scale of `encode_pixels`; about in [−1, 1], not clipped."""
-    shift, scale = _latent_scale(vae, latents)
-    with _upcast(vae):
-        return vae.decode((latents / scale + shift).to(vae.dtype)).sample
-
-
-def vae_of(pipe_or_vae: Any) -> Any:
-    """The autoencoder of a pipeline (None for a pipeline that works on pixels), or the given autoencoder.
-
-    Raises:
-        ValueError: neither a pipeline nor an autoencoder.
-    """
-    if isinstance(pipe_or_vae, DiffusionPipeline):
-        return getattr(pipe_or_vae, "vae", None)
-    if isinstance(pipe_or_vae, torch.nn.Module) and hasattr(pipe_or_vae, "encode"):
-        return pipe_or_vae
-    raise ValueError(
-        f"Expected a DiffusionPipeline or an autoencoder with encode, got {type(pipe_or_vae).__name__}."
-    )
-
-
-def _latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(shift, scale), such that scaled latents are (latents − shift) · scale."""
-    scale, shift, mean, std = (
-        getattr(vae.config, name, None)
-        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    )
-    scale = 1.0 if scale is None else scale
-    if mean is None or std is None:
-        return shift or 0.0, scale
-    # Per-channel statistics replace the shift, as in diffusers' training scripts.
-    mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
-    return mean, scale / std
-
-
-@contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
-    """Runs the block in float32 if the VAE's config says that it overflows in float16. Loses no precision."""
-    needed = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if needed:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if needed:
-            vae.to(torch.float16)
 
 
 # --- many images, read when needed ---

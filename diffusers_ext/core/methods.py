@@ -1,4 +1,4 @@
-"""The registry of methods: their public names, commands and `dx.summary` lines.
+"""The registry of methods: their public names, commands, and lines of `dx.summary` and `dx.support`.
 
 The `__init__.py` of each method's package calls `register`. Its public names are listed in `__init__.pyi`,
 which `lazy_loader` reads at run time and type checkers read directly. Nothing is imported before it is used.
@@ -7,7 +7,7 @@ which `lazy_loader` reads at run time and type checkers read directly. Nothing i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +26,8 @@ class Room:
             the method for `dx.summary`, or None if the method is not applied.
         commands: "module:function" in the package. The function adds the commands of the package to a typer
             app. None for a package without commands.
+        checks: for every use of the method, by its name in `dx.support`, "module:function" in the package. The
+            function takes a pipeline and raises a ValueError if the method does not work on it.
     """
 
     package: str
@@ -33,6 +35,7 @@ class Room:
     title: str | None = None
     describe: str | None = None
     commands: str | None = None
+    checks: dict[str, str] = field(default_factory=dict)
 
     def load(self, reference: str) -> Callable[..., Any]:
         """Imports the function that "module:function" names."""

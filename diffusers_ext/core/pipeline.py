@@ -119,15 +119,23 @@ def initial_noise(pipe: Any, call: Mapping[str, Any]) -> Tensor:
         ValueError: a pipeline that does not draw its noise in `prepare_latents`, one that starts from an image, or an
             unknown family.
     """
+    return given_latents(pipe, initial_grid(pipe, call))
+
+
+def initial_grid(pipe: Any, call: Mapping[str, Any]) -> Tensor:
+    """The noise of `initial_noise` in the grid layout.
+
+    Raises:
+        ValueError: see `initial_noise`.
+    """
     check_starts_from_noise(pipe)
     family = family_of(pipe)
     found: list[Tensor] = []
 
     def stop(given: dict[str, Any], prepared: Any) -> Any:
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
-        if family.unpacked:
-            latents = to_grid(family.layout, latents, grid_shape(pipe, latents, given))
-        found.append(latents / noise_scale(pipe))
+        grid = to_grid(family.layout, latents, grid_shape(pipe, latents, given))
+        found.append(grid / noise_scale(pipe))
         raise Stop
 
     handle = add_hook(pipe, "prepare_latents", stop)
@@ -201,8 +209,9 @@ def final_latents(pipe: Any, call: Mapping[str, Any]) -> Tensor:
         if hasattr(pipe, "prepare_latents"):
             hooks.callback(add_hook(pipe, "prepare_latents", size).remove)
         hooks.callback(add_hook(pipe.scheduler, "step", keep).remove)
-        call_pipeline(pipe, **{"output_type": "latent", **call})
-    return to_grid(family.layout, last[0], shape[0] if shape else tuple(last[0].shape[1:]))
+        images = call_pipeline(pipe, **{"output_type": "latent", **call, "return_dict": False})[0]
+    rows = last[0][: len(images)]  # guided, DiT has two in its loop for each image
+    return to_grid(family.layout, rows, shape[0] if shape else tuple(rows.shape[1:]))
 
 
 def given_latents(pipe: Any, grid: Tensor) -> Tensor:

@@ -23,10 +23,13 @@ class PromptEmbeds:
         embeds: (B, tokens, width), zero at padding.
         mask: (B, tokens) bool, False at padding; None for an encoder that does not mask its padding, which is then a
             part of the embeddings, as in Stable Diffusion.
+        padded: `embeds` with the encoder's own values at padding; None if they are the same. Networks for prompts of
+            one fixed length may have been trained with them.
     """
 
     embeds: Tensor
     mask: Tensor | None = None
+    padded: Tensor | None = None
 
     def mean(self) -> Tensor:
         """(B, width) float32, the average over the tokens that are not padding."""
@@ -43,9 +46,17 @@ class PromptEmbeds:
         """
         if rows % len(self.embeds):
             raise ValueError(f"{rows} images cannot have {len(self.embeds)} prompts.")
-        each = rows // len(self.embeds)
-        mask = None if self.mask is None else self.mask.repeat_interleave(each, 0)
-        return PromptEmbeds(self.embeds.repeat_interleave(each, 0), mask)
+        return self.rows(torch.arange(len(self.embeds)).repeat_interleave(rows // len(self.embeds)))
+
+    def rows(self, chosen: Tensor) -> PromptEmbeds:
+        """The rows with the numbers `chosen`, (n,) int64."""
+
+        def choose(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[chosen.to(value.device)]
+
+        return PromptEmbeds(
+            self.embeds[chosen.to(self.embeds.device)], choose(self.mask), choose(self.padded)
+        )
 
 
 def embeddings_of(pipe: Any, encoded: Any) -> list[PromptEmbeds]:
@@ -81,7 +92,8 @@ def embeddings_of(pipe: Any, encoded: Any) -> list[PromptEmbeds]:
     if not masks:
         return [PromptEmbeds(value) for value in embeds]
     return [
-        PromptEmbeds(value * mask[..., None].to(value), mask.bool()) for value, mask in zip(embeds, masks)
+        PromptEmbeds(value * mask[..., None].to(value), mask.bool(), value)
+        for value, mask in zip(embeds, masks)
     ]
 
 
@@ -250,6 +262,30 @@ def prompt_embeddings(pipe: Any, prompts: Sequence[str], **call: Any) -> PromptE
     check_encodes(pipe)
     unguided = {**guidance_of(pipe).call(1.0), **call, "prompt": list(prompts)}
     return embeddings_of(pipe, recorded_encodings(pipe, unguided)[0])[0]
+
+
+_NO_OPTIONS = ("device", "dtype", "do_classifier_free_guidance", "lora_scale")
+
+
+def prompt_options(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that act on how prompts are encoded, such as `clip_skip` and `max_sequence_length`.
+
+    Args:
+        pipe: a pipeline with an `encode_prompt`.
+        call: arguments of its call.
+
+    Returns:
+        Every such argument with its value in the call, or else its default.
+    """
+    parameters = parameters_of(pipe)
+    return {
+        name: call.get(name, parameters[name].default)
+        for name in parameters_of(pipe, "encode_prompt")
+        if name in parameters
+        and name not in _NO_OPTIONS
+        and not name.startswith(("prompt", "negative_prompt", "num_"))
+        and not any(part in name for part in ("embeds", "mask", "image"))
+    }
 
 
 # --- embeddings as arguments of a call ---

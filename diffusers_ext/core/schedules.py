@@ -15,7 +15,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from .predictions import Level, clean_prediction
@@ -25,6 +31,7 @@ from .predictions import Level, clean_prediction
 _SCALINGS = {
     "DDIMScheduler": "alphas",
     "DDPMScheduler": "alphas",
+    "CogVideoXDDIMScheduler": "alphas",
     "PNDMScheduler": "alphas",
     "DPMSolverMultistepScheduler": "solver",
     "DPMSolverSinglestepScheduler": "solver",
@@ -89,8 +96,19 @@ def scaling(scheduler: Any) -> str:
     """
     name = type(scheduler).__name__
     if name not in _SCALINGS or type(scheduler) is not getattr(diffusers, name):
+        if name in _DISTILLED:
+            raise ValueError(
+                f"{name} belongs to a model that is distilled to a few steps, which has no path whose first steps could"
+                " be replaced. Use the model that it was distilled from."
+            )
+        # CogVideoX calls the steps of this class with other arguments, by its exact class.
+        instead = (
+            " Use pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)."
+            if name == "CogVideoXDPMScheduler"
+            else ""
+        )
         raise ValueError(
-            f"The noise levels of {name} are not known, so its first steps cannot be replaced. Supported"
+            f"The noise levels of {name} are not known, so its first steps cannot be replaced.{instead} Supported"
             f" schedulers: {', '.join(SUPPORTED)}."
         )
     if getattr(scheduler.config, "invert_sigmas", False):
@@ -169,7 +187,8 @@ def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, l
         clean = clean_prediction(output, x, a, s, str(prediction_type(scheduler)))
     if getattr(config, "thresholding", False):
         return scheduler._threshold_sample(clean)
-    if getattr(config, "clip_sample", False):
+    # CogVideoX's has the argument and does not use it.
+    if getattr(config, "clip_sample", False) and not isinstance(scheduler, CogVideoXDDIMScheduler):
         return clean.clamp(-config.clip_sample_range, config.clip_sample_range)
     return clean
 

@@ -7,15 +7,25 @@ second.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.families import noise_scale, pack, unpack, unpacked_shape
+from ..core.families import (
+    check_starts_from_noise,
+    denoiser_of,
+    family_of,
+    from_grid,
+    grid_shape,
+    noise_scale,
+    to_grid,
+)
 from ..core.hooks import HookHandle, add_hook, parameters_of
 from ..core.pipeline import initial_noise
-from ..core.prompts import embeddings_of
+from ..core.prompts import PromptEmbeds, PromptReader, check_encodes
 from .npnet import NPNetModel
 
 # Attribute of a pipeline with its `GoldenNoise`.
@@ -23,70 +33,69 @@ _ATTRIBUTE = "_golden_noise"
 
 
 class GoldenNoise:
-    """The golden noise of one pipeline. `start`, `remember` and `replace` are hooks of its methods (`add_hook`).
+    """The golden noise of one pipeline. `replace` is a hook of its `prepare_latents` (`add_hook`).
 
     Args:
         pipe: the pipeline.
         npnet: the network.
         strength: 0 for random noise, 1 for golden noise; other values interpolate or extrapolate linearly.
+
+    Attributes:
+        reader: reads the prompts of the calls.
+        changes_given: whether latents that the caller has passed are changed, too.
     """
 
     def __init__(self, pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> None:
         self.pipe, self.npnet, self.strength = pipe, npnet, strength
-        self._prompt_embeds: Tensor | None = None
+        self.reader = PromptReader(pipe)
+        self.changes_given = False
         self.handles: list[HookHandle] = []
-
-    def start(self, given: dict[str, Any], result: Any) -> Any:
-        """Follows `check_inputs`, at the start of a pipeline call; clears the state of an interrupted one."""
-        self._prompt_embeds = None
-        return result
-
-    def remember(self, given: dict[str, Any], encoded: Any) -> Any:
-        """Stores the first embeddings of a call, those of the prompt; Flux encodes the negative one later."""
-        if self._prompt_embeds is None:
-            self._prompt_embeds = embeddings_of(self.pipe, encoded)[0]
-        return encoded
 
     def replace(self, given: dict[str, Any], prepared: Any) -> Any:
         """`prepared`, the result of `prepare_latents(**given)`, with golden noise in place of random noise.
 
-        Latents that the caller has passed are used as they are.
-
         Raises:
-            ValueError: the pipeline draws its noise before it encodes the prompt, or see `mix`.
+            ValueError: the prompt of the call was not encoded before, the call has other options than the
+                network was trained with, or see `mix`.
         """
-        embeds, self._prompt_embeds = self._prompt_embeds, None
-        if self.strength == 0 or given.get("latents") is not None:
+        reader = self.reader
+        embeds, call = (reader.prompt, reader.arguments) if reader.present else (None, {})
+        reader.forget()
+        if self.strength == 0 or (given.get("latents") is not None and not self.changes_given):
             return prepared
         if embeds is None:
             raise ValueError(
                 f"{type(self.pipe).__name__} drew its noise before it encoded a prompt, so golden noise cannot use"
-                " the prompt. Pass latents=golden_latents(...) of a pipeline with the same text encoder."
+                " the prompt. Give a call of the pipeline prompt= instead of prompt_embeds=, or call it with"
+                " latents=golden_latents(...)."
             )
+        check_prompt_options(self.npnet, call)
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
         golden = self._golden(latents, embeds, given)
         return (golden, *prepared[1:]) if isinstance(prepared, tuple) else golden
 
     @torch.no_grad()
-    def _golden(self, latents: Tensor, embeds: Tensor, given: dict[str, Any]) -> Tensor:
-        scale = noise_scale(self.pipe)
-        noise = latents.float() / scale
-        packed = noise.ndim == 3
-        if packed:
-            noise = unpack(noise, unpacked_shape(self.pipe, noise, given))
-        if len(embeds) != len(noise) and len(noise) % len(embeds) == 0:
-            embeds = embeds.repeat_interleave(len(noise) // len(embeds), 0)
-        golden = mix(self.npnet, noise, embeds, self.strength)
-        return ((pack(golden) if packed else golden) * scale).to(latents)
+    def _golden(self, latents: Tensor, embeds: PromptEmbeds, given: dict[str, Any]) -> Tensor:
+        scale, layout = noise_scale(self.pipe), family_of(self.pipe).layout
+        noise = to_grid(layout, latents.float() / scale, grid_shape(self.pipe, latents, given))
+        golden = mix(self.npnet, noise, embeds.repeat_to(len(noise)), self.strength)
+        return (from_grid(layout, golden) * scale).to(latents)
 
 
-def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float = 1.0) -> Tensor:
-    """noise + strength · (golden − noise), with golden = `npnet(noise, prompt_embeds).sample`.
+def predict(npnet: NPNetModel, noise: Tensor, embeds: PromptEmbeds) -> Tensor:
+    """The output of `npnet` for noise (B, C, H, W) and the embeddings of B prompts."""
+    if npnet.config.legacy:  # type: ignore[union-attr]
+        return npnet(noise, embeds.embeds if embeds.padded is None else embeds.padded).sample
+    return npnet(noise, embeds.embeds, embeds.mask).sample
+
+
+def mix(npnet: NPNetModel, noise: Tensor, embeds: PromptEmbeds, strength: float = 1.0) -> Tensor:
+    """noise + strength · (golden − noise), with the output of the network as golden noise.
 
     Raises:
         ValueError: a shape that the network does not support, or an output that is not finite.
     """
-    golden: Tensor = npnet(noise, prompt_embeds).sample
+    golden = predict(npnet, noise, embeds)
     if not torch.isfinite(golden).all():
         raise ValueError(
             "The output of NPNet has values that are not finite: its weights are corrupted, or overflow in"
@@ -95,22 +104,23 @@ def mix(npnet: NPNetModel, noise: Tensor, prompt_embeds: Tensor, strength: float
     return golden if strength == 1 else noise + strength * (golden - noise)
 
 
+# --- what golden noise works on ---
+
+
 def check_pipeline(pipe: Any) -> None:
-    """Rejects pipelines that take no prompt or do not start from pure noise.
+    """Rejects pipelines that golden noise does not work on.
 
     Raises:
-        ValueError: no `encode_prompt` or `prepare_latents`, or a pipeline that starts from an image.
+        ValueError: no `encode_prompt` or `prepare_latents`, a pipeline that starts from an image or makes
+            videos, or an unknown family.
     """
-    missing = [name for name in ("encode_prompt", "prepare_latents") if not hasattr(pipe, name)]
-    if missing:
+    check_encodes(pipe)
+    check_starts_from_noise(pipe)
+    family_of(pipe)
+    if "num_frames" in parameters_of(pipe):
         raise ValueError(
-            f"{type(pipe).__name__} has no {' and no '.join(missing)}: golden noise needs a pipeline that draws"
-            " its noise for a prompt. Pass latents=npnet(noise, prompt_embeds).sample yourself."
-        )
-    if "image" in parameters_of(pipe, "prepare_latents"):
-        raise ValueError(
-            f"{type(pipe).__name__} starts from an image, which is mixed with the noise, and at a lower noise"
-            " level than golden noise is made for. Use the text-to-image pipeline."
+            f"{type(pipe).__name__} makes videos. Golden noise is for images: its networks take noise"
+            " (B, C, H, W). Use a text-to-image pipeline."
         )
 
 
@@ -123,11 +133,44 @@ def check_npnet(npnet: Any) -> None:
         )
 
 
-def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> Any:
-    """Makes `pipe` start from golden noise. Works with every text-to-image pipeline, including Flux.
+def check_channels(pipe: Any, npnet: NPNetModel) -> None:
+    """Raises a ValueError if the pipeline's latents have another number of channels than the network's."""
+    if family_of(pipe).layout == "positions":
+        channels = denoiser_of(pipe).config.in_channels
+    else:
+        config = getattr(getattr(pipe, "vae", None), "config", {})
+        channels = config.get("latent_channels") or config.get("z_dim")
+    wanted = npnet.config.latent_channels  # type: ignore[union-attr]
+    if channels not in (None, wanted):
+        raise ValueError(
+            f"NPNet was made for latents of {wanted} channels, and those of {type(pipe).__name__} have {channels}:"
+            " it belongs to another model. Train one for this model (training/train_npnet.py)."
+        )
 
-    The random noise is drawn as before. The same seed without and with golden noise therefore gives a pair of
-    images. `latents=` of a call are used as they are.
+
+def check_prompt_options(npnet: NPNetModel, call: Mapping[str, Any]) -> None:
+    """Raises a ValueError if the call encodes its prompts in another way than the network was trained with."""
+    trained = npnet.config.prompt_options or {}  # type: ignore[union-attr]
+    # Configs are stored as JSON, which has no tuples.
+    plain = {name: json.loads(json.dumps(call.get(name), default=str)) for name in trained}
+    wrong = [name for name in trained if plain[name] != json.loads(json.dumps(trained[name]))]
+    if wrong:
+        raise ValueError(
+            "NPNet was trained with other embeddings of the prompts than this call has: "
+            + ", ".join(f"{name}={trained[name]!r} there, {plain[name]!r} here" for name in wrong)
+            + f". Call the pipeline with {', '.join(f'{name}={trained[name]!r}' for name in wrong)}."
+        )
+
+
+# --- on and off ---
+
+
+def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> Any:
+    """Makes `pipe` start from golden noise.
+
+    It works on the text-to-image pipelines of `diffusers_ext.core.families.FAMILIES`. The random noise is drawn
+    as before. The same seed without and with golden noise therefore gives a pair of images. `latents=` of a
+    call are used as they are, and not made golden: pass them to `golden_latents` first.
 
     Args:
         pipe: a `DiffusionPipeline` that starts from pure noise.
@@ -138,8 +181,10 @@ def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> A
         `pipe` itself.
 
     Raises:
-        ValueError: golden noise is on this pipeline already, the pipeline is not supported, or `npnet` is not
-            an `NPNetModel`. Sizes that do not match raise an error when the pipeline is called.
+        ValueError: golden noise is on this pipeline already; the pipeline is not supported (see
+            `check_pipeline`); `npnet` is not an `NPNetModel`, or one for latents with other channels. Other sizes
+            that do not match raise an error when the pipeline is called, and so do arguments that encode the
+            prompt in another way than in training, such as another `clip_skip`.
     """
     if golden_noise_of(pipe) is not None or getattr(pipe, "npnet", None) is not None:
         raise ValueError(
@@ -148,14 +193,9 @@ def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> A
         )
     check_npnet(npnet)
     check_pipeline(pipe)
+    check_channels(pipe, npnet)
     golden = GoldenNoise(pipe, npnet, strength)
-    # Every pipeline checks its inputs first, and only once per call.
-    begin = [add_hook(pipe, "check_inputs", golden.start)] if hasattr(pipe, "check_inputs") else []
-    golden.handles = [
-        *begin,
-        add_hook(pipe, "encode_prompt", golden.remember),
-        add_hook(pipe, "prepare_latents", golden.replace),
-    ]
+    golden.handles = [golden.reader.attach(), add_hook(pipe, "prepare_latents", golden.replace)]
     vars(pipe)[_ATTRIBUTE] = golden
     return pipe
 
@@ -181,7 +221,8 @@ def golden_latents(
         latents = golden_latents(pipe, npnet, prompt, generator=torch.Generator().manual_seed(0))
         image = pipe(prompt, latents=latents).images[0]
 
-    It is computed from the random noise that `pipe(prompt, generator=...)` would draw.
+    It is computed from the random noise that `pipe(prompt, generator=...)` would draw, or from the noise that
+    is given as `latents=`.
 
     Args:
         pipe: see `apply_golden_noise`. It is not changed.
@@ -189,10 +230,11 @@ def golden_latents(
         prompt: one or more texts; None with `prompt_embeds=`.
         strength: see `apply_golden_noise`.
         call_kwargs: the arguments of the call that generates the image: `generator`, `height`, `width`,
-            `num_images_per_prompt`, `prompt_2`, `prompt_embeds`, ...
+            `num_images_per_prompt`, `prompt_2`, `prompt_embeds`, ... With `latents=`, unit-variance noise in the
+            pipeline's layout for `latents=`, this noise is made golden.
 
     Returns:
-        Unit-variance latents in the pipeline's layout, (B, C, H, W) or packed (B, tokens, 4C).
+        Unit-variance latents in the pipeline's layout for `latents=`: (B, C, H, W), packed (B, tokens, 4C), ...
 
     Raises:
         ValueError: the pipeline is not supported or has golden noise already, or its sizes do not match the
@@ -201,8 +243,9 @@ def golden_latents(
     if prompt is not None:
         call_kwargs["prompt"] = prompt
     apply_golden_noise(pipe, npnet, strength)
+    vars(pipe)[_ATTRIBUTE].changes_given = True
     try:
-        return initial_noise(pipe, call_kwargs)[0]
+        return initial_noise(pipe, call_kwargs)
     finally:
         remove_golden_noise(pipe)
 
@@ -210,7 +253,7 @@ def golden_latents(
 def describe(pipe: Any) -> str | None:
     """The line of `dx.summary` about golden noise on `pipe`; None if it is off."""
     applied = golden_noise_of(pipe)
-    npnet = applied.npnet if applied else getattr(pipe, "npnet", None)
+    npnet: Any = applied.npnet if applied else getattr(pipe, "npnet", None)
     if npnet is None:
         return None
     kind = "released architecture" if npnet.config.legacy else "compact"

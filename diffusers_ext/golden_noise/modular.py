@@ -25,7 +25,8 @@ from diffusers.modular_pipelines import (
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLPrepareLatentsStep
 from torch import Tensor
 
-from .apply import check_npnet, mix
+from ..core.prompts import PromptEmbeds
+from .apply import check_npnet, check_prompt_options, mix
 from .npnet import NPNetModel
 
 _MODEL_NAME = "stable-diffusion-xl"
@@ -82,13 +83,15 @@ class GoldenNoiseStep(ModularPipelineBlocks):
         latents_given: whether the latents were passed by the caller. They are then not changed.
         latents: (B, 4, H, W), the output of `prepare_latents`; any floating dtype, which is kept.
         prompt_embeds: (B, tokens, dim), one row for each image: the output of the `input` block.
+        clip_skip: as the text encoder block was given it.
 
     Outputs:
         latents: of the same shape, dtype and device.
 
     Raises (when called):
         ValueError: the pipeline has no `npnet`, it is not an `NPNetModel`, its sizes do not match the
-            pipeline, or its output is not finite. Nothing is checked if golden noise is off.
+            pipeline, it was trained with another `clip_skip`, or its output is not finite. Nothing is checked if
+            golden noise is off.
     """
 
     model_name = _MODEL_NAME
@@ -135,6 +138,7 @@ class GoldenNoiseStep(ModularPipelineBlocks):
                 required=True,
                 description="Text embeddings, one row for each image. Can be generated in input step.",
             ),
+            InputParam("clip_skip", description="Layers of CLIP that the text encoder step skips."),
         ]
 
     @property
@@ -153,10 +157,12 @@ class GoldenNoiseStep(ModularPipelineBlocks):
                 " golden_strength=0.0 to turn golden noise off."
             )
         check_npnet(components.npnet)
+        check_prompt_options(components.npnet, {"clip_skip": block_state.clip_skip})
         scale = float(components.scheduler.init_noise_sigma)
         noise = block_state.latents.float() / scale
         # The input step has repeated the embeddings for num_images_per_prompt, in the latents' order.
-        golden = mix(components.npnet, noise, block_state.prompt_embeds, block_state.golden_strength)
+        embeds = PromptEmbeds(block_state.prompt_embeds)
+        golden = mix(components.npnet, noise, embeds, block_state.golden_strength)
         block_state.latents = (golden * scale).to(block_state.latents)
         self.set_block_state(state, block_state)
         return components, state

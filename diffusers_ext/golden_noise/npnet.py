@@ -52,6 +52,8 @@ class NPNetModel(ModelMixin, ConfigMixin):
         sample_size: with `legacy`, S of the only supported latent size S × S; otherwise unused.
         svd_attention: with `legacy`, whether the singular values go through attention. The released inference
             code does this, although its SDXL weights were trained without it.
+        prompt_options: arguments of the pipeline's call that the embeddings of training depend on, such as
+            `{"clip_skip": 2}`. Golden noise refuses calls with other values. None accepts all.
 
     Raises:
         ValueError: invalid sizes.
@@ -74,6 +76,7 @@ class NPNetModel(ModelMixin, ConfigMixin):
         legacy: bool = False,
         sample_size: int = 128,
         svd_attention: bool = True,
+        prompt_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if min(latent_channels, text_dim, max_tokens, width, depth, sample_size) < 1:
@@ -93,7 +96,11 @@ class NPNetModel(ModelMixin, ConfigMixin):
             self.compact = CompactNPNet(latent_channels, text_dim, max_tokens, width, depth)
 
     def forward(
-        self, noise: Tensor, prompt_embeds: Tensor, return_dict: bool = True
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
     ) -> NPNetOutput | tuple[Tensor]:
         """Computes golden noise.
 
@@ -101,6 +108,9 @@ class NPNetModel(ModelMixin, ConfigMixin):
             noise: (B, C, H, W), unit-variance noise as passed in `latents=`, before the scheduler's
                 `init_noise_sigma`.
             prompt_embeds: (B, tokens, text_dim), the positive prompts' embeddings, one row for each noise.
+            encoder_attention_mask: (B, tokens) bool, False at padding, which then has no effect, wherever it is.
+                None for embeddings without padding. Unused with `legacy`: the released weights were trained
+                with the padding to `max_tokens`, as the text encoder embeds it.
             return_dict: return an `NPNetOutput` instead of a tuple.
 
         Returns:
@@ -110,19 +120,21 @@ class NPNetModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a shape that the network does not support; the message names both shapes.
         """
-        self._check(noise, prompt_embeds)
+        self._check(noise, prompt_embeds, encoder_attention_mask)
         # Offloading moves the inputs itself; otherwise the network may be on another device.
         device = next(self.parameters()).device
-        x, text = noise.to(device), prompt_embeds.to(device)
+        x, text, mask = noise.to(device), prompt_embeds.to(device), encoder_attention_mask
+        # Attention with a mask rounds differently, also if nothing is masked.
+        mask = None if mask is None or mask.all() else mask.to(device)
         if self.config.legacy:  # type: ignore[union-attr]
             golden = self.released(x, text)
         else:
             # The sum is in float32, because half precision would round a small residual away.
-            golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype)).float()
+            golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype), mask).float()
         golden = golden.to(noise)
         return NPNetOutput(sample=golden) if return_dict else (golden,)
 
-    def _check(self, noise: Tensor, prompt_embeds: Tensor) -> None:
+    def _check(self, noise: Tensor, prompt_embeds: Tensor, mask: Tensor | None) -> None:
         config: Any = self.config
         if noise.ndim != 4 or noise.shape[1] != config.latent_channels:
             raise ValueError(
@@ -152,6 +164,13 @@ class NPNetModel(ModelMixin, ConfigMixin):
                 f"NPNet was made for {least}{config.max_tokens} tokens, got {tokens}: shorten the prompt"
                 " (max_sequence_length), or train with a larger max_tokens."
             )
+        if mask is not None and not (
+            mask.dtype == torch.bool and mask.shape == prompt_embeds.shape[:2] and mask.any(1).all()
+        ):
+            raise ValueError(
+                f"Expected an encoder_attention_mask ({len(noise)}, {tokens}) bool with True in every row, got"
+                f" {tuple(mask.shape)} {mask.dtype}. A prompt without any token cannot be used."
+            )
 
     @classmethod
     def from_original(
@@ -179,7 +198,14 @@ class NPNetModel(ModelMixin, ConfigMixin):
                 f"{path} holds weights for latents of {made_for} × {made_for}, not {sample_size} ×"
                 f" {sample_size}: pass sample_size={made_for}."
             )
-        model = cls(**sizes, legacy=True, sample_size=sample_size, svd_attention=svd_attention)
+        model = cls(
+            latent_channels=sizes["latent_channels"],
+            text_dim=sizes["text_dim"],
+            max_tokens=sizes["max_tokens"],
+            legacy=True,
+            sample_size=sample_size,
+            svd_attention=svd_attention,
+        )
         wanted = {key: value.shape for key, value in model.released.state_dict().items()}
         wrong = [
             f"{key} {tuple(weights[key].shape)} instead of {tuple(shape)}"
@@ -226,19 +252,27 @@ class CompactNPNet(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.gradient_checkpointing = False
 
-    def forward(self, noise: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(B, C, H, W) noise and (B, tokens, text_dim) embeddings → the residual (B, C, H, W)."""
+    def forward(self, noise: Tensor, prompt_embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The residual (B, C, H, W).
+
+        Args:
+            noise: (B, C, H, W).
+            prompt_embeds: (B, tokens, text_dim).
+            mask: (B, tokens) bool, False at padding; None if there is none.
+        """
         height, width = noise.shape[2:]
         padded = F.pad(noise, (0, width % PATCH, 0, height % PATCH))
         patches = F.pixel_unshuffle(padded, PATCH)
         x = torch.cat([patches, _coordinates(patches)], 1).movedim(1, -1)
         x = self.embed(x)
-        text = self.tokens(prompt_embeds) + self.token_positions[: prompt_embeds.shape[1]]
+        # Positions count the tokens of the prompt only, so that padding on the left does not move them.
+        places = slice(prompt_embeds.shape[1]) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        text = self.tokens(prompt_embeds) + self.token_positions[places]
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text)
+                x = self._gradient_checkpointing_func(block, x, text, mask)
             else:
-                x = block(x, text)
+                x = block(x, text, mask)
         residual = F.pixel_shuffle(self.out(self.norm(x)).movedim(-1, 1), PATCH)
         return residual[:, :, :height, :width]
 
@@ -253,11 +287,13 @@ class _Block(nn.Module):
         self.mix = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """Patches (B, h, w, width) and tokens (B, tokens, width)."""
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Patches (B, h, w, width), tokens (B, tokens, width) and their mask (B, tokens)."""
         attend, mix, mlp = self.norms
         flat = attend(x).flatten(1, 2)
-        x = x + self.attention(flat, text).unflatten(1, x.shape[1:3])
+        # One mask for all queries.
+        every = None if mask is None else mask[:, None]
+        x = x + self.attention(flat, text, attention_mask=every).unflatten(1, x.shape[1:3])
         x = x + self.mix(mix(x).movedim(-1, 1)).movedim(1, -1)
         return x + self.mlp(mlp(x))
 

@@ -11,7 +11,7 @@ shard exists, its whole batch was tried, including the pairs that were not kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.families import denoiser_of, unpack, unpacked_shape
-from ..core.pipeline import call_pipeline, initial_noise, quiet
+from ..core.families import denoisers_of, family_of, to_grid
+from ..core.pipeline import call_pipeline, given_latents, initial_grid, quiet
 from ..core.schedules import first_order_scheduler
 from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, weights_digest
-from .redenoising import redenoise
+from .apply import check_pipeline
+from .redenoising import guided_call, redenoise
 from .scorers import Scorer, checked_scores
 
 
@@ -36,7 +37,8 @@ class PairSettings:
     Attributes:
         num_inference_steps, guidance_scale, inversion_guidance_scale, num_rounds, legacy_inversion: see
             `redenoise`.
-        sampling_steps, sampling_guidance_scale: settings of the images that a scorer compares.
+        sampling_steps, sampling_guidance_scale: settings of the images that a scorer compares; the scale as
+            in `redenoise`.
         margin: a pair is kept if the score of the golden noise's image exceeds that of the other by more than
             this.
     """
@@ -81,15 +83,18 @@ def collect_pairs(
         scorer_name: name of the scorer in the recipe.
         rank, world: this process makes batches rank, rank + world, ...
         progress: show a progress bar with the numbers of pairs kept and tried.
-        call_kwargs: passed to the pipeline, such as `height` and `width`.
+        call_kwargs: passed to the pipeline, such as `height`, `width`, `clip_skip` and `max_sequence_length`.
+            They are in the recipe, from which training takes them, so they must be values of JSON.
 
     Returns:
         Numbers of pairs kept and tried in this process's batches, including earlier runs.
 
     Raises:
-        ValueError: no prompts, counts below 1, a folder whose pairs were made with other settings, a
-            corrupted shard, or scores that are not finite.
+        ValueError: no prompts, counts below 1, a pipeline that golden noise or re-denoising does not work on,
+            arguments that are no values of JSON, a folder whose pairs were made with other settings, a corrupted
+            shard, or scores that are not finite.
     """
+    check_pipeline(pipe)
     prompts = list(prompts)
     if not prompts or num_pairs < 1 or batch_size < 1:
         raise ValueError(
@@ -104,7 +109,7 @@ def collect_pairs(
         "batch_size": batch_size,
         "scorer": scorer_name,
         "settings": asdict(settings),
-        "call": {key: repr(value) for key, value in sorted(call_kwargs.items())},
+        "call": _recorded(call_kwargs),
     }
     store = ShardStore(output_dir, recipe)
     kept = tried = 0
@@ -125,6 +130,19 @@ def collect_pairs(
     return ShardSummary(kept, tried)
 
 
+def _recorded(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as they are read from a JSON file."""
+    for name, value in call.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, which the recipe of the pairs cannot hold and training cannot"
+                " repeat. Give numbers, texts, lists or None."
+            ) from error
+    return json.loads(json.dumps(call, sort_keys=True))
+
+
 @torch.no_grad()
 def _pairs(
     pipe: Any,
@@ -139,9 +157,10 @@ def _pairs(
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in rows]
     call = {"prompt": prompts, **call_kwargs}
     with quiet(pipe):
-        drawn, given = initial_noise(pipe, {**call, "generator": generators})
+        drawn = initial_grid(pipe, {**call, "generator": generators})
     # Rounded as in the file, so that the target belongs to exactly this noise.
-    noise = drawn.half().to(drawn.dtype)
+    grid = drawn.half().to(drawn.dtype)
+    noise = given_latents(pipe, grid)
     golden = redenoise(
         pipe,
         noise,
@@ -152,11 +171,9 @@ def _pairs(
         legacy_inversion=settings.legacy_inversion,
         **call,
     )
-    shape = unpacked_shape(pipe, noise, given) if noise.ndim == 3 else None
-    stored = {
-        name: (unpack(x, shape) if shape else x).half().cpu()
-        for name, x in (("noise", noise), ("golden", golden))
-    }
+    family = family_of(pipe)
+    target = golden if family.unpacked else to_grid(family.layout, golden, tuple(grid.shape[1:]))
+    stored = {"noise": grid.half().cpu(), "golden": target.half().cpu()}
     stored["index"] = torch.tensor(list(rows), dtype=torch.int64)
     if scorer is None:
         return stored, prompts
@@ -179,20 +196,18 @@ def _score(
     scorer: Scorer,
     call: dict[str, Any],
 ) -> np.ndarray:
+    guided = guided_call(pipe, call, settings.sampling_guidance_scale)
+    options = {"num_inference_steps": settings.sampling_steps, "output_type": "np"}
     with quiet(pipe):
-        images = call_pipeline(
-            pipe,
-            **call,
-            latents=latents,
-            num_inference_steps=settings.sampling_steps,
-            guidance_scale=settings.sampling_guidance_scale,
-            output_type="np",
-        ).images
+        # The images are called `image` in some pipelines.
+        images = call_pipeline(pipe, **guided, **options, latents=latents)[0]
     return checked_scores(scorer, np.asarray(images, dtype=np.float32), prompts)
 
 
 def describe_model(pipe: Any) -> dict[str, str]:
-    """What the pairs depend on: pipeline class, noise schedule and a digest of the denoiser's weights."""
+    """What the pairs depend on: pipeline class, noise schedule and a digest of the weights."""
+    names = sorted(name for name in pipe.components if name.startswith("text_encoder"))
+    encoders = [pipe.components[name] for name in names if pipe.components[name] is not None]
     config = {
         key: value
         for key, value in first_order_scheduler(pipe.scheduler).config.items()
@@ -200,7 +215,7 @@ def describe_model(pipe: Any) -> dict[str, str]:
     }
     return {
         "pipeline": type(pipe).__name__,
-        "weights": weights_digest(denoiser_of(pipe)),
+        "weights": weights_digest(*denoisers_of(pipe), *encoders),
         "schedule": digest(config),
     }
 

@@ -50,7 +50,7 @@ class GoldenNoiseMixin(FromPipeMixin):
     _golden: GoldenNoise | None = None
 
     def _remember(self, encoded: Any) -> Any:
-        return encoded if self._golden is None else self._golden.remember({}, encoded)
+        return encoded if self._golden is None else self._golden.reader.read({}, encoded)
 
     def _replace(self, given: dict[str, Any], prepared: Any) -> Any:
         return prepared if self._golden is None else self._golden.replace(given, prepared)

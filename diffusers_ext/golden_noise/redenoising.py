@@ -11,12 +11,13 @@ x'_T = x_T + (σ_T − σ_s)(v_inv − v_l).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.hooks import parameters_of
+from ..core.families import check_starts_from_noise, guidance_of
 from ..core.pipeline import model_output, scheduler_of
 from ..core.predictions import Level, clean_prediction, noise_prediction
 from ..core.schedules import first_order_scheduler, grid_levels, prediction_type
@@ -55,30 +56,32 @@ def redenoise(
     Both model calls of a round are made at the first timestep, as in the paper.
 
     Args:
-        pipe: a text-to-image pipeline; its noise schedule is used with DDIM steps, or Euler steps for a flow.
-        noise: unit-variance noise as passed in `latents=`, (B, C, H, W) or packed.
+        pipe: a text-to-image or text-to-video pipeline with guidance; its noise schedule is used with DDIM
+            steps, or Euler steps for a flow.
+        noise: unit-variance noise in the layout of `latents=`: (B, C, H, W), packed (B, tokens, 4C), ...
         num_inference_steps: number of steps of the schedule, whose first two levels are the ends of the step;
             10 gives the step size of the paper.
-        guidance_scale: w_l, guidance scale of the step down.
+        guidance_scale: w_l, guidance scale of the step down; see `guided_call`.
         inversion_guidance_scale: w_inv, guidance scale of the step up.
         num_rounds: number of rounds, each of which starts from the result of the last. This is our addition:
             repeated small steps go further along the prompt's direction than one large step.
         legacy_inversion: step up between the second and the third level instead, as the official code did
             with diffusers 0.22 and later. With equal predictions it does not return to its start.
-        call_kwargs: passed to the pipeline: `prompt`, `height`, `width`, ...
+        call_kwargs: passed to the pipeline: `prompt`, `height`, `width`, `clip_skip`, ...
 
     Returns:
         Golden noise in the shape of `noise`, float32.
 
     Raises:
-        ValueError: an unknown noise schedule, too few steps, fewer than one round, a pipeline without
-            guidance, or a result that is not finite.
+        ValueError: an unknown noise schedule, too few steps, fewer than one round, a pipeline that does not
+            start from noise or has no guidance (see `guided_call`), or a result that is not finite.
     """
     if num_rounds < 1:
         raise ValueError(f"num_rounds must be 1 or more, got {num_rounds}.")
-    scheduler = first_order_scheduler(pipe.scheduler)
+    check_starts_from_noise(pipe)
     call = {**call_kwargs, "num_inference_steps": num_inference_steps}
-    down, up = ({**call, _scale_name(pipe): w} for w in (guidance_scale, inversion_guidance_scale))
+    down, up = (guided_call(pipe, call, w) for w in (guidance_scale, inversion_guidance_scale))
+    scheduler = first_order_scheduler(pipe.scheduler)
     x = noise.float()
     with scheduler_of(pipe, scheduler):
         for _ in range(num_rounds):
@@ -99,12 +102,56 @@ def redenoise(
     return x
 
 
-def _scale_name(pipe: Any) -> str:
-    parameters = parameters_of(pipe)
-    for name in ("guidance_scale", "true_cfg_scale"):
-        if name in parameters:
-            return name
-    raise ValueError(f"{type(pipe).__name__} has no guidance_scale, which re-denoising needs.")
+def guided_call(pipe: Any, call: Mapping[str, Any], weight: float) -> dict[str, Any]:
+    """`call` with the guidance scale `weight`, by the argument of the pipeline that has an effect.
+
+    Args:
+        pipe: the pipeline.
+        call: the other arguments.
+        weight: the scale that the denoiser is given as an input, where it takes one (Flux.1 dev, Flux.2).
+            Otherwise w ≥ 1 of classifier-free guidance u + w(c − u): `true_cfg_scale` with the negative prompt of
+            the call or a blank one (Qwen-Image, Flux.1 schnell), or `guidance_scale`, which is w − 1 in Z-Image.
+
+    Raises:
+        ValueError: the pipeline has no guidance, `call` sets its scale or has `ip_adapter_image_embeds`, or w is
+            below 1.
+    """
+    guidance = guidance_of(pipe)
+    name = guidance.embedded or guidance.argument
+    if name is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no guidance scale that has an effect, as models that were distilled to a few"
+            " steps. Re-denoising keeps the difference between two scales in the noise, so it needs a model with"
+            " guidance."
+        )
+    if name in call:
+        raise ValueError(
+            f"The scale of {type(pipe).__name__} is set by guidance_scale and inversion_guidance_scale of"
+            f" re-denoising, got {name}={call[name]!r} as well. Leave it out."
+        )
+    if guidance.embedded:
+        return {**call, name: weight}
+    if call.get("ip_adapter_image_embeds") is not None:
+        raise ValueError(
+            "ip_adapter_image_embeds are of another shape with guidance than without, and re-denoising makes calls of"
+            " both kinds. Give ip_adapter_image instead."
+        )
+    if weight < 1:
+        raise ValueError(
+            f"Classifier-free guidance scales must be 1 or more, got {weight:g}: below 1 pipelines turn guidance off."
+        )
+    added: dict[str, Any] = guidance.call(weight)
+    if "negative_prompt" in added:
+        added["negative_prompt"] = _blank_prompts(added["negative_prompt"], call)
+    given = {key: value for key, value in call.items() if value is not None}
+    return {**call, **({} if "negative_prompt_embeds" in given else added), **given, name: added[name]}
+
+
+def _blank_prompts(blank: str, call: Mapping[str, Any]) -> str | list[str]:
+    """As many as there are prompts."""
+    prompt = call.get("prompt")
+    rows = call.get("prompt_embeds") if prompt is None else prompt
+    return blank if isinstance(rows, str) or rows is None else [blank] * len(rows)
 
 
 def _first_levels(scheduler: Any, count: int) -> list[Level]:

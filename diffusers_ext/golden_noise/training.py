@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.families import pack, packs_latents
-from ..core.pipeline import call_pipeline, quiet
+from ..core.pipeline import call_pipeline, given_latents, quiet
 from ..core.prompts import prompt_embeddings
+from .apply import predict
 from .npnet import NPNetModel
 from .pairs import NoisePairs
+from .redenoising import guided_call
 from .scorers import Scorer, checked_scores
 
 
@@ -26,9 +27,21 @@ class NPNetObjective(nn.Module):
         super().__init__()
         self.npnet = npnet
 
-    def forward(self, noise: Tensor, golden: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(b, C, H, W) noise and golden noise, (b, tokens, text_dim) embeddings, one per noise → the loss."""
-        return F.mse_loss(self.npnet(noise, prompt_embeds).sample, golden)
+    def forward(
+        self,
+        noise: Tensor,
+        golden: Tensor,
+        prompt_embeds: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            noise, golden: (b, C, H, W).
+            prompt_embeds: (b, tokens, text_dim), one row for each noise.
+            encoder_attention_mask: (b, tokens) bool, False at padding; None if there is none.
+        """
+        return F.mse_loss(self.npnet(noise, prompt_embeds, encoder_attention_mask).sample, golden)
 
 
 def split_by_prompt(pairs: NoisePairs, share: float) -> tuple[NoisePairs, NoisePairs]:
@@ -51,35 +64,41 @@ def _fraction(text: str) -> float:
 
 
 @torch.no_grad()
-def relative_error(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, batch_size: int = 64) -> float:
-    """Mean squared error on pairs over that of the identity; 1 or more means that nothing was learned."""
+def relative_error(
+    npnet: NPNetModel, pipe: Any, pairs: NoisePairs, batch_size: int = 64, **call_kwargs: Any
+) -> float:
+    """Mean squared error on pairs over that of the identity; 1 or more means that nothing was learned.
+
+    `call_kwargs` are the arguments of the pipeline's call that the pairs were made with.
+    """
     error = identity = 0.0
     for rows in torch.arange(len(pairs)).split(batch_size):
         part = pairs.subset(rows)
         noise, golden = (x.float().to(npnet.device) for x in (part.noise, part.golden))
-        made = npnet(noise, prompt_embeddings(pipe, part.prompts)).sample
+        made = predict(npnet, noise, prompt_embeddings(pipe, part.prompts, **call_kwargs))
         error += float((made - golden).square().sum())
         identity += float((noise - golden).square().sum())
     return error / identity
 
 
 @torch.no_grad()
-def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs) -> dict[str, Tensor]:
+def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, **call_kwargs: Any) -> dict[str, Tensor]:
     """Initial noises to compare, (n, C, H, W) float32 each.
 
     `plain` is the random noise, `npnet` the golden noise, `re-denoised` the target. The controls are
     `random`, a random perturbation with the norm of each row's change, `shuffled`, the network with another
-    row's prompt, and `rescaled`, the random noise with the golden noise's mean and variance.
+    row's prompt, and `rescaled`, the random noise with the golden noise's mean and variance. `call_kwargs` are
+    as for `relative_error`.
     """
     noise, golden = (x.float().to(npnet.device) for x in (pairs.noise, pairs.golden))
-    embeds = prompt_embeddings(pipe, pairs.prompts)
-    made = npnet(noise, embeds).sample
+    embeds = prompt_embeddings(pipe, pairs.prompts, **call_kwargs)
+    made = predict(npnet, noise, embeds)
     return {
         "plain": noise,
         "npnet": made,
         "re-denoised": golden,
         "random": noise + equal_norm(made - noise, torch.Generator().manual_seed(0)),
-        "shuffled": npnet(noise, embeds.roll(1, 0)).sample,
+        "shuffled": predict(npnet, noise, embeds.rows(torch.arange(len(noise)).roll(1))),
         "rescaled": rescaled(noise, made),
     }
 
@@ -100,33 +119,61 @@ def rescaled(noise: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    pipe: Any, prompts: Sequence[str], latents: Tensor, batch_size: int = 32, **call_kwargs: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    latents: Tensor,
+    batch_size: int = 32,
+    *,
+    guidance_scale: float,
+    **call_kwargs: Any,
 ) -> np.ndarray:
-    """Images float32 (n, h, w, 3) in [0, 1] from unit-variance noise (n, C, H, W), packed here if needed."""
-    packs = packs_latents(pipe)
+    """Images of prompts from given noise.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        prompts: n texts.
+        latents: unit-variance noise (n, C, H, W), which is brought to the layout of `latents=`.
+        batch_size: images per call.
+        guidance_scale: see `guided_call`.
+        call_kwargs: other arguments of the call.
+
+    Returns:
+        float32 (n, h, w, 3) in [0, 1].
+
+    Raises:
+        ValueError: see `guided_call`.
+    """
     parts = []
     for rows in torch.arange(len(prompts)).split(batch_size):
         x = latents[rows].to(pipe._execution_device, pipe.dtype)
         chosen = [prompts[i] for i in rows.tolist()]
+        call = guided_call(pipe, {**call_kwargs, "prompt": chosen}, guidance_scale)
         with quiet(pipe):
-            result = call_pipeline(
-                pipe, chosen, latents=pack(x) if packs else x, output_type="np", **call_kwargs
-            )
-        parts.append(np.asarray(result.images, dtype=np.float32))
+            images = call_pipeline(pipe, **call, latents=given_latents(pipe, x), output_type="np")[0]
+        parts.append(np.asarray(images, dtype=np.float32))
     return np.concatenate(parts)
 
 
 def compare(
-    npnet: NPNetModel, pipe: Any, pairs: NoisePairs, scorer: Scorer | None, **call_kwargs: Any
+    npnet: NPNetModel,
+    pipe: Any,
+    pairs: NoisePairs,
+    scorer: Scorer | None,
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    **call_kwargs: Any,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Mean scores of all `variants` on held-out pairs, and their images.
 
-    Without a scorer, there are no scores and only the images of the first three variants.
+    Without a scorer, there are no scores and only the images of the first three variants. `call_kwargs` are as
+    for `relative_error`.
     """
-    starts = variants(npnet, pipe, pairs)
+    starts = variants(npnet, pipe, pairs, **call_kwargs)
     if scorer is None:
         starts = {name: starts[name] for name in ("plain", "npnet", "re-denoised")}
-    images = {name: sample(pipe, pairs.prompts, x, **call_kwargs) for name, x in starts.items()}
+    call = {**call_kwargs, "guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    images = {name: sample(pipe, pairs.prompts, x, **call) for name, x in starts.items()}
     if scorer is None:
         return {}, images
     scores = {

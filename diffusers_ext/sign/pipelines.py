@@ -33,8 +33,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.classes import FromPipeMixin
-from ..core.images import as_tensor, decode_latents, encode_images
+from ..core.images import as_tensor, encode_images
 from ..core.prompts import encode_prompts
 from .projector import Projector, check_teacher
 from .source import MixtureSource
@@ -92,7 +93,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             source=source,
         )
         self.register_to_config(timestep=timestep)
-        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = downsampling_of(self)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         check_teacher(unet, scheduler)
 
@@ -273,7 +274,10 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
                 truncation=True,
                 return_tensors="pt",
             )
-            embeds = self.text_encoder(tokens.input_ids.to(device or self._execution_device))[0]
+            where = device or self._execution_device
+            masks = getattr(self.text_encoder.config, "use_attention_mask", False)
+            mask = tokens.attention_mask.to(where) if masks else None
+            embeds = self.text_encoder(tokens.input_ids.to(where), attention_mask=mask)[0]
             return embeds.repeat_interleave(num_images_per_prompt, 0)
 
         return encode(texts), encode([""] * len(texts)) if do_classifier_free_guidance else None
@@ -344,7 +348,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
     def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
         if output_type != "latent" and self.vae is not None:
-            x = decode_latents(self.vae, x)
+            x = decode_latents(self, x)
         images: Any = x
         if output_type != "latent":
             images = self.image_processor.postprocess(x, output_type=output_type)

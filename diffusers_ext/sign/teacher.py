@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.autoencoders import channels_of, vae_of
 from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.prompts import encode_prompts
 from ..core.storage import weights_digest
 from ..training.arguments import load_pipeline
-from ..training.data import image_arrays, load_dataset
+from ..training.data import image_arrays, load_dataset, other_inputs
 from .pairs import TeacherPairs
 from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
@@ -37,20 +38,45 @@ def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
     """A `SIGNPipeline` with the network of a diffusion pipeline, held at the noise level `sigma`.
 
     Raises:
-        ValueError: the pipeline has no `unet`, or has parts that a projector does not support; see also
-            `check_teacher` and `nearest_timestep`.
+        ValueError: see `check_pipeline` and `nearest_timestep`.
     """
-    there = {name for name, part in teacher.components.items() if part is not None}
-    extra = sorted({"text_encoder_2", "transformer", "image_encoder"} & there)
-    if extra or "unet" not in there:
-        raise ValueError(
-            f"{type(teacher).__name__} has {', '.join(extra) or 'no unet'}: expected a pipeline with one UNet"
-            " and at most one text encoder, such as DDPM or Stable Diffusion."
-        )
-    check_teacher(teacher.unet, teacher.scheduler)
+    check_pipeline(teacher)
     parts = {name: teacher.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
     timestep = nearest_timestep(teacher.scheduler, sigma)
     return SIGNPipeline(teacher.unet, teacher.scheduler, **parts, timestep=timestep)
+
+
+# What a projector takes over, and what Stable Diffusion has besides.
+_PARTS = {"unet", "scheduler", "vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"}
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError unless SIGN can distill the pipeline.
+
+    That is a pipeline of one UNet with at most one text encoder, such as DDPM or Stable Diffusion; see also
+    `check_teacher`.
+    """
+    expected = (
+        "expected a pipeline with one UNet and at most one text encoder, such as DDPM or Stable Diffusion"
+    )
+    if isinstance(pipe, SIGNPipeline):
+        raise ValueError(f"This pipeline is a projector already: {expected}.")
+    there = {name for name, part in getattr(pipe, "components", {}).items() if part is not None}
+    extra = sorted(there - _PARTS)
+    if extra or "unet" not in there:
+        raise ValueError(f"{type(pipe).__name__} has {', '.join(extra) or 'no unet'}: {expected}.")
+    inputs = other_inputs(pipe.unet)
+    if inputs:
+        what = next(iter(inputs.values()))
+        raise ValueError(f"The UNet of {type(pipe).__name__} takes {what}: {expected}.")
+    if ("text_encoder" in there) != (pipe.unet.config.get("cross_attention_dim") is not None):
+        has = "a" if "text_encoder" in there else "no"
+        takes = "no" if "text_encoder" in there else "a"
+        raise ValueError(
+            f"{type(pipe).__name__} has {has} text encoder, and its UNet takes {takes} prompt: {expected}."
+        )
+    check_teacher(pipe.unet, pipe.scheduler)
+    vae_of(pipe)
 
 
 def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:
@@ -59,14 +85,15 @@ def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | 
     Returns:
         (n, C, H, W) in the space of the network, on the CPU, and n captions or None.
     """
-    channels = pipe.unet.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
     with_prompts = pipe.text_encoder is not None
     data = load_dataset(args, captions=with_prompts)
     encoded = []
     with torch.no_grad():
         for low in tqdm(range(0, len(data), 64), desc="reading images"):
             rows = [data[i] for i in range(low, min(low + 64, len(data)))]
-            encoded.append(pipe._encode(image_arrays(args, rows, "L" if channels == 1 else "RGB")).cpu())
+            encoded.append(
+                pipe._encode(image_arrays(args, rows, "L" if channels_of(pipe) == 1 else "RGB")).cpu()
+            )
     captions = [str(text) for text in data[args.caption_column]] if with_prompts else None
     return torch.cat(encoded), captions
 

@@ -2,13 +2,18 @@
 
 import copy
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.hooks import HookHandle, add_hook, parameters_of
-from ..core.prompts import embeddings_of
+from ..core.families import check_starts_from_noise, denoisers_of, family_of, grid_shape, guidance_of
+from ..core.hooks import add_hook, parameters_of
+from ..core.prompts import PromptReader, check_encodes
+from ..core.schedules import scaling
 from .gaussian import GaussianStats
 from .prompt_map import features_of
 from .scheduler import TeleportScheduler
@@ -16,10 +21,9 @@ from .scheduler import TeleportScheduler
 # Attribute of a pipeline with the handles of its hooks, which `remove_teleport` removes.
 _ATTRIBUTE = "_teleport_handles"
 
-# Components that take the latents, and their names for the latents and the timestep.
-_MODELS = ("unet", "transformer", "controlnet")
-_LATENTS = ("sample", "hidden_states")
-_TIME = ("timestep", "timesteps")
+# Names that denoisers have for the latents and the timestep.
+_LATENTS = ("sample", "hidden_states", "x")
+_TIME = ("timestep", "timesteps", "t")
 
 
 def apply_teleport(
@@ -29,29 +33,32 @@ def apply_teleport(
     sigma: float | None = None,
     mean_from: str = "stats",
 ) -> Any:
-    """Makes `pipe` skip its first steps. Works with every pipeline, also without `scale_model_input`.
+    """Makes `pipe` skip its first steps.
 
     With a prompt map in the statistics (`fit_prompt_map`), every image starts from the mean of its own
-    prompt, and the transport follows the guidance of the call, including negative prompts. This costs no
-    denoiser call.
+    prompt, and the transport follows the guidance of the call, including negative prompts. Without a negative
+    prompt, it follows it if the statistics have an `unconditional` part. This costs no denoiser call.
 
     Pipelines that share one denoiser may take turns, but must not sample at the same time.
 
     Args:
-        pipe: a `DiffusionPipeline` that starts from pure noise.
-        stats: see `TeleportScheduler`. None only for a pipeline whose scheduler already is a
-            `TeleportScheduler`, for example after loading a saved pipeline. Then only the missing hooks are
-            added.
+        pipe: a `DiffusionPipeline` that starts from pure noise and whose denoiser is one of
+            `diffusers_ext.core.families.FAMILIES`.
+        stats: statistics of the pipeline's latents, (C, H, W) or, of videos, (C, T, H, W), also if the pipeline
+            packs them. None only for a pipeline whose scheduler already is a `TeleportScheduler`, for example
+            after loading a saved pipeline. Then only the missing hooks are added.
         skip, sigma, mean_from: see `TeleportScheduler`.
 
     Returns:
         `pipe` itself.
 
     Raises:
-        ValueError: teleportation is on this pipeline already, an argument is invalid for `TeleportScheduler`,
-            or the pipeline has no `encode_prompt` or `check_inputs` for the prompt map. With a prompt map, a call
-            raises it if the pipeline does not tell its guidance scale or returns no tensor of embeddings.
+        ValueError: a pipeline that teleportation does not work on (see `check_pipeline`), statistics of packed
+            latents, a prompt map for a pipeline without `encode_prompt`, an argument that is invalid for
+            `TeleportScheduler`, or teleportation is on this pipeline already. With a prompt map, a guided call
+            raises it if the pipeline changes the output u + w(c − u) of classifier-free guidance.
     """
+    check_pipeline(pipe)
     scheduler = pipe.scheduler
     on = isinstance(scheduler, TeleportScheduler)
     if on and (teleport_is_on(pipe) or stats is not None):
@@ -63,15 +70,55 @@ def apply_teleport(
             raise ValueError("apply_teleport needs stats: a GaussianStats fitted on this pipeline's latents.")
         scheduler = TeleportScheduler.from_scheduler(scheduler, stats, skip, sigma=sigma, mean_from=mean_from)
         _drop_hooks(pipe)  # left over if the user has replaced a TeleportScheduler by hand
-    before_first_call = scheduler.mean_from == "stats"
-    # Added first, because it may raise an error: the pipeline is then still unchanged.
-    reads_prompts = before_first_call and scheduler.stats.prompt_map is not None
-    handles: list[Any] = _add_prompt_hooks(pipe, scheduler) if reads_prompts else []
-    if before_first_call and not _scales_its_input(pipe):
-        handles += _add_hooks(pipe, scheduler)
+    _check_stats(pipe, scheduler.stats, scheduler.mean_from)
+    scheduler.set_layout(family_of(pipe).layout)
+    start = _CallStart(pipe)
+    handles: list[Any] = []
+    if hasattr(pipe, "prepare_latents"):
+        handles.append(add_hook(pipe, "prepare_latents", start.prepared))
+    if scheduler.mean_from == "stats":
+        if scheduler.stats.prompt_map is not None:
+            handles.append(start.reader.attach())
+        if not _scales_its_input(pipe):
+            handles += _add_hooks(pipe, scheduler)
     vars(pipe)[_ATTRIBUTE] = handles
     pipe.scheduler = scheduler
     return pipe
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raises a ValueError if teleportation does not work on the pipeline.
+
+    It does not work on a denoiser that is not in `diffusers_ext.core.families.FAMILIES`, a pipeline that starts from
+    an image, a scheduler whose noise levels are not known, and packed latents of unknown size (Modular Flux).
+    """
+    family = family_of(pipe)
+    if hasattr(pipe, "prepare_latents"):
+        check_starts_from_noise(pipe)
+    elif family.layout != "grid":
+        raise ValueError(
+            f"{type(pipe).__name__} packs its latents and has no prepare_latents, which tells their size. Use the"
+            " classic pipeline of the same components, such as FluxPipeline."
+        )
+    scheduler = pipe.scheduler
+    scaling(scheduler.inner if isinstance(scheduler, TeleportScheduler) else scheduler)
+
+
+def _check_stats(pipe: Any, stats: GaussianStats, mean_from: str) -> None:
+    if len(stats.shape) == 2 and family_of(pipe).layout != "grid":
+        raise ValueError(
+            f"The statistics were fitted on packed latents {stats.shape}, of which one number of tokens may belong to"
+            " several sizes. Fit them again, to latents (C, H, W) as pipeline_samples and encoded_images give them."
+        )
+    if stats.prompt_map is None or mean_from != "stats":
+        return
+    try:
+        check_encodes(pipe)
+    except ValueError as error:
+        raise ValueError(
+            f"The statistics have a prompt map, and {error} Remove the map with"
+            " dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
+        ) from None
 
 
 def remove_teleport(pipe: Any) -> Any:
@@ -92,115 +139,80 @@ def hook_count(pipe: Any) -> int:
     return sum(isinstance(handle, RemovableHandle) for handle in vars(pipe).get(_ATTRIBUTE, []))
 
 
-def _add_prompt_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[HookHandle]:
-    """Sets the means of the prompts that each call of the pipeline encodes."""
-    missing = [name for name in ("encode_prompt", "check_inputs") if not hasattr(pipe, name)]
-    if missing:
-        raise ValueError(
-            f"The statistics have a prompt map, but {type(pipe).__name__} has no {' and no '.join(missing)}. Remove"
-            " the map with dataclasses.replace(stats, prompt_map=None), and set the means with scheduler.set_mean."
-        )
-    reader = _PromptReader(pipe, scheduler)
-    handles = [add_hook(pipe, "check_inputs", reader.start), add_hook(pipe, "encode_prompt", reader.read)]
-    if hasattr(pipe, "prepare_latents"):
-        handles.append(add_hook(pipe, "prepare_latents", reader.finish))
-    return handles
+class _CallStart:
+    """Tells the pipeline's `TeleportScheduler` the size of a call's latents and the means of its prompts.
 
-
-class _PromptReader:
-    """Gives the scheduler the means of a call's prompts; its methods are hooks of the pipeline.
-
-    A call starts with `check_inputs`. What it encodes first are the prompts, with the negative prompts if
-    `encode_prompt` has an argument for them, and otherwise the negative prompts are second, as in Flux and
-    Qwen-Image. Anything after that is for another text encoder, as in Hunyuan-DiT.
+    Attributes:
+        reader: has the prompts, if it is attached.
     """
 
-    def __init__(self, pipe: Any, scheduler: TeleportScheduler) -> None:
-        self.pipe, self.scheduler = pipe, scheduler
-        self.reading = False
-        self.mean: Tensor | None = None
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.reader = pipe, PromptReader(pipe)
 
-    def start(self, given: dict[str, Any], result: Any) -> Any:
-        self.reading, self.mean = self.pipe.scheduler is self.scheduler, None
-        if self.reading:
-            self.scheduler.set_mean(None)
-        return result
+    def prepared(self, given: dict[str, Any], prepared: Any) -> Any:
+        """Hook of `prepare_latents`, which pipelines call after `encode_prompt` and before the first step."""
+        scheduler = self.pipe.scheduler
+        if isinstance(scheduler, TeleportScheduler):
+            latents = prepared[0] if isinstance(prepared, tuple) else prepared
+            scheduler.set_layout(family_of(self.pipe).layout, grid_shape(self.pipe, latents, given))
+            # A subclass is a probe, which needs no mean.
+            reads = type(scheduler) is TeleportScheduler and scheduler.mean_from == "stats"
+            if reads and scheduler.stats.prompt_map is not None:
+                self._tell_mean(scheduler, len(latents))
+        return prepared
 
-    def finish(self, given: dict[str, Any], result: Any) -> Any:
-        self.reading = False
-        return result
+    def _tell_mean(self, scheduler: TeleportScheduler, rows: int) -> None:
+        """Sets the means of `rows` images, or the reason why there are none; see `apply_teleport`.
 
-    def read(self, given: dict[str, Any], encoded: Any) -> Any:
-        if not self.reading:  # encoded by the user, outside of a call
-            return encoded
-        parameters = parameters_of(self.pipe, "encode_prompt")
-        embeds = embeddings_of(self.pipe, encoded)
-        mean = self.scheduler.stats.prompt_mean(features_of(embeds[0]))
-        if self.mean is None:
-            switch = parameters.get("do_classifier_free_guidance")
-            scale = self._scale(bool(switch and given.get(switch.name, switch.default)))
-            self.mean = mean
-            if scale != 1 and _has_negative(given):
-                if len(embeds) < 2:
-                    raise ValueError(
-                        f"{type(self.pipe).__name__}.encode_prompt returns no embeddings of the negative prompt that"
-                        " the prompt map could read. Call the pipeline without a negative prompt."
-                    )
-                away = self.scheduler.stats.prompt_mean(features_of(embeds[1]))
-                self.scheduler.set_mean(away + scale * (mean - away))
-            else:
-                follows = self.scheduler.stats.unconditional is not None
-                self.scheduler.set_mean(mean, scale if follows else 1.0)
-        elif "negative_prompt" not in parameters:
-            self.reading = False
-            self.scheduler.set_mean(mean + self._scale(True) * (self.mean - mean))
-        return encoded
-
-    def _scale(self, guided: bool) -> float:
-        """The scale of classifier-free guidance, which the pipeline sets before it encodes; 1 without guidance.
-
-        Args:
-            guided: whether the call is guided, for pipelines that do not tell it.
-
-        Raises:
-            ValueError: the call is guided, and the pipeline does not tell its scale.
+        The unconditional Gaussian represents the empty prompt. A negative prompt has its own mean and the same
+        covariance. With equal covariances, guidance only shifts the mean: μ₋ + w(μ − μ₋).
         """
-        known = all(
-            hasattr(type(self.pipe), name) for name in ("do_classifier_free_guidance", "guidance_scale")
-        )
-        if known and self.pipe.do_classifier_free_guidance:
-            return float(self.pipe.guidance_scale) + (1 if _is_free_at_zero(self.pipe) else 0)
-        if guided and not known:
-            raise ValueError(
-                f"{type(self.pipe).__name__} does not tell the scale of its classifier-free guidance, which the"
-                " transport has to follow. Call it without classifier-free guidance or, where it is off without a"
-                " negative prompt, without one; or remove the prompt map with"
+        reader, stats, name = self.reader, scheduler.stats, type(self.pipe).__name__
+        if not reader.present or reader.prompt is None:
+            scheduler.refuse_mean(
+                f"{name} encoded no prompt in this call: give it a prompt and no prompt_embeds, or remove the map with"
                 " dataclasses.replace(stats, prompt_map=None)."
             )
-        return 1.0
+            return
+        guidance = guidance_of(self.pipe)
+        weight = guidance.weight(reader.arguments)
+        altered = guidance.altered(reader.arguments) if weight != 1 else None
+        mean = stats.prompt_mean(features_of(self.pipe, reader.prompt.repeat_to(rows)))
+        if altered is not None:
+            scheduler.refuse_mean(
+                f"The transport follows the guided flow u + w(c − u), and {name} does not in this call. {altered}"
+                ' Or use mean_from="first_call".'
+            )
+        elif weight == 1 or not _has_negative(reader.arguments):
+            scheduler.set_mean(mean, weight if stats.unconditional is not None else 1.0)
+        elif reader.negative is None:
+            scheduler.refuse_mean(
+                f"{name}.encode_prompt returns no embeddings of the negative prompt. Call it without a negative"
+                " prompt."
+            )
+        else:
+            away = stats.prompt_mean(features_of(self.pipe, reader.negative.repeat_to(rows)))
+            scheduler.set_mean(away + weight * (mean - away))
 
 
-def _is_free_at_zero(pipe: Any) -> bool:
-    """Whether guidance is off at scale 0 and not at 1, as in Z-Image and Krea 2: c + w(c − u) for u + w(c − u)."""
-    scale = vars(pipe).get("_guidance_scale")
-    if scale is None:
-        return False
-    pipe._guidance_scale = 0.5
+def _has_negative(call: Mapping[str, Any]) -> bool:
+    """Whether there is a negative prompt other than the empty one, for any of the text encoders."""
+    given = [value for name, value in call.items() if name.startswith("negative_prompt")]
+    parts = [part for value in given for part in (value if isinstance(value, list | tuple) else [value])]
+    return any(isinstance(part, Tensor) or bool(part) for part in parts)
+
+
+@contextmanager
+def telling_layout(pipe: Any) -> Iterator[None]:
+    """Within the block, a `TeleportScheduler` set on the pipeline by hand is told the layout of its latents."""
+    if not hasattr(pipe, "prepare_latents"):
+        yield
+        return
+    handle = add_hook(pipe, "prepare_latents", _CallStart(pipe).prepared)
     try:
-        return bool(pipe.do_classifier_free_guidance)
+        yield
     finally:
-        pipe._guidance_scale = scale
-
-
-def _has_negative(given: dict[str, Any]) -> bool:
-    """Whether there is a negative prompt other than the empty one.
-
-    The unconditional Gaussian represents the empty prompt. A negative prompt has its own mean and the same
-    covariance. With equal covariances, guidance only shifts the mean: μ₋ + w(μ − μ₋).
-    """
-    negative = given.get("negative_prompt")
-    texts = [negative] if isinstance(negative, str) or negative is None else negative
-    return given.get("negative_prompt_embeds") is not None or any(texts)
+        handle.remove()
 
 
 def _scales_its_input(pipe: Any) -> bool:
@@ -216,12 +228,8 @@ def _scales_its_input(pipe: Any) -> bool:
 def _add_hooks(pipe: Any, scheduler: TeleportScheduler) -> list[Any]:
     # torch's pre-hooks and not diffusers' ModelHook, which replaces `forward` as CPU offloading does and
     # cannot be removed while offloading is on. Pre-hooks compose and can be removed completely.
-    models = [m for m in (getattr(pipe, name, None) for name in _MODELS) if isinstance(m, nn.Module)]
-    if not models:
-        raise ValueError(
-            f"{type(pipe).__name__} has none of the components {', '.join(_MODELS)}; wrap its scheduler with "
-            'mean_from="first_call", which needs no hook.'
-        )
+    parts = [*denoisers_of(pipe), getattr(pipe, "controlnet", None)]
+    models = [part for part in parts if isinstance(part, nn.Module)]
     return [
         model.register_forward_pre_hook(_InputHook(pipe, model, scheduler), with_kwargs=True)
         for model in models
@@ -233,6 +241,7 @@ class _InputHook:
 
     def __init__(self, pipe: Any, model: nn.Module, scheduler: TeleportScheduler) -> None:
         self.pipe, self.scheduler = pipe, scheduler
+        self.reversed_time = family_of(pipe).reversed_time
         self.names = list(parameters_of(model, "forward"))
         self.latents = next((name for name in (*_LATENTS, *self.names) if name in self.names), None)
         self.time = next((name for name in _TIME if name in self.names), "timestep")
@@ -243,13 +252,24 @@ class _InputHook:
         given = {**dict(zip(self.names, args)), **kwargs}
         if self.latents not in given:
             return args, kwargs
-        mapped = self.scheduler.map_model_input(given[self.latents], given.get(self.time))
+        time = given.get(self.time)
+        if time is not None and self.reversed_time:
+            time = 1 - time
+        mapped = self._mapped(given[self.latents], time)
         if mapped is given[self.latents]:
             return args, kwargs
         if self.latents in kwargs:
             return args, {**kwargs, self.latents: mapped}
         position = self.names.index(self.latents)
         return (*args[:position], mapped, *args[position + 1 :]), kwargs
+
+    def _mapped(self, latents: Any, time: Any) -> Any:
+        if isinstance(latents, Tensor):
+            return self.scheduler.map_model_input(latents, time)
+        # Z-Image: a list of (C, 1, H, W), for a pipeline with latents (B, C, H, W).
+        stacked = torch.stack(latents).squeeze(2)
+        mapped = self.scheduler.map_model_input(stacked, time)
+        return latents if mapped is stacked else list(mapped.unsqueeze(2))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_InputHook":
         # A copy of the denoiser alone still belongs to the original pipeline, as a shared denoiser does.

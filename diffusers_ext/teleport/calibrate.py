@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import families
-from ..core.families import denoiser_of
+from ..core.families import denoisers_of, guidance_of
 from ..core.hooks import parameters_of
-from ..core.pipeline import call_pipeline, quiet
+from ..core.pipeline import call_pipeline, final_latents, quiet
 from ..core.predictions import Level, noise_to_signal
 from ..core.schedules import same_grid_deterministic, scheduler_prediction
-from .apply import apply_teleport, remove_teleport
+from .apply import apply_teleport, check_pipeline, remove_teleport
 from .gaussian import GaussianStats
-from .prompts import OneCall, prompt_features
+from .prompts import OneCall, prompt_features, unguided
 from .skipping import max_skip
 from .sources import pipeline_samples
 
@@ -58,15 +57,15 @@ def calibrate_skip(
         pipe: any pipeline that `apply_teleport` supports; it is not changed.
         stats: statistics of the pipeline's latents.
         prompts: the prompts to generate, one image each; None for an unconditional pipeline.
-        samples: (B, *shape), clean samples in the denoiser's scale, real ones if possible: one for each
+        samples: (B, *stats.shape), clean samples in the denoiser's scale, real ones if possible: one for each
             prompt, or `num_images`. None generates them with the pipeline.
         num_inference_steps: step counts to calibrate for. A run uses the entry of the smallest calibrated
             count that is not below its own, and skips nothing above the largest.
         num_images: number of images of an unconditional pipeline.
         mean_from: see `TeleportScheduler`.
-        means: (B, *shape), the prompts' own means, if sampling will set them too and `stats` has no prompt
-            map. With statistics that have an `unconditional` part, the transport then follows the
-            `guidance_scale`.
+        means: (B, *stats.shape), the prompts' own means, if sampling will set them too and `stats` has no prompt
+            map. With statistics that have an `unconditional` part, the transport then follows the guidance
+            of the calls.
         tolerance: relative amount by which the error may exceed that of the full schedule.
         refinement: the reference takes the largest step count times this factor, and at least 50 steps.
         seed: seed of the initial noise.
@@ -79,9 +78,10 @@ def calibrate_skip(
             the reference follows the Gaussian, and the number of model calls.
 
     Raises:
-        ValueError: a step count below 2, samples that do not match, or invalid arguments for
-            `apply_teleport`.
+        ValueError: a step count below 2, samples that do not match, a pipeline that takes neither prompts nor a
+            batch size, or what `apply_teleport` refuses.
     """
+    check_pipeline(pipe)
     counts = sorted(
         {num_inference_steps} if isinstance(num_inference_steps, int) else set(num_inference_steps)
     )
@@ -159,11 +159,23 @@ class _Runner:
         self.size = num_images if self.prompts is None else len(self.prompts)
         self.seed, self.kwargs, self.calls = seed, kwargs, 0
         self.skipped_to: float | None = None
-        # Flux and similar models take the scale as a model input: guided or not, there is one denoiser.
-        self.guided = hasattr(type(pipe), "do_classifier_free_guidance")
-        default = parameters_of(pipe).get("guidance_scale")
-        scale = kwargs.get("guidance_scale", default.default if default else 1.0)
-        self.guidance_scale = max(1.0, float(scale)) if self.guided else 1.0
+        parameters = parameters_of(pipe)
+        if self.prompts is None and "batch_size" not in parameters:
+            raise ValueError(
+                f"{type(pipe).__name__} takes no batch_size: give prompts."
+                if "prompt" in parameters
+                else f"{type(pipe).__name__} takes neither a prompt nor a batch_size, so its steps cannot be"
+                " calibrated here. Give skip= or sigma= to apply_teleport."
+            )
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        call, guidance = {**defaults, **kwargs}, guidance_of(pipe)
+        self.guidance_scale = guidance.weight(call)
+        altered = guidance.altered(call)
+        if mean_from == "stats" and self.guidance_scale != 1 and altered is not None:
+            raise ValueError(
+                "The calibration compares with the guided flow u + w(c − u), which"
+                f' {type(pipe).__name__} does not follow. {altered} Or use mean_from="first_call".'
+            )
 
     def __call__(self, num_inference_steps: int, skip: float = 0.0, sigma: float | None = None) -> np.ndarray:
         """Final states (B, ...) as float64, after skipping a fraction of the steps, or down to `sigma`."""
@@ -178,26 +190,26 @@ class _Runner:
         generators = [torch.Generator().manual_seed(self.seed + i) for i in range(self.size)]
         try:
             with quiet(self.pipe):
-                images = call_pipeline(
+                states = final_latents(
                     self.pipe,
-                    **first,
-                    num_inference_steps=num_inference_steps,
-                    generator=generators,
-                    output_type="latent",
-                    **self.kwargs,
-                ).images
+                    {
+                        **first,
+                        "num_inference_steps": num_inference_steps,
+                        "generator": generators,
+                        **self.kwargs,
+                    },
+                )
         finally:
             self.skipped_to = self.pipe.scheduler.skipped_to if on else None
             remove_teleport(self.pipe)
-        return images.double().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images, np.float64)
+        return states.double().cpu().numpy()
 
     def trust(
         self, samples: Tensor | None, num_inference_steps: int
     ) -> tuple[float | None, list[list[float]]]:
         """`trusted_sigma` for the given samples, or for samples of the pipeline."""
-        plain = {**self.kwargs, "num_inference_steps": num_inference_steps, "seed": self.seed}
-        if self.guided:
-            plain["guidance_scale"] = 1.0
+        options = {"num_inference_steps": num_inference_steps, "seed": self.seed}
+        plain = {**self.kwargs, **unguided(self.pipe), **options}
         if samples is None:
             # Other seeds than for noising them, because a sample depends on the noise it was generated from.
             other = {**plain, "seed": self.seed + self.size}
@@ -208,7 +220,7 @@ class _Runner:
             samples = batch if isinstance(batch, Tensor) else batch[0]
         mean = self.means
         if mean is None and self.stats.prompt_map is not None and self.prompts is not None:
-            mean = self.stats.prompt_mean(prompt_features(self.pipe, self.prompts))
+            mean = self.stats.prompt_mean(prompt_features(self.pipe, self.prompts, **self.kwargs))
         return trusted_sigma(
             self.pipe,
             self.stats,
@@ -221,13 +233,13 @@ class _Runner:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts the calls of the denoiser."""
-        model = denoiser_of(self.pipe)
-        handle = model.register_forward_pre_hook(self._count)
+        """Counts the calls of the denoisers."""
+        handles = [model.register_forward_pre_hook(self._count) for model in denoisers_of(self.pipe)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
@@ -254,23 +266,22 @@ class _Probe(OneCall):
 
     def __init__(self, scheduler: Any, stats: GaussianStats, clean: Tensor, index: int) -> None:
         super().__init__(scheduler, dataclasses.replace(stats, prompt_map=None), skip=0.0)
-        self.clean, self.index = self._rows(clean), index
+        self.clean, self.index = clean, index
 
     def _steps_to_skip(self) -> int:
         return min(self.index, max_skip(self.inner, len(self._levels)))
 
     def _transport(self, sample: Tensor, mean: Tensor | None) -> Tensor:
         self.level = a, s = self._levels[self._skipped]
-        noise = self._rows(sample).float() / float(getattr(self.inner, "init_noise_sigma", 1.0))
-        noised = a * self.clean.to(noise.device) + s * noise
-        if sample.shape[1:] != noised.shape[1:]:
-            noised = families.pack(noised)
-        return noised.to(sample.dtype)
+        noise = self._grid(sample).float() / float(getattr(self.inner, "init_noise_sigma", 1.0))
+        # Guidance may repeat the batch.
+        clean = self.clean.to(noise.device).repeat(len(noise) // len(self.clean), *[1] * (noise.ndim - 1))
+        return self._looped(a * clean + s * noise).to(sample.dtype)
 
     def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
         sample = self._first_sample(sample)
         clean = scheduler_prediction(self.inner, model_output, sample, self.level)
-        self.noisy, self.denoised = self._rows(sample).float(), self._rows(clean).float()
+        self.noisy, self.denoised = self._grid(sample).float(), self._grid(clean).float()
         return clean
 
 
@@ -291,8 +302,8 @@ def excess_loss(
 
     Args:
         pipe: a pipeline with a supported scheduler and without teleportation; it is not changed.
-        stats: the Gaussian; `mean` (B, *shape) replaces its mean if given.
-        clean: (B, *shape) samples in the scale of the denoiser, or packed as the denoiser takes them.
+        stats: the Gaussian; `mean` (B, *stats.shape) replaces its mean if given.
+        clean: (B, *stats.shape) samples in the scale of the denoiser.
         index: index of the step, 1 or more.
         prompts: one for each sample; None for a pipeline without prompts.
         num_inference_steps: number of steps of the grid.

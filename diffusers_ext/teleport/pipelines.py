@@ -32,6 +32,7 @@ from diffusers import (
 from torch import Tensor
 
 from ..core.classes import FromPipeMixin, adds_argument, named_arguments
+from ..core.families import guidance_of
 from ..core.hooks import parameters_of
 from .apply import apply_teleport, remove_teleport, teleport_is_on
 from .calibrate import calibrate_skip
@@ -132,8 +133,7 @@ class TeleportMixin(FromPipeMixin):
         check_rank(rank, num_samples, prompts)
         options: dict[str, Any] = {"progress": progress, "seed": seed, **call_kwargs}
         options["num_inference_steps"] = num_inference_steps
-        parameters = parameters_of(self)
-        plain = {"guidance_scale": 1.0} if "guidance_scale" in parameters else {}
+        parameters, plain = parameters_of(self), guidance_of(self).call(1.0)
         batches = pipeline_samples(
             self, num_samples, batch_size=batch_size, prompts=prompts, **plain, **options
         )
@@ -214,14 +214,21 @@ class PromptTeleportMixin(TeleportMixin):
     def _guidance(self, stats: GaussianStats, call: dict[str, Any]) -> float:
         """The guidance scale of the transport; 1, the conditional flow, if it cannot follow the call's scale.
 
-        It cannot follow a negative prompt, because `unconditional` has the statistics of the empty prompt, or
-        a distilled denoiser, which takes the scale as an input.
+        It cannot follow a negative prompt, because `unconditional` has the statistics of the empty prompt.
         """
-        default = parameters_of(self)["guidance_scale"].default
-        scale = float(call.get("guidance_scale", default))
-        distilled = self.unet.config.time_cond_proj_dim is not None
+        defaults = {name: parameter.default for name, parameter in parameters_of(self).items()}
+        guidance = guidance_of(self)
+        weight = guidance.weight({**defaults, **call})
         other = any(call.get(name) for name in ("negative_prompt", "negative_prompt_2"))
-        return 1.0 if stats.unconditional is None or distilled or other else max(scale, 1.0)
+        if stats.unconditional is None or weight == 1 or other:
+            return 1.0
+        altered = guidance.altered(call)
+        if altered is not None:
+            raise ValueError(
+                f"The transport follows the guided flow u + w(c − u), and this call does not. {altered} Or pass"
+                " teleport_prompt_mean=False."
+            )
+        return weight
 
     def _means_of(self, stats: GaussianStats, call: dict[str, Any]) -> Tensor:
         """(prompts, *stats.shape): fitted, cached or probed means of the call's prompts."""

@@ -8,9 +8,12 @@ also predicts the means of new prompts. This is our addition; arXiv:2412.09726 h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..core.prompts import PromptEmbeds
 
 # Embeddings longer than Stable Diffusion's 77 × 768 (T5's have two million entries) are averaged over tokens.
 LARGEST_FLAT = 2**16
@@ -97,7 +100,8 @@ class PromptMap:
         if features.ndim != 2 or features.shape[1] != self.center.numel():
             raise ValueError(
                 f"The prompt map was fitted on {self.center.numel()} features per prompt, these have shape"
-                f" {tuple(features.shape)}: use it with the text encoder it was fitted with."
+                f" {tuple(features.shape)}: use it with the text encoder it was fitted with, and with prompts of the"
+                " same options (max_sequence_length and the like)."
             )
         center, components, weights, offset = (
             t.to(features.device) for t in (self.center, self.components, self.weights, self.offset)
@@ -106,7 +110,13 @@ class PromptMap:
             return offset + ((features.float() - center) @ components) @ weights
 
 
-def features_of(prompt_embeds: Tensor) -> Tensor:
-    """Embeddings (B, tokens, width) as (B, E) float32: flattened, or averaged over tokens if too long."""
-    flat = prompt_embeds.flatten(1).float()
-    return flat if flat.shape[1] <= LARGEST_FLAT else prompt_embeds.float().mean(1)
+def features_of(pipe: Any, embeds: PromptEmbeds) -> Tensor:
+    """Embeddings of prompts → (B, E) float32.
+
+    They are flattened if every prompt has the same number of tokens, as with CLIP, and if this is not too long.
+    Otherwise they are averaged over the tokens that are not padding.
+    """
+    tokenizer = getattr(pipe, "tokenizer", None)
+    fixed = embeds.mask is None and embeds.embeds.shape[1] == getattr(tokenizer, "model_max_length", None)
+    flat = embeds.embeds.flatten(1).float()
+    return flat if fixed and flat.shape[1] <= LARGEST_FLAT else embeds.mean()

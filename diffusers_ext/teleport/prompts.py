@@ -11,10 +11,12 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from ..core.families import guidance_of
 from ..core.hooks import parameters_of
 from ..core.pipeline import call_pipeline, quiet, scheduler_of
 from ..core.prompts import prompt_embeddings
 from ..core.schedules import scheduler_prediction
+from .apply import check_pipeline, telling_layout
 from .gaussian import GaussianStats
 from .prompt_map import PromptMap, features_of
 from .proxy import Delegated
@@ -22,7 +24,9 @@ from .scheduler import TeleportScheduler
 from .sources import check_prompts
 
 
-def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size: int = 64) -> GaussianStats:
+def fit_prompt_map(
+    pipe: Any, stats: GaussianStats, rank: int = 256, batch_size: int = 64, **call_kwargs: Any
+) -> GaussianStats:
     """Adds a prompt map to `stats`, which predicts the mean of every prompt that `pipe` can encode.
 
     Neither fitting nor using the map costs a denoiser call.
@@ -33,6 +37,8 @@ def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size:
             different prompts matter more than many samples per prompt.
         rank: number of principal directions of the prompts' embeddings, ≥ 1.
         batch_size: prompts encoded together.
+        call_kwargs: passed to the pipeline. Give those that act on the encoding of prompts and that the calls
+            will have too, such as `clip_skip` and `max_sequence_length`.
 
     Returns:
         A copy of `stats` with `prompt_map`. Its `score` is the R² of the prompts' means, where each is
@@ -48,14 +54,23 @@ def fit_prompt_map(pipe: Any, stats: GaussianStats, rank: int = 256, batch_size:
         )
     names = stats.class_names
     counts = torch.tensor(stats.class_counts or [1] * len(names))
-    parts = [prompt_features(pipe, names[i : i + batch_size]).cpu() for i in range(0, len(names), batch_size)]
+    parts = [
+        prompt_features(pipe, names[i : i + batch_size], **call_kwargs).cpu()
+        for i in range(0, len(names), batch_size)
+    ]
     found = PromptMap.fit(torch.cat(parts), stats.class_means.flatten(1), counts, rank)
     return dataclasses.replace(stats, prompt_map=found)
 
 
-def prompt_features(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """The embeddings of `prompts`, as (B, E); see `features_of`."""
-    return features_of(prompt_embeddings(pipe, prompts))
+def prompt_features(pipe: Any, prompts: Sequence[str], **call: Any) -> Tensor:
+    """The embeddings of `prompts` in a call with these arguments, as (B, E); see `features_of`."""
+    return features_of(pipe, prompt_embeddings(pipe, prompts, **call))
+
+
+def unguided(pipe: Any) -> dict[str, Any]:
+    """Arguments of a call whose predictions are those for the prompt alone."""
+    perturbed = {"pag_scale": 0.0} if "pag_scale" in parameters_of(pipe) else {}
+    return guidance_of(pipe).call(1.0) | perturbed
 
 
 class OneCall(TeleportScheduler):
@@ -89,7 +104,7 @@ class _FirstCall(OneCall):
 
     def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
         clean = scheduler_prediction(self.inner, model_output, sample, self._levels[0])
-        self.found = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
+        self.found = self.stats.implied_mean(self._grid(sample.float()), self._grid(clean), self._levels[0])
         return clean
 
 
@@ -128,19 +143,19 @@ def prompt_means(
         (B, *stats.shape) float32 on the CPU, for `TeleportScheduler.set_mean`.
 
     Raises:
-        ValueError: no prompts, a count below 1, a pipeline without prompts, an unsupported scheduler, or
-            latents of another shape than the statistics.
+        ValueError: no prompts, a count below 1, a pipeline without prompts or one that teleportation does not work
+            on, or latents of another shape than the statistics.
     """
+    check_pipeline(pipe)
     prompts = check_prompts(pipe, prompts)
     if num_calls < 1 or batch_size < 1:
         raise ValueError(f"num_calls and batch_size must be 1 or more, got {num_calls} and {batch_size}.")
-    parameters = parameters_of(pipe)
-    call = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if name in parameters} | call_kwargs
+    call = unguided(pipe) | call_kwargs
     original = pipe.scheduler
     inner = original.inner if isinstance(original, TeleportScheduler) else original
     probe = _FirstCall(inner, stats, skip=0.0)
     total = torch.zeros(len(prompts), *stats.shape)
-    with scheduler_of(pipe, probe), quiet(pipe):
+    with scheduler_of(pipe, probe), telling_layout(pipe), quiet(pipe):
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             for number in range(num_calls):

@@ -10,7 +10,6 @@ from the first guided model call (`mean_from="first_call"`).
 """
 
 import inspect
-import math
 from typing import Any
 
 import diffusers
@@ -18,21 +17,22 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from ..core import families
-from ..core.predictions import Level, noise_to_signal
-from ..core.schedules import grid_levels, is_pndm, scaling, scheduler_prediction
+from ..core.schedules import scaling, scheduler_prediction
 from .gaussian import GaussianStats
-from .proxy import Delegated, SchedulerProxy
-from .skipping import check_reach, max_skip, restart_pndm, steps_to_sigma
+from .grid import ShortenedGrid
+from .proxy import Delegated
+from .skipping import check_reach
 
 
-class TeleportScheduler(SchedulerProxy):
+class TeleportScheduler(ShortenedGrid):
     """Wraps `scheduler` and replaces its first steps with the closed form of a Gaussian.
 
     Args:
         scheduler: a supported diffusers scheduler (`diffusers_ext.core.schedules.SUPPORTED`). It is not
             copied; `inner` returns it.
-        stats: statistics of the latents that the denoiser was trained on, fitted to (C, H, W) latents or, for
-            Flux, also to packed (tokens, 4C) ones.
+        stats: statistics of the latents that the denoiser was trained on, of shape (C, H, W), or (C, T, H, W)
+            for videos. Latents in other layouts (packed tokens, channels last) and videos need
+            `apply_teleport`, which tells the scheduler the layout of the pipeline.
         skip: fraction of the steps to skip, in [0, 1), or `"auto"` to skip down to
             `stats.calibration["sigma"]`.
         sigma: instead of `skip`, skip to the last grid point with a noise-to-signal ratio s/a ≥ `sigma` (>
@@ -57,12 +57,10 @@ class TeleportScheduler(SchedulerProxy):
 
     # The instance attributes that are not the wrapped scheduler's.
     _mean: torch.Tensor | None
+    _no_mean: str
     _guidance_scale: float
-    _known_levels: list[Level] | None
-    _skipped: int
-    _offset: int
-    _shown: torch.Tensor | None
-    _waiting: bool
+    _layout: families.Layout | None
+    _latent_shape: tuple[int, ...] | None
     _input_scaled: bool
     _input_mapped: bool
     _disarmed: bool
@@ -93,7 +91,9 @@ class TeleportScheduler(SchedulerProxy):
         self.sigma = sigma
         self.mean_from = mean_from
         self._mean = None
+        self._no_mean = _NOT_APPLIED
         self._guidance_scale = 1.0
+        self._layout = self._latent_shape = None
         self._forget_schedule()
 
     @classmethod
@@ -109,14 +109,7 @@ class TeleportScheduler(SchedulerProxy):
         """`pipe.scheduler = TeleportScheduler.from_scheduler(pipe.scheduler, stats)`; see the class."""
         return cls(scheduler, stats, skip, sigma, mean_from)
 
-    # -- the schedule
-
-    def _forget_schedule(self) -> None:
-        self._known_levels = None
-        self._skipped = 0  # outer steps that the transport replaces
-        self._offset = 0  # entries that the exposed grid lacks at its start
-        self._shown = None  # the exposed timesteps, if they are not the wrapped scheduler's
-        self._forget_start()
+    # -- the transport
 
     def _forget_start(self) -> None:
         self._waiting = False  # the first step has not been taken yet
@@ -125,183 +118,25 @@ class TeleportScheduler(SchedulerProxy):
         self._disarmed = False  # the hook was called by another pipeline
         self._cache = None  # the initial noise and its transport
 
-    def _wrapped_changed(self) -> None:
-        self._known_levels = None
+    def _wait_again(self) -> None:
+        self._waiting = True
+        self._input_scaled = self._input_mapped = self._cache is not None
 
-    @property
-    def _levels(self) -> list[Level]:
-        # Computed when needed: with nothing to skip, a grid without known levels must work too.
-        if self._known_levels is None:
-            self._known_levels = grid_levels(self.inner)
-        return self._known_levels
+    def set_layout(self, layout: families.Layout, shape: tuple[int, ...] | None = None) -> None:
+        """Sets the layout of the pipeline's latents; the hooks of `apply_teleport` call it.
 
-    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        inner = self.inner
-        inner.set_timesteps(*args, **kwargs)
-        self._forget_schedule()
-        skipped = self._steps_to_skip()
-        if skipped <= (1 if self.mean_from == "first_call" else 0):
-            return
-        self._skipped, self._waiting = skipped, True
-        first = inner.timesteps[:1]
-        if is_pndm(inner):
-            restart_pndm(inner, skipped)
-        else:
-            self._offset = skipped * inner.order
-        kept = inner.timesteps[self._offset :]
-        self._shown = torch.cat([first, kept]) if self.mean_from == "first_call" else kept
-        if self.mean_from == "first_call":
-            if hasattr(inner, "sigmas"):
-                # `sigmas` is a view of the wrapped ones, so that writing its elements has an effect.
-                inner.sigmas[self._offset - 1] = inner.sigmas[0]
-            self._begin_at(0)
-        else:
-            self._begin_at(self._offset)
-
-    def _steps_to_skip(self) -> int:
-        if self.sigma is None and self.skip == 0:
-            return 0
-        count = len(self._levels)
-        sigma = self.sigma
-        if sigma is None and self.skip == "auto":
-            sigma = self._calibrated_sigma(count)
-            if sigma is None:
-                return 0
-        if sigma is None:
-            wanted = math.floor(float(self.skip) * count + 1e-9)
-        else:
-            wanted = steps_to_sigma(self._levels, sigma)
-        return max(min(wanted, max_skip(self.inner, count)), 0)
-
-    def _calibrated_sigma(self, count: int) -> float | None:
-        """The result of `calibrate_skip` for the smallest calibrated step count that is not below `count`."""
-        sigma = self.stats.calibration["sigma"]
-        if not isinstance(sigma, dict):
-            return sigma
-        fitting = [n for n in map(int, sigma) if n >= count]
-        # Above the largest calibrated count the solver's error is smaller than all that were compared.
-        return sigma[str(min(fitting))] if fitting else None
-
-    def _begin_at(self, index: int) -> None:
-        # DDIM, DDPM and PNDM find their position by timestep or by counting calls; others need the index.
-        if hasattr(self.inner, "set_begin_index"):
-            self.inner._step_index = None
-            self.inner.set_begin_index(index)
-
-    def _set_begin_index(self, begin_index: int = 0) -> None:
-        if self._skipped == 0:
-            self.inner.set_begin_index(begin_index)
-        elif begin_index != 0:
-            raise ValueError(
-                f"The pipeline starts at step {begin_index} of the schedule, from a noised image. "
-                "Teleportation starts from pure noise: use it with text-to-image or unconditional pipelines, "
-                "or restore the wrapped scheduler (dx.remove_teleport(pipe) or pipe.scheduler.inner)."
-            )
-
-    def _index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
-        if schedule_timesteps is None and self._skipped:
-            schedule_timesteps = self.timesteps
-        return self.inner.index_for_timestep(timestep, schedule_timesteps)
-
-    set_timesteps = Delegated(_set_timesteps)
-    set_begin_index = Delegated(_set_begin_index)
-    index_for_timestep = Delegated(_index_for_timestep)
-
-    @property
-    def timesteps(self) -> torch.Tensor:
-        """The timesteps that the pipeline iterates over: the grid without its skipped part."""
-        return self.inner.timesteps if self._shown is None else self._shown
-
-    @timesteps.setter
-    def timesteps(self, timesteps: torch.Tensor) -> None:
-        self._set_grid("timesteps", timesteps)
-        if self._skipped:
-            self._shown = timesteps
-
-    @property
-    def sigmas(self) -> torch.Tensor:
-        """The wrapped σ grid cut like `timesteps`; AttributeError if the wrapped scheduler has none."""
-        return self.inner.sigmas[self._first_shown :] if self._skipped else self.inner.sigmas
-
-    @sigmas.setter
-    def sigmas(self, sigmas: torch.Tensor) -> None:
-        self._set_grid("sigmas", sigmas)
-
-    def _set_grid(self, name: str, values: torch.Tensor) -> None:
-        if self._skipped:
-            shown = getattr(self, name)
-            if values.shape != shown.shape or not torch.equal(values, shown.to(values)):
-                raise ValueError(
-                    f"{name} was set to other values while {self._skipped} steps are skipped, which would no longer"
-                    " fit the skipped part. Give the schedule to set_timesteps(timesteps=... or sigmas=...), or set"
-                    f" {name} on the wrapped scheduler (dx.remove_teleport(pipe) or pipe.scheduler.inner)."
-                )
-            values = getattr(self.inner, name).to(values)
-        setattr(self.inner, name, values)
-
-    @property
-    def _first_shown(self) -> int:
-        """Index in the wrapped grid of the entry that is exposed as the first."""
-        return self._offset - (1 if self._skipped and self.mean_from == "first_call" else 0)
-
-    @property
-    def step_index(self) -> int | None:
-        """Position in the exposed grid, so that `sigmas[step_index]` is the current σ."""
-        return self._shown_index(self.inner.step_index)
-
-    @property
-    def _step_index(self) -> int | None:
-        return self._shown_index(self.inner._step_index)
-
-    @_step_index.setter
-    def _step_index(self, index: int | None) -> None:
-        # CosmosTextToWorldPipeline repeats every step: one for the x0-prediction, one after guidance.
-        if not self._skipped or index is None:
-            self.inner._step_index = index
-        elif index == 0:
-            self._waiting = True
-            self._input_scaled = self._input_mapped = self._cache is not None
-            self.inner._step_index = 0 if self.mean_from == "first_call" else self._offset
-        else:
-            self.inner._step_index = index + self._first_shown
-
-    @property
-    def begin_index(self) -> int | None:
-        """The first index of the exposed grid, as in the wrapped scheduler."""
-        return self._shown_index(self.inner.begin_index)
-
-    @property
-    def _begin_index(self) -> int | None:
-        return self._shown_index(self.inner._begin_index)
-
-    @_begin_index.setter
-    def _begin_index(self, index: int | None) -> None:
-        if self._skipped:
-            self._set_begin_index(index or 0)
-        else:
-            self.inner._begin_index = index
-
-    def _shown_index(self, index: int | None) -> int | None:
-        at_start = self._waiting and self.mean_from == "first_call"
-        return index if index is None or at_start else index - self._first_shown
-
-    @property
-    def num_skipped_steps(self) -> int:
-        """Outer steps that the current schedule saves; `first_call` uses up one of them."""
-        return self._skipped - (1 if self._skipped and self.mean_from == "first_call" else 0)
-
-    @property
-    def skipped_to(self) -> float | None:
-        """σ = s/a where the wrapped scheduler takes over; None if nothing is skipped."""
-        return noise_to_signal(self._levels[self._skipped]) if self._skipped else None
-
-    # -- the transport
+        Args:
+            layout: see `diffusers_ext.core.families.Family`.
+            shape: of one sample of the present call, in the grid layout. Only packed latents need it.
+        """
+        self._layout, self._latent_shape = layout, shape
 
     def set_mean(self, mean: torch.Tensor | None, guidance_scale: float = 1.0) -> None:
         """Uses `mean` in place of the mean of `stats` until it is changed; None restores that of `stats`.
 
         Args:
-            mean: (*shape), or (B, *shape) with one mean for every image of the batch, float, in x0 units.
+            mean: (*shape) of the statistics, or (B, *shape) with one mean for every image of the batch, float,
+                in x0 units.
             guidance_scale: the pipeline's guidance scale, for a transport along the guided flow
                 (`guided_transport`). It needs within-prompt statistics with an `unconditional` part. 1 is a
                 transport without guidance.
@@ -315,15 +150,11 @@ class TeleportScheduler(SchedulerProxy):
                 " (tensor, prompts), or use guidance_scale=1 for a transport without guidance."
             )
         self._guidance_scale = float(guidance_scale)
-        self._cache = None
+        self._cache, self._no_mean = None, _NOT_APPLIED
         if mean is None:
             self._mean = None
             return
-        shape = tuple(self.stats.shape)
-        if families.is_packed(mean.shape[-2:], shape) and mean.ndim in (2, 3):
-            mean = families.unpack(mean.reshape(-1, *mean.shape[-2:]), shape).reshape(
-                *mean.shape[:-2], *shape
-            )
+        shape = self.stats.shape
         if tuple(mean.shape) != shape and tuple(mean.shape[1:]) != shape:
             raise ValueError(
                 f"The mean has shape {tuple(mean.shape)}; expected {shape} or (batch, *{shape})."
@@ -332,27 +163,42 @@ class TeleportScheduler(SchedulerProxy):
             raise ValueError("The mean contains NaN or infinite values.")
         self._mean = mean
 
+    def refuse_mean(self, reason: str) -> None:
+        """Makes a transport that needs the mean of a prompt an error, with this reason, until `set_mean`."""
+        self.set_mean(None)
+        self._no_mean = reason
+
     def _transport(self, sample: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
         """The closed form from the first grid level to the one where the wrapped scheduler takes over."""
         start, end = self._levels[0], self._levels[self._skipped]
         moved = self.stats.transport(
-            self._rows(sample), start, end, mean=mean, guidance_scale=self._guidance_scale
+            self._grid(sample), start, end, mean=mean, guidance_scale=self._guidance_scale
         )
-        if sample.shape[1:] != moved.shape[1:]:
-            moved = families.pack(moved)
-        return moved.to(sample.dtype)
+        return self._looped(moved).to(sample.dtype)
 
-    def _rows(self, sample: torch.Tensor) -> torch.Tensor:
-        """`sample` as (B, *stats.shape); ValueError if its rows have another shape."""
-        shape = tuple(self.stats.shape)
-        if tuple(sample.shape[1:]) == shape:
-            return sample
-        if families.is_packed(sample.shape[1:], shape):
-            return families.unpack(sample, shape)
-        raise ValueError(
-            f"The latents have shape {tuple(sample.shape[1:])}, the statistics were fitted on {shape}. "
-            "Generate at the size of the statistics, or fit them at this one (GaussianStats.fit)."
-        )
+    def _grid(self, sample: torch.Tensor) -> torch.Tensor:
+        """Latents of the pipeline as (B, *stats.shape); ValueError if they have another shape."""
+        shape = tuple(sample.shape[1:])
+        if self._layout is None and len(shape) != 3:
+            raise ValueError(
+                f"The latents have shape {shape}, the statistics were fitted on {self.stats.shape}. Packed latents and"
+                " videos have several layouts, of which the scheduler does not know that of the pipeline: use"
+                " dx.apply_teleport(pipe, stats), or dx.apply_teleport(pipe) if pipe.scheduler is a"
+                " TeleportScheduler already."
+            )
+        if self._layout is not None:
+            shape = self._latent_shape or shape
+            sample = families.to_grid(self._layout, sample, shape)
+        if shape != self.stats.shape:
+            raise ValueError(
+                f"The latents have shape {shape}, the statistics were fitted on {self.stats.shape}. "
+                "Generate at the size of the statistics, or fit them at this one (GaussianStats.fit)."
+            )
+        return sample
+
+    def _looped(self, grid: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_grid`."""
+        return grid if self._layout is None else families.from_grid(self._layout, grid).contiguous()
 
     def _mapped(self, sample: torch.Tensor) -> torch.Tensor:
         """`sample` (the batch, possibly repeated for guidance), transported to the solver's first level."""
@@ -366,14 +212,10 @@ class TeleportScheduler(SchedulerProxy):
                 return after[:rows]
         mean = self._mean
         if mean is None and self.stats.prompt_map is not None:
-            raise ValueError(
-                "The statistics have one mean for each prompt, and none was set. Add teleportation with"
-                " dx.apply_teleport(pipe, stats) (or dx.apply_teleport(pipe) after loading), which reads the prompt,"
-                " or set a mean with scheduler.set_mean."
-            )
+            raise ValueError(f"The statistics have one mean for each prompt. {self._no_mean}")
         if mean is not None:
             mean = mean.to(sample.device)
-            if mean.ndim > len(self.stats.shape):
+            if self._mean_count() is not None:
                 # Guidance repeats the batch as a whole: rows 0..B−1, then rows 0..B−1 again.
                 if len(sample) % len(mean):
                     raise ValueError(
@@ -383,6 +225,11 @@ class TeleportScheduler(SchedulerProxy):
         moved = self._transport(sample, mean)
         self._cache = (sample.clone(), moved)
         return moved
+
+    def _mean_count(self) -> int | None:
+        """Number of the images' own means; None if all images have the same mean."""
+        own = self._mean is not None and self._mean.ndim > len(self.stats.shape)
+        return len(self._mean) if self._mean is not None and own else None
 
     def map_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         """The model input that replaces `sample`, for pipelines that do not call `scale_model_input`.
@@ -433,17 +280,19 @@ class TeleportScheduler(SchedulerProxy):
                 "dx.apply_teleport(pipe) if pipe.scheduler is a TeleportScheduler already), which adds a "
                 'hook on its denoiser, or mean_from="first_call", which needs none.'
             )
-        shown = self._cache[0] if self._cache else sample
+        shown, moved = self._cache or (sample, sample)
+        means = self._mean_count()
         count = min(len(shown), len(sample))  # guidance may repeat the images in either place
-        if self._mean is not None and self._mean.ndim == sample.ndim and len(self._mean) != count:
-            raise ValueError(f"set_mean was given {len(self._mean)} means for {count} images.")
-        repeated = shown[:count].repeat(len(sample) // count, *[1] * (shown.ndim - 1))
-        if not torch.equal(repeated, sample.to(shown.dtype)):
+        if means is not None and means != count:
+            raise ValueError(f"set_mean was given {means} means for {count} images.")
+        first, moved = (x[:count].repeat(len(sample) // count, *[1] * (x.ndim - 1)) for x in (shown, moved))
+        if torch.equal(first, sample.to(first.dtype)):
+            sample = self._mapped(sample)
+        elif not torch.equal(moved, sample.to(moved.dtype)):  # DiT steps from what it shows the model
             raise ValueError(
                 "The first model call got other latents than step, so the transport would apply to only one of "
                 'them. Use mean_from="first_call" with this pipeline.'
             )
-        sample = self._mapped(sample)
         self._waiting = False
         return sample
 
@@ -454,7 +303,7 @@ class TeleportScheduler(SchedulerProxy):
         clean = call.arguments.get("pred_original_sample")
         if clean is None:
             clean = scheduler_prediction(self.inner, model_output, sample, self._levels[0])
-        mean = self.stats.implied_mean(self._rows(sample.float()), self._rows(clean), self._levels[0])
+        mean = self.stats.implied_mean(self._grid(sample.float()), self._grid(clean), self._levels[0])
         moved = self._transport(sample, mean)
         clean = clean.to(sample.dtype)
         self._forget_start()
@@ -487,9 +336,21 @@ class TeleportScheduler(SchedulerProxy):
     scale_noise = Delegated(_scale_noise)
 
 
+# Why there is no mean, unless a hook has told another reason.
+_NOT_APPLIED = (
+    "None was set. Add teleportation with dx.apply_teleport(pipe, stats) (or dx.apply_teleport(pipe) after loading),"
+    " which reads the prompt, or set a mean with scheduler.set_mean."
+)
+
+
 def _same_time(timestep: Any, expected: float) -> bool:
-    """Whether a denoiser's `timestep` argument is `expected`, also in thousandths or rounded to bfloat16."""
+    """Whether a denoiser's `timestep` argument is `expected`, also in thousandths or rounded to bfloat16.
+
+    One for each image or each token must all be equal.
+    """
     if timestep is None:
         return False
-    value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-    return any(abs(value * unit - expected) <= abs(expected) / 128 + 1e-6 for unit in (1, 1000))
+    values = torch.as_tensor(timestep).double()
+    return any(
+        bool(((values * unit - expected).abs() <= abs(expected) / 128 + 1e-6).all()) for unit in (1, 1000)
+    )

@@ -17,9 +17,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.autoencoders import channels_of, encode_pixels, side_of, vae_of
+from ..core.families import family_of
 from ..core.hooks import parameters_of
-from ..core.images import ImageSource, encode_pixels, image_batches, open_images, vae_of
-from ..core.pipeline import call_pipeline, quiet
+from ..core.images import ImageSource, check_sides, image_batches, open_images
+from ..core.pipeline import call_pipeline, final_latents, quiet
 from .scheduler import TeleportScheduler
 
 Batch = Tensor | tuple[Tensor, list[str]]
@@ -64,9 +66,8 @@ def pipeline_samples(
     prompt: a covariance over all samples would count the differences between prompts twice.
 
     Args:
-        pipe: a `DiffusionPipeline` that starts from pure noise. Latents are in the layout of the denoiser
-            (Flux: packed). Images of pipelines that work on pixels (no `vae`) are scaled to [−1, 1]; those
-            pipelines clip them to that range.
+        pipe: a `DiffusionPipeline` that starts from pure noise. The samples are latents in the scale of the
+            denoiser, of pipelines without an autoencoder images in [−1, 1]; those pipelines clip them to that range.
         num_samples: N > 0 in total; sample i has the seed `seed + i`, whatever the batch size.
         batch_size: samples per call, > 0.
         prompts: different texts, N / len(prompts) samples of each. None for the empty prompt (without names),
@@ -80,11 +81,13 @@ def pipeline_samples(
         call_kwargs: passed to the pipeline, such as `height` and `width`.
 
     Yields:
-        (b, *shape) float32 on the pipeline's device, or pairs of that and b prompts.
+        (b, C, H, W) or, of a video pipeline, (b, C, T, H, W), not packed, float32 on the pipeline's device; or pairs
+        of that and b prompts.
 
     Raises:
         ValueError: a count below 1, an empty list of prompts, prompts for a pipeline that takes none, a
-            pipeline that takes neither prompts nor a batch size, or a pipeline with teleportation.
+            pipeline that takes neither prompts nor a batch size, one with teleportation, or one of an unknown family
+            or with an unknown autoencoder.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be 1 or more, got {num_samples} and {batch_size}.")
@@ -103,6 +106,8 @@ def pipeline_samples(
             f"{type(pipe).__name__} takes neither a prompt nor a batch_size, so it cannot be sampled here. "
             "Fit the statistics to batches of its latents yourself: GaussianStats.fit(batches)."
         )
+    family_of(pipe)
+    vae_of(pipe)
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     call_kwargs |= {name: value for name, value in options.items() if value is not None}
     return _samples(pipe, num_samples, batch_size, prompts, seed, progress, call_kwargs)
@@ -129,7 +134,7 @@ def _samples(
     call_kwargs: dict[str, Any],
 ) -> Iterator[Batch]:
     takes_prompt = "prompt" in parameters_of(pipe)
-    pixels = getattr(pipe, "vae", None) is None
+    pixels = vae_of(pipe) is None
     with tqdm(total=num_samples, desc="sampling", disable=not progress) as bar:
         for start in range(0, num_samples, batch_size):
             indices = range(start, min(start + batch_size, num_samples))
@@ -141,10 +146,10 @@ def _samples(
                 call["prompt"] = names
             call["generator"] = [torch.Generator().manual_seed(seed + i) for i in indices]
             with quiet(pipe):
-                result = call_pipeline(
-                    pipe, **call, output_type="np" if pixels else "latent", return_dict=False
-                )[0]
-            samples = _pixels(result) if pixels else result.float()
+                if pixels:
+                    samples = _pixels(call_pipeline(pipe, **call, output_type="np", return_dict=False)[0])
+                else:
+                    samples = final_latents(pipe, call).float()
             bar.update(len(indices))
             yield (samples, names) if prompts else samples
 
@@ -177,10 +182,11 @@ def encoded_images(
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[Batch]:
-    """Images in the scale of the denoiser: encoded by the VAE, shifted and scaled as its config says.
+    """Images in the layout and scale of `pipeline_samples`: encoded and normalised as the pipeline does it.
 
     Args:
-        pipe_or_vae: a `DiffusionPipeline`, or its VAE alone. A pipeline without a `vae` works on pixels.
+        pipe_or_vae: a `DiffusionPipeline`, or its VAE alone, of which all statistics in the config are used. A
+            pipeline without an autoencoder works on pixels.
         images: a folder (searched with its subfolders, in sorted order), a `datasets.Dataset`, a list of PIL
             images, a uint8 array (N, H, W, C) or (N, H, W), or floats (N, C, H, W) in [−1, 1].
         batch_size: images per batch, > 0.
@@ -194,45 +200,41 @@ def encoded_images(
         progress: show a progress bar over the images.
 
     Yields:
-        (b, C, h, w) float32 (Flux: not packed), or pairs of that and b labels.
+        (b, c, h, w) float32, not packed; for videos (b, c, 1, h, w), of which an image is one frame. Or pairs of
+        that and b labels.
 
     Raises:
-        ValueError: no images, an image that cannot be read (the message names it), images of different sizes,
-            values out of range, an unknown column, labels that do not match, or a VAE whose scale is not
-            known.
+        ValueError: no images, an image that cannot be read (the message names it), images of different sizes or of
+            a size that the pipeline cannot have, values out of range, an unknown column, labels that do not match,
+            or a pipeline or an autoencoder that is not known.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
-    vae = vae_of(pipe_or_vae)
-    if hasattr(vae, "bn"):
-        raise ValueError(
-            f"{type(vae).__name__} normalises packed latents by batch statistics, which is not supported: "
-            "use pipeline_samples."
-        )
-    pipe = pipe_or_vae if isinstance(pipe_or_vae, DiffusionPipeline) else None
+    side_of(pipe_or_vae)
     opened = open_images(images, labels=labels, image_column=image_column)
-    return _encoded(pipe, vae, opened, batch_size, resolution, seed, progress)
+    return _encoded(pipe_or_vae, opened, batch_size, resolution, seed, progress)
 
 
 @torch.no_grad()
 def _encoded(
-    pipe: Any,
-    vae: Any,
+    pipe_or_vae: Any,
     images: ImageSource,
     batch_size: int,
     resolution: int | tuple[int, int] | None,
     seed: int,
     progress: bool,
 ) -> Iterator[Batch]:
-    model = vae if vae is not None else pipe.unet
-    device = model.device if pipe is None else pipe._execution_device
+    vae, side = vae_of(pipe_or_vae), side_of(pipe_or_vae)
+    pipe = pipe_or_vae if isinstance(pipe_or_vae, DiffusionPipeline) else None
+    device = vae.device if pipe is None else pipe._execution_device
     start = 0
     with tqdm(total=images.count, desc="encoding", disable=not progress) as bar:
-        for values, names in image_batches(images, batch_size, model.config.in_channels, resolution):
+        for values, names in image_batches(images, batch_size, channels_of(pipe_or_vae), resolution):
+            check_sides(values, side)
             values = values.to(device)
             if vae is not None:
                 draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(values))]
-                values = encode_pixels(vae, values, draws)
+                values = encode_pixels(pipe_or_vae, values, draws)
             start += len(values)
             bar.update(len(values))
             yield values if names is None else (values, names)

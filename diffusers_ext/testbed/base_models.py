@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..core.images import encode_pixels
+from ..core.autoencoders import encode_pixels
 from ..core.predictions import denoising_loss
 from .fashion_scenes import COLORS, ITEMS
 

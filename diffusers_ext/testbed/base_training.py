@@ -26,7 +26,8 @@ from diffusers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.images import as_tensor, decode_latents, encode_pixels, save_grid
+from ..core.autoencoders import decode_latents, encode_pixels
+from ..core.images import as_tensor, save_grid
 from ..core.pipeline import call_pipeline, scheduler_of
 from ..core.storage import digest, read_tensors, weights_digest, write_tensors
 from ..training.loop import Batch, Rows, train

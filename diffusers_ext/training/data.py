@@ -87,16 +87,68 @@ def image_arrays(args: argparse.Namespace, rows: list[dict[str, Any]], mode: str
     return array[..., None] if mode == "L" else array
 
 
+# Entries in the config of a UNet for inputs besides the image, the timestep and the embeddings of one encoder.
+_INPUTS = {
+    "time_cond_proj_dim": "a guidance scale as an input, as in LCM",
+    "addition_embed_type": "additional embeddings, as in SDXL",
+    "encoder_hid_dim_type": "embeddings of images, as with an IP-Adapter",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+}
+
+
+def other_inputs(unet: Any) -> dict[str, str]:
+    """{entry in the config: its meaning} for every input of a UNet besides image, timestep and prompt embeddings."""
+    found = {name: getattr(unet.config, name, None) for name in _INPUTS}
+    found |= {"encoder_hid_dim_type": None} if found["encoder_hid_dim_type"] == "text_proj" else {}
+    return {name: _INPUTS[name] for name, value in found.items() if value is not None}
+
+
+_PARTS = {"unet", "scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+_PARTS |= {"safety_checker", "feature_extractor", "image_encoder"}
+
+
+def check_captioned_training(pipe: Any) -> None:
+    """Raises a ValueError unless the UNet of the pipeline can be trained on captioned images.
+
+    That is Stable Diffusion or SDXL: `encode_captions` has all inputs of their UNets.
+    """
+    expected = "expected Stable Diffusion or SDXL for text-to-image"
+    there = {name for name, part in getattr(pipe, "components", {}).items() if part is not None}
+    missing = [name for name in ("unet", "vae", "text_encoder") if name not in there]
+    if missing:
+        raise ValueError(f"{type(pipe).__name__} has no {', '.join(missing)}: {expected}.")
+    extra = sorted(there - _PARTS)
+    if extra:
+        raise ValueError(f"{type(pipe).__name__} has {', '.join(extra)}: {expected}.")
+    config = pipe.unet.config
+    if config.in_channels != pipe.vae.config.latent_channels:
+        raise ValueError(
+            f"{type(pipe).__name__} has a UNet with {config.in_channels} channels for latents with"
+            f" {pipe.vae.config.latent_channels}: {expected}."
+        )
+    inputs = other_inputs(pipe.unet)
+    if config.get("addition_embed_type") == "text_time":
+        del inputs["addition_embed_type"]
+    if inputs:
+        what = next(iter(inputs.values()))
+        raise ValueError(f"The UNet of {type(pipe).__name__} takes {what}: {expected}.")
+
+
 class TrainingLatents:
     """Latents of a data set's images by index, encoded on demand or all at once beforehand.
 
     Args:
         args: as from `add_data_arguments`, and `cache_latents`.
-        pipe: a pipeline with a `vae`.
+        pipe: Stable Diffusion or SDXL.
         data: as from `load_dataset`.
+
+    Raises:
+        ValueError: see `check_captioned_training`.
     """
 
     def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
+        check_captioned_training(pipe)
         self.args, self.pipe, self.data = args, pipe, data
         self._cached: Tensor | None = None
         if args.cache_latents:

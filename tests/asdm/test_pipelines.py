@@ -15,14 +15,14 @@ from diffusers import (
 )
 
 import diffusers_ext as dx
-from diffusers_ext.asdm.apply import gri_attention_of
+from diffusers_ext.asdm.apply import check_pipeline, gri_attention_of
 from diffusers_ext.asdm.pipelines import ASDMStableDiffusionPipeline
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
 from diffusers_ext.golden_noise.pipelines import GoldenNoiseStableDiffusionPipeline
 from diffusers_ext.smooth_lora.pipelines import SmoothDiffusionStableDiffusionPipeline
 from diffusers_ext.teleport.pipelines import TeleportStableDiffusionPipeline
 from diffusers_ext.testbed.embedded import pipeline_dir
-from tests import tiny
+from tests import families, tiny
 from tests.training.launching import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,3 +118,24 @@ def test_from_pipe_with_the_folder_and_of_stock_classes() -> None:
         StableDiffusionImg2ImgPipeline.from_pipe(made)
     assert StableDiffusionImg2ImgPipeline.from_pipe(made, unet=made.unet).unet is made.unet
     assert AutoPipelineForImage2Image.from_pipe(pruned()).unet.config.removed_attentions
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_pipelines_without_a_conditional_unet_are_refused(name: str) -> None:
+    pipe = families.build(name)
+    if families.FAMILIES[name].denoisers == ("unet",) and name != "ddpm":
+        check_pipeline(pipe)
+    else:
+        for refuses in (check_pipeline, dx.apply_gri_attention):
+            with pytest.raises(
+                ValueError, match=r"need a UNet2DConditionModel, or a pipeline whose \.unet is one"
+            ):
+                refuses(pipe)
+        with pytest.raises(ValueError, match=f"got {type(pipe).__name__}"):
+            dx.record_calibration_inputs(pipe, ["a"], num_timesteps=1, num_inference_steps=1)
+
+
+def test_a_controlnet_is_refused_for_calibration() -> None:
+    pipe = families.build("sd-controlnet")
+    with pytest.raises(ValueError, match="has a ControlNet, which a pruned UNet does not fit"):
+        dx.record_calibration_inputs(pipe, ["a"], image=torch.rand(1, 3, 8, 8))

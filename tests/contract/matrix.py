@@ -1,42 +1,112 @@
-"""The table of methods and pipeline families in the README and the documentation, made from the contract.
+"""The tables of methods and pipelines in the README and the documentation, made by `dx.support` on every family.
 
-python -m tests.contract.matrix          # prints it
-python -m tests.contract.matrix --write  # puts it into README.md and docs/support.md
+python -m tests.contract.matrix          # prints them
+python -m tests.contract.matrix --write  # puts them into README.md and docs/support.md
+
+`test_matrix.py` holds `dx.support` to the outcome of the contract.
 """
 
+import functools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import diffusers_ext as dx
+from tests import families
+
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/support.md")
 TITLES = {
-    "sd": "Stable Diffusion",
+    "sd": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
     "sdxl": "SDXL",
+    "sdxl-img2img": "SDXL, image to image",
+    "sd-controlnet": "ControlNet",
+    "sd-ip-adapter": "IP-Adapter",
+    "sd-pag": "PAG",
+    "lcm": "LCM",
     "sd3": "Stable Diffusion 3",
-    "flux": "Flux",
+    "flux": "Flux.1 dev",
+    "flux-schnell": "Flux.1 schnell",
+    "flux2": "Flux.2",
+    "flux2-klein": "Flux.2 Klein",
+    "qwen": "Qwen-Image",
+    "zimage": "Z-Image",
+    "sana": "Sana",
+    "pixart": "PixArt-Σ",
+    "hunyuan-dit": "Hunyuan-DiT",
+    "lumina2": "Lumina 2",
+    "auraflow": "AuraFlow",
+    "cogview4": "CogView4",
+    "chroma": "Chroma",
+    "kandinsky5": "Kandinsky 5",
+    "wan": "Wan 2.1",
+    "wan22": "Wan 2.2",
+    "ltx": "LTX-Video",
+    "cogvideox": "CogVideoX",
+    "dit": "DiT",
+    "ldm": "Latent diffusion",
     "ddpm": "DDPM",
+    "modular-sdxl": "Modular SDXL",
+    "modular-flux": "Modular Flux",
 }
+
+
+@functools.cache
+def supported(name: str) -> dx.registry.Support:
+    """`dx.support` of the family `name`."""
+    return dx.support(families.build(name))
+
+
+def _table(rows: list[list[str]]) -> str:
+    head = ["Pipeline", *(label[0].upper() + label[1:] for label in supported("sd").refusals)]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cells(name: str) -> tuple[str, ...]:
+    return tuple("yes" if reason is None else "no" for reason in supported(name).refusals.values())
+
+
+def short() -> str:
+    """A Markdown table with one row for all pipelines on which the same methods work."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in families.NAMES:
+        rows.setdefault(_cells(name), []).append(TITLES[name])
+    return _table([[", ".join(titles), *cells] for cells, titles in rows.items()])
+
+
+def full() -> str:
+    """A Markdown table with a row for every pipeline, and the reasons below it."""
+    rows = [[f"{TITLES[name]} (`{supported(name).pipeline}`)", *_cells(name)] for name in families.NAMES]
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for name in families.NAMES:
+        for label, reason in supported(name).refusals.items():
+            if reason is not None:
+                reasons.setdefault(label, {}).setdefault(reason, []).append(TITLES[name])
+    lines = []
+    for label, found in reasons.items():
+        lines += ["", f"**{label[0].upper() + label[1:]}** refuses", ""]
+        lines += [f"- {', '.join(titles)}: {_code(reason)}" for reason, titles in found.items()]
+    return _table(rows) + "\n".join(lines) + "\n"
+
+
+def _code(reason: str) -> str:
+    # Brackets and underscores would be read as Markdown.
+    return re.sub(
+        r"(\S*[_\[\]=(]\S*)",
+        lambda match: f"`{match[1].rstrip('.,:;')}`" + match[1][len(match[1].rstrip(".,:;")) :],
+        reason,
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {"README.md": short, "docs/support.md": full}
 _BETWEEN = re.compile(r"(<!-- support-matrix -->\n).*?(<!-- /support-matrix -->)", re.DOTALL)
 
 
-def matrix() -> str:
-    """A Markdown table: "yes" where the contract holds a method to a family, "no" where the method refuses it."""
-    # Here, as the tests import this module.
-    from tests.contract.test_contract import METHODS, PRODUCTS
-
-    columns = {method.title: method for method in (METHODS | PRODUCTS).values()}
-    lines = ["", *columns], ["---"] * (len(columns) + 1)
-    rows = [
-        [title, *("yes" if name in method.pipelines else "no" for method in columns.values())]
-        for name, title in TITLES.items()
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *rows]) + "\n"
-
-
-def replaced(page: str) -> str:
-    """A page with the present table between its markers."""
-    text, count = _BETWEEN.subn(lambda match: match[1] + matrix() + match[2], page)
+def replaced(page: str, table: str) -> str:
+    """A page with `table` between its markers."""
+    text, count = _BETWEEN.subn(lambda match: match[1] + table + match[2], page)
     if count != 1:
         raise ValueError(f"Expected one pair of support-matrix markers, found {count}.")
     return text
@@ -44,6 +114,7 @@ def replaced(page: str) -> str:
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
-        for name in PAGES:
-            (ROOT / name).write_text(replaced((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8")
-    print(matrix())
+        for name, make in PAGES.items():
+            text = (ROOT / name).read_text(encoding="utf-8")
+            (ROOT / name).write_text(replaced(text, make()), encoding="utf-8")
+    print(full())

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 import diffusers_ext as dx
 from diffusers_ext import GaussianStats, NPNetModel
-from diffusers_ext.core.images import decode_latents, encode_images, vae_of
+from diffusers_ext.core.autoencoders import decode_latents, vae_of
+from diffusers_ext.core.images import encode_images
 from diffusers_ext.core.pipeline import initial_noise, model_output
-from diffusers_ext.core.prompts import encode_prompts
+from diffusers_ext.core.prompts import embeddings_of, encode_prompts, recorded_encodings
 from diffusers_ext.teleport import prompt_map
-from diffusers_ext.teleport.prompt_map import PromptMap, features_of
+from diffusers_ext.teleport.prompt_map import PromptMap
 from diffusers_ext.teleport.sources import pipeline_samples
 from tests import families, tiny
 
@@ -176,9 +177,11 @@ def plain(name: str, guided: bool = True) -> Run:
 
 
 @functools.cache
-def embeddings(name: str, text: str) -> Any:
-    """What `encode_prompt` returns for a prompt as the first value, one row for each of the batch."""
-    return record(families.build(name), name, guided=False, prompt=[text] * BATCH).embeds
+def feature(name: str, text: str) -> Tensor:
+    """(E,), the mean of a prompt's embeddings, encoded alone."""
+    call = {**families.inputs(name, guided=False), "prompt": [text]}
+    pipe = families.build(name)
+    return embeddings_of(pipe, recorded_encodings(pipe, call)[0])[0].mean()[0]
 
 
 def doubled(pipe: Any, name: str) -> tuple[Run, Run]:
@@ -269,10 +272,22 @@ def differ(what: str, found: Tensor, expected: Tensor, tolerance: float = 1e-4) 
     )
 
 
+def in_grid(name: str, x: Tensor) -> Tensor:
+    """(B, *latents) → (B, C, H, W), or (B, C, T, H, W) for videos."""
+    x = x.movedim(families.FAMILIES[name].channels + 1, 1)
+    return x.squeeze(2) if families.FAMILIES[name].output != "frames" and x.ndim == 5 else x
+
+
+def out_of_grid(name: str, x: Tensor) -> Tensor:
+    """The inverse of `in_grid`."""
+    x = x.unsqueeze(2) if x.ndim <= len(families.latent_shape(name)) else x
+    return x.movedim(1, families.FAMILIES[name].channels + 1)
+
+
 @functools.cache
 def statistics(name: str) -> GaussianStats:
     """Random statistics of the family's latents."""
-    return tiny.gaussian(families.latent_shape(name), rank=6)
+    return tiny.gaussian(in_grid(name, torch.zeros(1, *families.latent_shape(name))).shape[1:], rank=6)
 
 
 def _apply_teleport(mean_from: str) -> Callable[[Any, str], Any]:
@@ -286,8 +301,8 @@ def _after_skipping(
     before, scheduler = plain(name, guided), pipe.scheduler
     start = before.shown[0] / input_scale(name, scheduler, before, 0)
     levels = [level(name, scheduler, before, i) for i in (0, SKIPPED)]
-    moved = statistics(name).transport(start, levels[0], levels[1], mean=mean)
-    expected = moved * input_scale(name, scheduler, before, SKIPPED)
+    moved = statistics(name).transport(in_grid(name, start), levels[0], levels[1], mean=mean)
+    expected = out_of_grid(name, moved) * input_scale(name, scheduler, before, SKIPPED)
     faults = differ("the input after the transport", run.shown[first], expected)
     time = before.times[SKIPPED * before.each_step]
     if abs(run.times[first] - time) > 1e-4 * abs(time):
@@ -317,7 +332,8 @@ def _first_call_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
         if run.times[i] != before.times[i]:
             faults.append(f"call {i} is shown the time {run.times[i]:g} instead of {before.times[i]:g}")
     x, start = before.steps[0][1], level(name, scheduler, before, 0)
-    mean = statistics(name).implied_mean(x, clean(name, scheduler, before), start)
+    implied = clean(name, scheduler, before)
+    mean = statistics(name).implied_mean(in_grid(name, x), in_grid(name, implied), start)
     # The first call makes no step of the wrapped scheduler.
     calls = before.each_step * (STEPS - SKIPPED + 1)
     if len(run.shown) != calls:
@@ -329,9 +345,9 @@ def _first_call_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
 def mean_map(name: str) -> PromptMap:
     """A random map from the family's prompt embeddings to means of its latents."""
     draw = torch.Generator().manual_seed(5)
-    rows = plain(name).embeds
-    rows = torch.zeros(BATCH, 1, 4) if rows is None or isinstance(rows, list) else rows
-    sizes = features_of(rows).shape[1], torch.Size(families.latent_shape(name)).numel()
+    # Without embeddings, the method is refused.
+    features = 4 if plain(name).embeds is None else feature(name, "a").numel()
+    sizes = features, statistics(name).mean.numel()
     components, _ = torch.linalg.qr(torch.randn(sizes[0], 4, generator=draw))
     weights = 3 * torch.randn(4, sizes[1], generator=draw)
     return PromptMap(torch.zeros(sizes[0]), components, weights, torch.zeros(sizes[1]), 0.5)
@@ -345,15 +361,16 @@ def _apply_prompt_map(pipe: Any, name: str) -> Any:
 def _prompt_map_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
     family, call = families.FAMILIES[name], families.inputs(name, BATCH, guided=guided)
 
-    def means(embeds: Any) -> Tensor:
-        return mean_map(name)(features_of(embeds)).reshape(-1, *family.latents)
+    def means(texts: list[str]) -> Tensor:
+        features = torch.stack([feature(name, text) for text in texts])
+        return mean_map(name)(features).reshape(-1, *statistics(name).shape)
 
     def guided_mean(negative: str) -> Tensor:
         weight = call[str(family.guidance)] + 1 - family.free_at
-        away = means(embeddings(name, negative))
+        away = means([negative])
         return away + weight * (mean - away)
 
-    mean = means(plain(name, guided).embeds[:BATCH])
+    mean = means(call["prompt"])
     classifier_free = guided and family.free_at is not None
     if classifier_free and "negative_prompt" in call:
         return _teleport_faults(name, pipe, run, guided, guided_mean(call["negative_prompt"][0]))
@@ -380,6 +397,23 @@ def noise_network(name: str) -> NPNetModel:
     return model.eval()
 
 
+@functools.cache
+def tokens(name: str, number: int, guided: bool) -> Tensor:
+    """(1, tokens, width): the embeddings of one prompt that is alone in its batch, without padding that is masked."""
+    pipe, found = families.build(name), []
+    encode = pipe.encode_prompt
+
+    @functools.wraps(encode)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found.append(encode(*args, **kwargs))
+        return found[-1]
+
+    vars(pipe)["encode_prompt"] = watched
+    families.images(pipe, name, 1, steps=1, first=number, guided=guided)
+    prompt = embeddings_of(pipe, found[0])[0]
+    return prompt.embeds[:1] if prompt.mask is None else prompt.embeds[:1, prompt.mask[0]]
+
+
 def _apply_golden_noise(pipe: Any, name: str) -> Any:
     return dx.apply_golden_noise(pipe, noise_network(name))
 
@@ -389,9 +423,14 @@ def _golden_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
     scale = input_scale(name, scheduler, before, 0)
     if scale != 1:
         scale *= float(scheduler.init_noise_sigma)
+    axis = families.FAMILIES[name].channels + 1
+    noise = before.shown[0].movedim(axis, 1) / scale
+    # Images have no axis of frames for the network.
+    rows = noise.squeeze(2) if noise.ndim == 5 else noise
     with torch.no_grad():
-        golden = noise_network(name)(before.shown[0] / scale, before.embeds[:BATCH]).sample
-    return differ("the first input", run.shown[0], golden * scale)
+        golden = [noise_network(name)(rows[i : i + 1], tokens(name, i, guided)).sample for i in range(BATCH)]
+    expected = torch.cat(golden).reshape(noise.shape).movedim(1, axis)
+    return differ("the first input", run.shown[0], expected * scale)
 
 
 _LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "to_query", "to_key", "to_value", "to_qkv_mlp_proj", "qkv")
@@ -566,6 +605,17 @@ def _encode_prompts(name: str, pipe: Any) -> Faults:
     return differ("the images of encoded prompts", given, wanted)
 
 
+def _grid(name: str, x: Tensor) -> Tensor:
+    """(B, *latents) → (B, C, H, W), or (B, C, T, H, W) of a video."""
+    x = x.movedim(families.FAMILIES[name].channels + 1, 1)
+    return x.squeeze(2) if x.ndim == 5 and x.shape[2] == 1 else x
+
+
+def _one(name: str, x: Tensor) -> Tensor:
+    """Latents in the layout of `latents=` → (B, *latents)."""
+    return x if families.FAMILIES[name].given == "unpacked" else one_latent_an_image(name, x, BATCH)
+
+
 def _initial_noise(name: str, pipe: Any) -> Faults:
     """The noise is what the call starts from, and the call starts from it when it is passed as `latents=`."""
     found = initial_noise(pipe, _call(name))
@@ -573,7 +623,7 @@ def _initial_noise(name: str, pipe: Any) -> Faults:
     faults = (
         [] if families.FAMILIES[name].starts_from_noise else ["the image is part of what is called noise"]
     )
-    faults += differ("the noise", one_latent_an_image(name, found, BATCH), noise)
+    faults += differ("the noise", _one(name, found), noise)
     again = record(pipe, name, latents=found)
     return faults + differ("the first input with latents=noise", again.shown[0], plain(name).shown[0])
 
@@ -583,7 +633,7 @@ def _model_output(name: str, pipe: Any) -> Faults:
     run, unpacked = plain(name), families.FAMILIES[name].given == "unpacked"
     latents = _noise(name, pipe, run.steps[0][1] if unpacked else run.first)
     found = model_output(pipe, latents, _call(name))
-    return differ("the model's output", one_latent_an_image(name, found, BATCH), run.steps[0][0])
+    return differ("the model's output", _one(name, found), run.steps[0][0])
 
 
 def _pipeline_samples(name: str, pipe: Any) -> Faults:
@@ -592,10 +642,7 @@ def _pipeline_samples(name: str, pipe: Any) -> Faults:
     options = {key: value for key, value in call.items() if key not in ("prompt", "generator", "batch_size")}
     prompts = call.get("prompt")
     batch = next(iter(pipeline_samples(pipe, BATCH, batch_size=BATCH, prompts=prompts, seed=7, **options)))
-    found = batch[0] if prompts else batch
-    wanted = plain(name).end
-    if found.ndim == 3:
-        found = one_latent_an_image(name, found, BATCH)
+    found, wanted = batch[0] if prompts else batch, _grid(name, plain(name).end)
     if found.shape != wanted.shape:
         return [f"the samples have shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"]
     # Pipelines that work on pixels clip them.
@@ -603,17 +650,16 @@ def _pipeline_samples(name: str, pipe: Any) -> Faults:
 
 
 def _encode_images(name: str, pipe: Any) -> Faults:
-    """The scale of encoded images is the one that the pipeline itself undoes before it decodes."""
-    latents = encode_images(pipe, torch.rand(BATCH, 3, *plain(name).images.shape[-2:]))
-    end = plain(name).end.movedim(families.FAMILIES[name].channels + 1, 1)
-    end = end.squeeze(2) if end.ndim == 5 else end
-    if latents.shape != end.shape:
-        return [f"the latents have shape {tuple(latents.shape)} instead of {tuple(end.shape)}"]
-    vae = vae_of(pipe)
-    if vae is None:
+    """Encoded images have the shape of the pipeline's latents, and the scale that it undoes before it decodes."""
+    end, images = _grid(name, plain(name).end), plain(name).images
+    latents = encode_images(pipe, torch.rand(BATCH, 3, *images.shape[-2:]))
+    expected = end[:, :, :1] if end.ndim == 5 else end
+    if latents.shape != expected.shape:
+        return [f"the latents have shape {tuple(latents.shape)} instead of {tuple(expected.shape)}"]
+    if vae_of(pipe) is None:
         return []
-    decoded = (decode_latents(vae, end) / 2 + 0.5).clamp(0, 1)
-    return differ("decoded latents", decoded, plain(name).images)
+    decoded = (decode_latents(pipe, end) / 2 + 0.5).clamp(0, 1)
+    return differ("decoded latents", decoded.movedim(1, 2) if end.ndim == 5 else decoded, images)
 
 
 HELPERS: dict[str, Callable[[str, Any], Faults]] = {

@@ -25,13 +25,12 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.sign.teacher import untrained_projector
 from tests import tiny
-from tests.contract import matrix
 from tests.teleport.test_prompt_map import mapped
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the contract, which is a column of the support matrix (`tests/contract/matrix.py`).
+    """One row of the contract.
 
     Attributes:
         title: of the column; rows of one title share it.
@@ -128,7 +127,7 @@ class Product:
     """A method that makes another pipeline of one instead of changing it.
 
     Attributes:
-        title: of its column in the support matrix.
+        title: its name in the tests.
         make: the new pipeline, untrained; ValueError where it cannot be made.
         pipelines: the `tiny` names of which it can be made.
     """
@@ -489,7 +488,7 @@ def test_methods_stack_and_come_off_in_any_order(
     assert not {"encode_prompt", "prepare_latents", "check_inputs"} & vars(pipe).keys()
 
 
-# --- the support matrix ---
+# --- other families ---
 
 REFUSED = [(METHODS[m], name) for m in METHODS for name in tiny.NAMES if name not in METHODS[m].pipelines]
 
@@ -519,9 +518,3 @@ def test_pipelines_made_of_a_family(product: Product, name: str) -> None:
     call = {"prompt": "a aaa"} if "prompt" in tiny.inputs(name) else {"batch_size": 1}
     images = made(**call, num_inference_steps=2, generator=tiny.generators(1)[0], output_type="pt").images
     assert torch.isfinite(images).all()
-
-
-@pytest.mark.parametrize("page", matrix.PAGES)
-def test_the_pages_show_this_matrix(page: str) -> None:
-    text = (matrix.ROOT / page).read_text(encoding="utf-8")
-    assert matrix.replaced(text) == text, "python -m tests.contract.matrix --write"

@@ -26,48 +26,32 @@ REFUSED, IN_CALL = "refused", "refused in the call"
 
 # Cells that do not work, by method. Crashes and wrong results are failures that are known, with their reasons.
 _TELEPORT: dict[str, str | tuple[str, str]] = {
-    "sdxl-img2img": IN_CALL,  # it starts from an image
+    "sdxl-img2img": REFUSED,  # it starts from an image
     "lcm": REFUSED,  # its scheduler
-    "flux2": IN_CALL,  # a token for each position
-    "flux2-klein": IN_CALL,
-    "ltx": IN_CALL,
-    "cogvideox": REFUSED,  # its scheduler
-}
-_BEFORE_FIRST_CALL = {
-    **_TELEPORT,
-    "zimage": IN_CALL,  # its time runs from 0 to 1
-    "lumina2": IN_CALL,
-    "wan22": IN_CALL,  # the second network has no hook
-    "dit": IN_CALL,  # it copies the latents
+    "modular-flux": REFUSED,  # packed latents, of which nothing tells the size
 }
 _NO_PROMPT = dict.fromkeys(("dit", "ldm", "ddpm", "modular-sdxl", "modular-flux"), REFUSED)
 KNOWN: dict[str, dict[str, str | tuple[str, str]]] = {
-    "teleport": _BEFORE_FIRST_CALL,
+    "teleport": _TELEPORT,
     "teleport-first-call": _TELEPORT,
     "teleport-prompt-map": {
-        **_BEFORE_FIRST_CALL,
+        **_TELEPORT,
         **_NO_PROMPT,
-        # Guided calls, of which the scale is not known to others.
-        **dict.fromkeys(("flux", "flux-schnell", "qwen", "kandinsky5", "pixart", "auraflow"), IN_CALL),
-        "zimage": REFUSED,  # it has no check_inputs, and a list of embeddings
+        # They rescale guided outputs, Lumina 2 by default; see tests/teleport/test_guidance.py for other calls.
+        **dict.fromkeys(("qwen", "lumina2"), IN_CALL),
     },
     "golden-noise": {
         **_NO_PROMPT,
-        "sdxl-img2img": REFUSED,
-        # Channels that are not the second axis, or more than two other axes.
-        **dict.fromkeys(("flux2", "flux2-klein", "kandinsky5", "wan", "wan22", "cogvideox"), IN_CALL),
-        "qwen": ("wrong", "the network sees the padding, so an image depends on the others' prompts"),
-        "zimage": IN_CALL,  # a list of embeddings
-        "ltx": IN_CALL,  # packed latents of videos
+        "sdxl-img2img": REFUSED,  # it starts from an image
+        **dict.fromkeys(("wan", "wan22", "ltx", "cogvideox"), REFUSED),  # videos
     },
     "smooth-lora": {
         **dict.fromkeys(("pixart", "hunyuan-dit", "dit", "ddpm"), REFUSED),  # diffusers loads no LoRA there
         "wan22": REFUSED,  # it has two networks
     },
 }
-_NO_VAE_FACTS = "crashes", "the autoencoder is none of pictures, or its config has other keys"
-_NO_METHOD = "crashes", "the pipeline has no prepare_latents"
-_NO_LATENTS = "crashes", "the call has no latents="
+_FROM_IMAGE = {"sdxl-img2img": REFUSED}
+_NO_NOISE = dict.fromkeys(_NO_PROMPT, REFUSED)  # they have no prepare_latents
 KNOWN |= {
     "encode_prompts": {
         **dict.fromkeys(_NO_PROMPT, REFUSED),
@@ -77,29 +61,10 @@ KNOWN |= {
         ),
         **dict.fromkeys(("auraflow", "chroma", "kandinsky5", "ltx", "zimage"), REFUSED),
     },
-    "initial_noise": {
-        **dict.fromkeys(_NO_PROMPT, _NO_METHOD),
-        **dict.fromkeys(("flux2", "flux2-klein"), ("crashes", "latents= takes another layout than the loop")),
-        "sdxl-img2img": ("wrong", "the noised image is called noise"),
-    },
-    "model_output": {
-        "dit": _NO_LATENTS,
-        "ddpm": _NO_LATENTS,
-        "sdxl-img2img": ("wrong", "the latents are taken for noise at the highest level"),
-    },
-    "pipeline_samples": {
-        **dict.fromkeys(("dit", "modular-sdxl", "modular-flux"), REFUSED),
-        "flux2-klein": (
-            "wrong",
-            'output_type="latent" is in the scale of the autoencoder, unlike the denoiser\'s',
-        ),
-        "ldm": ("wrong", "its autoencoder is called vqvae, so pixels are taken for latents"),
-    },
-    "encode_images": {
-        **dict.fromkeys(("flux2", "flux2-klein", "ldm", "modular-sdxl", "modular-flux"), REFUSED),
-        **dict.fromkeys(("qwen", "sana", "wan", "wan22", "ltx", "cogvideox"), _NO_VAE_FACTS),
-        "kandinsky5": ("wrong", "the pipeline ignores the shift of its autoencoder's config"),
-    },
+    "initial_noise": {**_NO_NOISE, **_FROM_IMAGE},
+    "model_output": {**_NO_NOISE, **_FROM_IMAGE},
+    "pipeline_samples": dict.fromkeys(("dit", "modular-sdxl", "modular-flux"), REFUSED),
+    "encode_images": dict.fromkeys(("modular-sdxl", "modular-flux"), REFUSED),
 }
 
 

@@ -11,14 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 import diffusers_ext as dx
-from diffusers_ext.core.images import (
-    as_tensor,
-    decode_latents,
-    encode_images,
-    encode_pixels,
-    prepare_image,
-    save_grid,
-)
+from diffusers_ext.core.autoencoders import decode_latents, encode_pixels
+from diffusers_ext.core.images import as_tensor, encode_images, prepare_image, save_grid
 from tests import tiny
 
 

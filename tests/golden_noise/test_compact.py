@@ -62,6 +62,54 @@ def test_every_token_and_its_place_count() -> None:
     assert not torch.allclose(model(noise, text.flip(1)).sample, model(noise, text).sample, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_has_no_effect(side: str, dtype: torch.dtype) -> None:
+    """A prompt of four tokens in a batch with one of six is the prompt alone."""
+    model = build().to(dtype)
+    noise, text = (x.to(dtype) for x in inputs(2, 4, 6, 6))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    short = slice(0, 4) if side == "right" else slice(2, 6)
+    mask[1] = False
+    mask[1, short] = True
+    batch = model(noise, text, mask).sample
+    alone = torch.cat([model(noise[:1], text[:1]).sample, model(noise[1:], text[1:, short]).sample])
+    # Rounding of values up to 5: another number of tokens may take another matrix kernel.
+    assert torch.allclose(batch, alone, atol=1e-5 if dtype == torch.float32 else 0.1)
+    other = text.clone()
+    other[~mask] = 7.0
+    assert torch.equal(model(noise, other, mask).sample, batch)
+    assert not torch.allclose(model(noise, other).sample[1], batch[1], atol=0.2)
+
+
+def test_a_mask_without_padding_is_none() -> None:
+    model = build()
+    noise, text = inputs(2, 4, 6, 6)
+    assert torch.equal(
+        model(noise, text, torch.ones(2, 6, dtype=torch.bool)).sample, model(noise, text).sample
+    )
+
+
+def test_gradients_do_not_reach_the_padding() -> None:
+    model = build().requires_grad_(True)
+    model.enable_gradient_checkpointing()
+    noise, text = inputs(2, 4, 6, 6)
+    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    text.requires_grad_(True)
+    model(noise, text, mask).sample.square().mean().backward()
+    assert not text.grad[~mask].any()
+    assert text.grad[mask].any(1).all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6), torch.tensor([[True] * 6, [False] * 6])],
+)
+def test_wrong_masks_are_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"encoder_attention_mask \(2, 6\) bool with True in every row"):
+        build()(*inputs(2, 4, 6, 6), mask)
+
+
 def test_the_same_patch_elsewhere_is_changed_otherwise() -> None:
     golden = build()(torch.zeros(1, 4, 12, 12), inputs(1, 4, 1, 1)[1]).sample
     assert not torch.allclose(golden[..., :6], golden[..., 6:], atol=1e-3)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import diffusers_ext as dx
-from tests import tiny
+from tests import families, tiny
+from tests.contract.probe import noise_network
 
 NAMES = ("sd", "sdxl", "sd3", "flux")
 
@@ -93,7 +94,7 @@ def test_refusals_leave_nothing_behind() -> None:
     wrong: Any = "path/to/npnet"
     with pytest.raises(ValueError, match="npnet must be an NPNetModel, got str"):
         dx.apply_golden_noise(pipe, wrong)
-    with pytest.raises(ValueError, match="DDPMPipeline has no encode_prompt and no prepare_latents"):
+    with pytest.raises(ValueError, match="DDPMPipeline has no encode_prompt"):
         dx.apply_golden_noise(tiny.build("ddpm"), npnet)
     image_to_image = diffusers.StableDiffusionImg2ImgPipeline(
         **pipe.components, requires_safety_checker=False
@@ -114,6 +115,58 @@ def test_refusals_leave_nothing_behind() -> None:
     with pytest.raises(ValueError, match="values that are not finite"):
         dx.golden_latents(pipe, npnet, **call_of("sd"))
     assert not {"encode_prompt", "prepare_latents", "check_inputs"} & vars(pipe).keys()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nothing_of_a_call_is_kept(interrupted: bool, monkeypatch: Any) -> None:
+    pipe = dx.apply_golden_noise(tiny.build("sd"), tiny.npnet("sd"))
+    expected = tiny.images(pipe, "sd", 2)
+    reader = vars(pipe)["_golden_noise"].reader
+    if interrupted:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe.unet, "forward", lambda *args, **kwargs: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tiny.images(pipe, "sd", prompt=["zzz"])
+    assert reader.prompt is reader._call is None
+    assert reader.arguments == {}
+    assert torch.equal(tiny.images(pipe, "sd", 2), expected)
+
+
+def test_methods_called_outside_of_a_call_are_refused() -> None:
+    pipe = dx.apply_golden_noise(tiny.build("sd"), tiny.npnet("sd"))
+    tiny.images(pipe, "sd")
+    pipe.encode_prompt(["a"], "cpu", 1, False)
+    drawn = (1, 4, 8, 8, torch.float32, "cpu", torch.Generator())
+    with pytest.raises(ValueError, match="drew its noise before it encoded a prompt"):
+        pipe.prepare_latents(*drawn)
+    assert torch.equal(pipe.prepare_latents(*drawn, torch.ones(1, 4, 8, 8)).std(), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("trained", [{"clip_skip": 1}, {"clip_skip": None}])
+def test_calls_that_encode_prompts_otherwise_than_training_are_refused(trained: dict[str, Any]) -> None:
+    npnet = tiny.npnet("sdxl")
+    npnet.register_to_config(prompt_options=trained)
+    pipe = dx.apply_golden_noise(tiny.build("sdxl"), npnet)
+    other = {"clip_skip": None if trained["clip_skip"] else 1}
+    tiny.images(pipe, "sdxl", **trained)
+    tiny.images(pipe, "sdxl", **other, latents=torch.zeros(1, 4, 8, 8))
+    shown = f"clip_skip={trained['clip_skip']} there, {other['clip_skip']} here"
+    with pytest.raises(ValueError, match=f"{shown}. Call the pipeline with clip_skip={trained['clip_skip']}"):
+        tiny.images(pipe, "sdxl", **other)
+    dx.remove_golden_noise(pipe)
+    with pytest.raises(ValueError, match=shown):
+        dx.golden_latents(pipe, npnet, **call_of("sdxl"), **other)
+
+
+def test_options_that_are_tuples_come_back_from_a_config(tmp_path: Any) -> None:
+    network: Any = noise_network("flux2-klein")
+    network = dx.NPNetModel(**{**network.config, "prompt_options": {"text_encoder_out_layers": (9, 18, 27)}})
+    network.save_pretrained(tmp_path)
+    network = dx.NPNetModel.from_pretrained(tmp_path)
+    pipe = dx.apply_golden_noise(families.build("flux2-klein"), network)
+    families.images(pipe, "flux2-klein")
+    with pytest.raises(ValueError, match=r"text_encoder_out_layers=\[9, 18, 27\] there, \[9, 18, 26\] here"):
+        families.images(pipe, "flux2-klein", text_encoder_out_layers=(9, 18, 26))
 
 
 def test_a_network_in_half_precision_with_a_full_pipeline() -> None:

@@ -233,3 +233,11 @@ def test_components_of_a_classic_repository(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(start(pipe), start(modular(golden_noise_blocks(), network())))
     assert call(pipe).shape == (BATCH, 3, 8, 8)
+
+
+def test_a_call_with_another_clip_skip_than_in_training_is_refused() -> None:
+    pipe = modular(golden_noise_blocks(), network(prompt_options={"clip_skip": 1}))
+    call(pipe, clip_skip=1)
+    call(pipe, golden_strength=0.0)
+    with pytest.raises(ValueError, match="clip_skip=1 there, None here"):
+        call(pipe)

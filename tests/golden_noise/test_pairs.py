@@ -18,7 +18,7 @@ from diffusers_ext.golden_noise.pairs import (
     describe_model,
     read_summary,
 )
-from tests import tiny
+from tests import families, tiny
 
 PROMPTS = ["a aaa", "a bbb", "a ccc"]
 SETTINGS = PairSettings(
@@ -66,32 +66,39 @@ def test_pairs_are_re_denoised_noise_with_their_prompts(folder: Path) -> None:
     assert abs(float(pairs.noise.float().std()) - 1) < 0.05
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+# Pipelines with other layouts of the latents are in test_families.py.
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_other_pipelines(name: str, tmp_path: Path) -> None:
     pipe = tiny.build(name)
-    if name == "flux":
-        # It has no text encoder here; the prompts are then only names.
-        embeds = tiny.flux_prompt(2, guided=False)
-        pipe.encode_prompt = lambda *args, **kwargs: (
-            embeds["prompt_embeds"],
-            embeds["pooled_prompt_embeds"],
-            torch.zeros(4, 3),
-        )
     collect(tmp_path, pipe, count=2)
     pairs = NoisePairs.load(tmp_path)
     assert pairs.noise.shape == (2, *tiny.LATENT_SHAPES[name])
     assert not torch.equal(pairs.noise, pairs.golden)
-    if name == "flux":
-        golden = dx.redenoise(
-            pipe,
-            pipe._pack_latents(pairs.noise.float(), 2, 4, 8, 8),
-            num_inference_steps=4,
-            guidance_scale=4.0,
-            prompt=pairs.prompts,
-            height=8,
-            width=8,
-        )
-        assert torch.allclose(pipe._pack_latents(pairs.golden.float(), 2, 4, 8, 8), golden, atol=2e-3)
+
+
+def test_the_arguments_of_the_call_are_recorded(tmp_path: Path) -> None:
+    collect(tmp_path / "one", tiny.build("sdxl"), count=2, clip_skip=1)
+    collect(tmp_path / "other", tiny.build("sdxl"), count=2)
+    assert ShardStore.recipe_of(tmp_path / "one")["call"] == {"clip_skip": 1, "height": 8, "width": 8}
+    one, other = (NoisePairs.load(tmp_path / name) for name in ("one", "other"))
+    assert torch.equal(one.noise, other.noise)
+    assert not torch.allclose(one.golden, other.golden, atol=1e-3)
+    with pytest.raises(ValueError, match="sigmas is a Tensor, which the recipe of the pairs cannot hold"):
+        collect(tmp_path / "third", sigmas=torch.ones(2))
+
+
+def test_pairs_belong_to_a_text_encoder(tmp_path: Path) -> None:
+    collect(tmp_path, count=2)
+    pipe = tiny.build("sd")
+    pipe.text_encoder = tiny.build("sd", seed=1).text_encoder
+    with pytest.raises(ValueError, match="model"):
+        collect(tmp_path, pipe, count=2)
+
+
+def test_pipelines_that_golden_noise_does_not_work_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="makes videos"):
+        collect(tmp_path, families.build("wan"))
+    assert not list(tmp_path.iterdir())
 
 
 def shard(folder: Path, number: int) -> Path:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import diffusers_ext as dx
 from diffusers_ext import cli
 from diffusers_ext.golden_noise.swin import SwinTiny
+from tests import families
 
 CHANNELS, SIZE, TEXT, TOKENS = 4, 16, 6, 77
 SIDE = CHANNELS * SIZE // 2  # of the matrix that is decomposed
@@ -336,6 +337,26 @@ def test_rows_are_conditioned_one_by_one_and_the_residual_has_seven_rows(file: P
     assert not torch.allclose(other[1], batch[1], atol=0.1)
     for image in model.released.unet_embedding(noise):
         assert [len(torch.unique(channel, dim=0)) for channel in image] == [7] * CHANNELS
+
+
+@torch.no_grad()
+def test_hunyuan_dit_gives_the_padding_as_it_is_encoded() -> None:
+    """As the released code does, although the text encoder of HunyuanDiT returns a mask."""
+    pipe = families.build("hunyuan-dit")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = dx.NPNetModel(text_dim=32, legacy=True, sample_size=8).eval()
+    for scalar in (model.released.alpha, model.released.beta):
+        scalar.fill_(1.0)
+    call = {**families.inputs("hunyuan-dit", 2), "generator": families.generators(2)}
+    del call["output_type"]
+    encoded, _, mask, _ = pipe.encode_prompt(call["prompt"], do_classifier_free_guidance=True)
+    assert not mask.all()
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in families.generators(2)])
+    golden = model(noise, encoded).sample
+    assert torch.allclose(dx.golden_latents(pipe, model, **call), golden, atol=1e-5)
+    assert torch.equal(model(noise, encoded, mask.bool()).sample, golden)
+    assert not torch.allclose(model(noise, encoded * mask[..., None]).sample, golden, atol=1e-2)
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path) -> None:

@@ -104,36 +104,33 @@ def test_stable_diffusion_with_other_schedulers(make: Any) -> None:
     assert torch.equal(tiny.images(dx.remove_teleport(pipe), "sd", 2), plain)
 
 
-@pytest.mark.parametrize("make", [diffusers.EulerDiscreteScheduler, diffusers.DDIMScheduler])
-def test_image_to_image_is_refused(make: Any) -> None:
-    base = tiny.build("sd")
-    base.scheduler = make.from_config(base.scheduler.config)
-    pipe = diffusers.StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    call = {"image": torch.rand(1, 3, 8, 8), "strength": 0.5, "height": None, "width": None}
-
-    def run() -> torch.Tensor:
-        inputs = {key: value for key, value in tiny.inputs("sd").items() if key not in ("height", "width")}
-        given = {key: value for key, value in call.items() if value is not None}
-        return pipe(**inputs, **given, generator=tiny.generators(1)).images
-
-    plain = run()
-    for mean_from in ("stats", "first_call"):
-        dx.apply_teleport(pipe, LATENTS["sd"], 0.4, mean_from=mean_from)
-        with pytest.raises(ValueError, match="pure noise"):
-            run()
-        dx.remove_teleport(pipe)
-    dx.apply_teleport(pipe, LATENTS["sd"], 0.0)
-    assert torch.equal(run(), plain)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sd", diffusers.StableDiffusionImg2ImgPipeline),
+        ("sd", diffusers.StableDiffusionInpaintPipeline),
+        ("sd3", diffusers.StableDiffusion3Img2ImgPipeline),
+    ],
+)
+@pytest.mark.parametrize("mean_from", ["stats", "first_call"])
+def test_image_to_image_is_refused_by_apply(name: str, kind: Any, mean_from: str) -> None:
+    more = {"requires_safety_checker": False} if name == "sd" else {}
+    pipe = kind(**tiny.build(name).components, **more)
+    scheduler, attributes = pipe.scheduler, set(vars(pipe))
+    with pytest.raises(ValueError, match=f"{kind.__name__} starts from an image.*text-to-image"):
+        dx.apply_teleport(pipe, LATENTS[name], 0.4, mean_from=mean_from)
+    assert pipe.scheduler is scheduler
+    assert set(vars(pipe)) == attributes
 
 
-def test_sd3_image_to_image_is_refused() -> None:
-    base = tiny.build("sd3")
-    pipe = diffusers.StableDiffusion3Img2ImgPipeline(**base.components)
-    pipe.set_progress_bar_config(disable=True)
-    dx.apply_teleport(pipe, LATENTS["sd3"], 0.4)
+def test_image_to_image_with_a_scheduler_set_by_hand_is_refused_in_the_call() -> None:
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        **tiny.build("sd").components, requires_safety_checker=False
+    )
+    pipe.scheduler = dx.TeleportScheduler.from_scheduler(pipe.scheduler, LATENTS["sd"], 0.4)
+    inputs = {key: value for key, value in tiny.inputs("sd").items() if key not in ("height", "width")}
     with pytest.raises(ValueError, match="pure noise"):
-        pipe(**tiny.inputs("sd3"), image=torch.rand(1, 3, 8, 8), strength=0.5)
+        pipe(**inputs, image=torch.rand(1, 3, 8, 8), strength=0.5)
 
 
 def test_prompt_means_in_a_pipeline() -> None:
@@ -144,14 +141,6 @@ def test_prompt_means_in_a_pipeline() -> None:
     told = tiny.images(pipe, "sd", 2)
     assert torch.allclose(told[0], usual[0], atol=1e-5)
     assert not torch.allclose(told[1], usual[1], atol=1e-2)
-
-
-def test_flux_statistics_on_packed_latents() -> None:
-    pipe = dx.apply_teleport(tiny.build("flux"), tiny.gaussian((16, 16), rank=6), 0.4)
-    assert torch.isfinite(tiny.images(pipe, "flux", 2)).all()
-    wrong = dx.apply_teleport(tiny.build("flux"), tiny.gaussian((4, 4, 4), rank=6), 0.4)
-    with pytest.raises(ValueError, match="fitted on"):
-        tiny.images(wrong, "flux")
 
 
 def test_a_deep_copied_pipeline() -> None:

@@ -1,6 +1,7 @@
 """The prompt's mean from its embeddings: the regression, what it costs a pipeline, and how it is taken off."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 import diffusers_ext as dx
+from diffusers_ext.core.prompts import PromptEmbeds
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
 from diffusers_ext.teleport.prompts import prompt_features
-from tests import families, tiny
+from tests import tiny
 
 PROMPTS = [a + b for a in "abcde" for b in ("", "f", "g", "h")]
 SHAPE = (4, 8, 8)
@@ -75,10 +77,18 @@ def test_noise_is_refused():
         PromptMap.fit(features[:2], features[:2], torch.ones(2))
 
 
-def test_long_embeddings_are_averaged():
-    short, long = torch.randn(2, 77, 768), torch.randn(2, 512, 4096)
-    assert features_of(short).shape == (2, 77 * 768)
-    torch.testing.assert_close(features_of(long), long.mean(1))
+def test_embeddings_are_flattened_only_if_every_prompt_has_as_many_tokens():
+    pipe = SimpleNamespace(tokenizer=SimpleNamespace(model_max_length=77))
+    short, long = PromptEmbeds(torch.randn(2, 77, 768)), PromptEmbeds(torch.randn(2, 77, 2048))
+    assert torch.equal(features_of(pipe, short), short.embeds.flatten(1))
+    torch.testing.assert_close(features_of(pipe, long), long.embeds.mean(1))
+    # CogView4 pads to the next multiple of 16; others tell their padding.
+    some = PromptEmbeds(torch.randn(2, 16, 768))
+    torch.testing.assert_close(features_of(pipe, some), some.embeds.mean(1))
+    mask = torch.arange(77) < torch.tensor([[5], [77]])
+    masked = PromptEmbeds(short.embeds * mask[..., None], mask)
+    torch.testing.assert_close(features_of(pipe, masked)[0], short.embeds[0, :5].mean(0))
+    torch.testing.assert_close(features_of(pipe, masked)[1], short.embeds[1].mean(0))
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
@@ -97,8 +107,7 @@ def test_the_hook_gives_each_prompt_its_mean_and_leaves_without_a_trace(name: st
     inputs = tiny.inputs(name)
     prompts = [inputs["prompt"]] if isinstance(inputs["prompt"], str) else inputs["prompt"]
     mean = stats.prompt_mean(prompt_features(pipe, prompts))
-    guided = getattr(pipe, "do_classifier_free_guidance", False) and stats.unconditional is not None
-    pipe.scheduler.set_mean(mean, pipe.guidance_scale if guided else 1.0)
+    pipe.scheduler.set_mean(mean, inputs["guidance_scale"] if stats.unconditional is not None else 1.0)
     torch.testing.assert_close(tiny.images(pipe, name), with_it, atol=1e-5, rtol=0)
 
 
@@ -142,43 +151,6 @@ def test_prompts_encoded_outside_of_a_call_change_nothing():
     pipe.encode_prompt("another", "cpu", 1, False)
     assert torch.equal(pipe.scheduler._mean, used)
     assert torch.equal(tiny.images(pipe, "sd"), plain)
-
-
-class _OffAtZero(diffusers.StableDiffusionPipeline):
-    """Guides as c + w(c − u), like Z-Image and Krea 2."""
-
-    @property
-    def do_classifier_free_guidance(self):
-        return self._guidance_scale > 0
-
-
-def test_guidance_that_is_off_at_zero_is_followed():
-    pipe = _OffAtZero(**tiny.build("sd").components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    stats = mapped(pipe)
-    dx.apply_teleport(pipe, stats, skip=0.5)
-    call = {"num_inference_steps": 4, "height": 8, "width": 8, "output_type": "pt", "guidance_scale": 2.0}
-    pipe("a", negative_prompt="b", generator=torch.Generator().manual_seed(0), **call)
-    positive, negative = stats.prompt_mean(prompt_features(pipe, ["a", "b"]))
-    assert pipe._guidance_scale == 2.0
-    torch.testing.assert_close(
-        pipe.scheduler._mean[0], positive + 2 * (positive - negative), atol=1e-4, rtol=1e-4
-    )
-
-
-def test_guidance_that_a_pipeline_does_not_tell_is_refused():
-    pipe = families.build("flux")
-    length = families.inputs("flux")["max_sequence_length"]
-    embeds = pipe.encode_prompt("a", None, max_sequence_length=length)[0]
-    shape = families.latent_shape("flux")
-    features, size = embeds.numel(), torch.Size(shape).numel()
-    found = PromptMap(
-        torch.zeros(features), torch.zeros(features, 1), torch.zeros(1, size), torch.zeros(size), 0.5
-    )
-    dx.apply_teleport(pipe, dataclasses.replace(tiny.gaussian(shape), prompt_map=found), skip=0.4)
-    assert torch.isfinite(families.images(pipe, "flux", steps=5, guided=False)).all()
-    with pytest.raises(ValueError, match="FluxPipeline does not tell the scale"):
-        families.images(pipe, "flux", steps=5)
 
 
 def test_saved_and_loaded(tmp_path):

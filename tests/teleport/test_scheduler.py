@@ -31,6 +31,9 @@ DETERMINISTIC: dict[str, Callable[[], Any]] = {
     "ddim-v-zero-snr": lambda: diffusers.DDIMScheduler(
         **UNCLIPPED, **V, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     ),
+    "cogvideox-v-zero-snr": lambda: diffusers.CogVideoXDDIMScheduler(
+        **V, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
     "ddim-sample": lambda: diffusers.DDIMScheduler(**UNCLIPPED, prediction_type="sample"),
     "pndm": lambda: diffusers.PNDMScheduler(**VP, skip_prk_steps=True),
     "pndm-runge-kutta": lambda: diffusers.PNDMScheduler(**VP),
@@ -284,25 +287,48 @@ def test_half_precision(name: str, dtype: torch.dtype, stats: Any, noise: Tensor
 
 
 @pytest.mark.parametrize("mean_from", ["stats", "first_call"])
-def test_packed_latents(mean_from: str, noise: Tensor) -> None:
-    stats = tiny.gaussian(SHAPE)
-    plain, packed = wrap("flow-euler", stats), wrap("flow-euler", stats)
-    means = torch.randn(16, *SHAPE)
-    plain.set_mean(means)
-    packed.set_mean(families.pack(means))
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ("patches", SHAPE),
+        ("positions", SHAPE),
+        ("positions", (2, 3, 2, 4)),
+        ("frames first", (2, 3, 2, 4)),
+        ("channels last", SHAPE),
+        ("channels last", (2, 3, 2, 4)),
+    ],
+)
+def test_layouts(layout: Any, shape: tuple[int, ...], mean_from: str) -> None:
+    stats = tiny.gaussian(shape)
+    noise = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    plain, packed = (wrap("flow-euler", stats, mean_from=mean_from) for _ in range(2))
+    plain.set_layout("grid")
+    packed.set_layout(layout, shape)
+    means = torch.randn(16, *shape)
+    if mean_from == "stats":
+        plain.set_mean(means)
+        packed.set_mean(means)
 
-    class Packed:  # the same exact denoiser, on packed latents
+    class Packed:  # the same exact denoiser, on latents in the layout
         @staticmethod
         def denoise(x: Tensor, level: Level, mean: Any = None) -> Tensor:
-            return families.pack(stats.denoise(families.unpack(x, SHAPE), level, mean))
+            grid = families.to_grid(layout, x, shape)
+            return families.from_grid(layout, stats.denoise(grid, level, mean))
 
-    assert torch.equal(families.unpack(families.pack(noise), SHAPE), noise)
-    assert torch.equal(
-        families.pack(noise), diffusers.FluxPipeline._pack_latents(noise, 16, SHAPE[0], SHAPE[1], SHAPE[2])
-    )
+    result = sample(packed, families.from_grid(layout, noise), Packed)
     expected = sample(plain, noise, stats)
-    result = sample(packed, families.pack(noise), Packed)
-    assert torch.allclose(families.unpack(result, SHAPE), expected, atol=1e-5)
+    assert torch.allclose(families.to_grid(layout, result, shape), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (4, 3, 2, 4), (16,)])
+@pytest.mark.parametrize("mean_from", ["stats", "first_call"])
+def test_latents_whose_layout_only_the_pipeline_knows_are_refused(
+    shape: tuple[int, ...], mean_from: str
+) -> None:
+    # Also where the shapes are those of the statistics: (4, 4, H, W) may have the frames first.
+    stats = tiny.gaussian(shape)
+    with pytest.raises(ValueError, match=r"dx\.apply_teleport"):
+        sample(wrap("flow-euler", stats, mean_from=mean_from), torch.randn(1, *shape), stats)
 
 
 def test_latents_of_another_size_are_refused(stats: Any) -> None:
@@ -461,10 +487,7 @@ def test_other_schedulers_from_its_config(stats: Any, noise: Tensor) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        diffusers.LCMScheduler,
-        diffusers.TCDScheduler,
-        diffusers.CMStochasticIterativeScheduler,
-        diffusers.CogVideoXDDIMScheduler,
+        diffusers.CogVideoXDPMScheduler,
         diffusers.IPNDMScheduler,
         diffusers.DDIMInverseScheduler,
         diffusers.SASolverScheduler,
@@ -474,6 +497,20 @@ def test_other_schedulers_from_its_config(stats: Any, noise: Tensor) -> None:
 def test_unknown_schedulers_are_refused(make: Any, stats: Any) -> None:
     with pytest.raises(ValueError, match=f"{make.__name__}.*Supported schedulers: DDIMScheduler"):
         TeleportScheduler.from_scheduler(make(), stats, 0.3)
+
+
+def test_refusals_of_schedulers_say_what_to_do(stats: Any) -> None:
+    for make in (
+        diffusers.LCMScheduler,
+        diffusers.TCDScheduler,
+        diffusers.CMStochasticIterativeScheduler,
+    ):
+        with pytest.raises(ValueError, match=f"{make.__name__}.*distilled to a few steps.*Use the model"):
+            TeleportScheduler.from_scheduler(make(), stats, 0.3)
+    dpm = diffusers.CogVideoXDPMScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match=r"CogVideoXDDIMScheduler\.from_config\(pipe\.scheduler\.config\)"):
+        TeleportScheduler.from_scheduler(dpm, stats, 0.3)
+    TeleportScheduler.from_scheduler(diffusers.CogVideoXDDIMScheduler.from_config(dpm.config), stats, 0.3)
 
 
 def test_wrong_arguments_are_refused(stats: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import diffusers_ext as dx
 from diffusers_ext.core import schedules
+from diffusers_ext.core.families import family_of, from_grid
 from diffusers_ext.teleport.sources import check_rank, encoded_images, pipeline_samples
 from tests import tiny
 
@@ -62,9 +63,9 @@ def test_samples_are_in_the_denoisers_scale(name: str) -> None:
     else:
         inputs = call_inputs(name)
         final = last_states(pipe, lambda: found.extend(pipeline_samples(pipe, 2, **inputs, **QUIET)))
-        torch.testing.assert_close(found[0], final)
+        torch.testing.assert_close(from_grid(family_of(pipe).layout, found[0]), final)
     assert found[0].dtype == torch.float32
-    shape = (16, 16) if name == "flux" else tiny.LATENT_SHAPES[name]
+    shape = tiny.LATENT_SHAPES[name]
     assert tuple(found[0].shape) == (2, *shape)
     assert dx.GaussianStats.fit(found, rank=1).shape == shape
 
@@ -308,12 +309,15 @@ def test_pictures_refuse(vae: Any, tmp_path: Path) -> None:
     six = diffusers.UNet2DModel.from_config({**tiny.build("ddpm").unet.config, "in_channels": 6})
     with pytest.raises(ValueError, match="The model takes 6 channels"):
         encode(diffusers.DDPMPipeline(six, diffusers.DDPMScheduler()), pictures())
-    vae.bn = torch.nn.Identity()
-    try:
-        with pytest.raises(ValueError, match="is not supported: use pipeline_samples"):
-            encoded_images(vae, pictures())
-    finally:
-        del vae.bn
+    with pytest.raises(ValueError, match="latents of Other are not known"):
+        encoded_images(Other(), pictures())
+    with pytest.raises(ValueError, match="multiples of 2 high and wide, got 7 × 8"):
+        encode(tiny.build("flux"), pictures(1, 7, 8))  # packed in patches of 2 × 2
+
+
+class Other(torch.nn.Module):
+    def encode(self, x: Tensor) -> Tensor:
+        return x
 
 
 # --- prompt means ---

@@ -3,7 +3,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from diffusers_ext.core.images import as_tensor, encode_pixels
+from diffusers_ext.core.autoencoders import encode_pixels
+from diffusers_ext.core.images import as_tensor
 from diffusers_ext.testbed import base_models
 from diffusers_ext.testbed import fashion_scenes as fs
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import diffusers_ext as dx
 from diffusers_ext.core.prompts import prompt_embeddings
-from diffusers_ext.golden_noise.pairs import NoisePairs
+from diffusers_ext.core.storage import ShardStore
+from diffusers_ext.golden_noise.pairs import NoisePairs, PairSettings, collect_pairs
 from diffusers_ext.golden_noise.training import (
     equal_norm,
     relative_error,
@@ -21,7 +22,7 @@ from diffusers_ext.golden_noise.training import (
     variants,
 )
 from diffusers_ext.training.checkpoints import list_checkpoints
-from tests import tiny
+from tests import families, tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch
 
 # One worker runs them all: they share the pairs and the trained network.
@@ -142,7 +143,7 @@ def test_two_processes_train_what_one_trains(base: Path, trained: Path, tmp_path
     launch(train(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     networks: list[Any] = [dx.NPNetModel.from_pretrained(f / "model").eval() for f in (trained, tmp_path)]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
-    text = prompt_embeddings(tiny.build("sd"), PROMPTS[:2])
+    text = prompt_embeddings(tiny.build("sd"), PROMPTS[:2]).embeds
     with torch.no_grad():
         one, two = (network.float()(noise.float(), text).sample for network in networks)
     # Gradients summed in another order (float32 rounding), which Adam enlarges where they are tiny; weights are
@@ -168,7 +169,7 @@ def test_the_controls_are_what_they_are_called(pairs: Path) -> None:
     assert torch.equal(starts["re-denoised"], few.golden.float())
     norms = [(starts[name] - plain).flatten(1).norm(dim=1) for name in ("npnet", "random")]
     assert torch.allclose(*norms, rtol=1e-4)
-    embeds = prompt_embeddings(pipe, few.prompts)
+    embeds = prompt_embeddings(pipe, few.prompts).embeds
     assert torch.equal(starts["shuffled"][0], npnet(plain, embeds.roll(1, 0)).sample[0])
     assert not torch.equal(starts["shuffled"], made)
     for axis in (torch.mean, torch.std):
@@ -186,11 +187,42 @@ def main(monkeypatch: Any) -> Any:
     spec.loader.exec_module(module)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
-    def run(argv: list[str]) -> None:
+    def run(argv: list[str], pipe: Any = None) -> None:
         monkeypatch.setattr(sys, "argv", argv)
+        if pipe is not None:
+            monkeypatch.setattr(module, "load_pipeline", lambda args: pipe)
         module.main()
 
     return run
+
+
+@pytest.mark.parametrize("name", ["qwen", "sana", "zimage"])
+def test_training_reads_prompts_as_the_pairs_were_made(
+    main: Any, base: Path, name: str, tmp_path: Path
+) -> None:
+    """Prompts of several lengths, padded to the longest of a batch or to the longest possible."""
+    pipe, prompts = families.build(name), [f"a {'b' * n}" for n in range(16)]
+    call = {key: value for key, value in families.FAMILIES[name].call.items() if key != "output_type"}
+    settings = PairSettings(num_inference_steps=10, guidance_scale=8.0)
+    collect_pairs(pipe, prompts, 32, tmp_path / "pairs", settings, progress=False, **call)
+    main(train(base, tmp_path / "npnet", "--train_data_dir", str(tmp_path / "pairs")), pipe)
+    npnet: Any = dx.NPNetModel.from_pretrained(tmp_path / "npnet" / "model", torch_dtype=torch.float32)
+    assert npnet.config.max_tokens == call["max_sequence_length"]
+    recorded = npnet.config.prompt_options
+    assert "max_sequence_length" in recorded
+    assert all(call[key] == value for key, value in recorded.items() if key in call)
+    plain = families.images(pipe, name, 2)
+    dx.apply_golden_noise(pipe, npnet)
+    assert not torch.equal(families.images(pipe, name, 2), plain)
+    with pytest.raises(ValueError, match=r"max_sequence_length=\d+ there, 12 here"):
+        families.images(pipe, name, 2, max_sequence_length=12)
+
+
+def test_the_collector_passes_arguments_on(base: Path, tmp_path: Path) -> None:
+    """Complex prompts need arguments of the call, and training reads them from the recipe."""
+    launch(collect(base, tmp_path, "--num_pairs", "4", "--call_arguments", '{"guidance_rescale": 0.5}'))
+    recorded = ShardStore.recipe_of(tmp_path)["call"]
+    assert recorded == {"guidance_rescale": 0.5, "height": 8, "width": 8}
 
 
 def test_wrong_arguments_are_named(main: Any, base: Path, pairs: Path, tmp_path: Path, capsys: Any) -> None:
