@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.families import denoiser_of
 from ..core.noise import noise_path
 from ..core.pipeline import call_pipeline, initial_noise, quiet
 from ..core.prompts import encoded_as, recorded_encodings
@@ -25,6 +26,12 @@ _REFUSED = {
 def check_pipeline(pipe: Any) -> None:
     """Raises a ValueError if `interpolate` does not work on the pipeline."""
     check_text_to_image(pipe)
+    if type(denoiser_of(pipe)).__name__ == "Kandinsky5Transformer3DModel":
+        raise ValueError(
+            f"{type(pipe).__name__} does not mask the padding of prompts but gives their lengths to the transformer, and"
+            " between two lengths there is none. Interpolate the noise only: call the pipeline with"
+            " latents=diffusers_ext.core.noise.noise_path(...)."
+        )
 
 
 @torch.no_grad()

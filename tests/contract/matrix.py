@@ -20,7 +20,7 @@ TITLES = {
     "sd": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",
     "sdxl": "SDXL",
-    "sdxl-img2img": "SDXL, image to image",
+    "sdxl-img2img": "SDXL image-to-image",
     "sd-controlnet": "ControlNet",
     "sd-ip-adapter": "IP-Adapter",
     "sd-pag": "PAG",
@@ -77,27 +77,19 @@ def short() -> str:
 
 
 def full() -> str:
-    """A Markdown table with a row for every pipeline, and the reasons below it."""
+    """A Markdown table with a row for every pipeline, and below it the reasons for every "no"."""
     rows = [[f"{TITLES[name]} (`{supported(name).pipeline}`)", *_cells(name)] for name in families.NAMES]
     reasons: dict[str, dict[str, list[str]]] = {}
     for name in families.NAMES:
         for label, reason in supported(name).refusals.items():
             if reason is not None:
-                reasons.setdefault(label, {}).setdefault(reason, []).append(TITLES[name])
+                shown = reason.replace(supported(name).pipeline, "…")
+                reasons.setdefault(label, {}).setdefault(shown, []).append(TITLES[name])
     lines = []
     for label, found in reasons.items():
-        lines += ["", f"**{label[0].upper() + label[1:]}** refuses", ""]
-        lines += [f"- {', '.join(titles)}: {_code(reason)}" for reason, titles in found.items()]
+        lines += ["", f"**{label[0].upper() + label[1:]}**", ""]
+        lines += [f"- {', '.join(titles)}: “{reason}”" for reason, titles in found.items()]
     return _table(rows) + "\n".join(lines) + "\n"
-
-
-def _code(reason: str) -> str:
-    # Brackets and underscores would be read as Markdown.
-    return re.sub(
-        r"(\S*[_\[\]=(]\S*)",
-        lambda match: f"`{match[1].rstrip('.,:;')}`" + match[1][len(match[1].rstrip(".,:;")) :],
-        reason,
-    )
 
 
 PAGES: dict[str, Callable[[], str]] = {"README.md": short, "docs/support.md": full}

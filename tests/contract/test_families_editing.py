@@ -33,7 +33,7 @@ _NO_NOISE = {
 }
 _DISTILLED = {**_NO_NOISE, "lcm": "distilled to a few steps"}
 KNOWN: dict[str, dict[str, str]] = {
-    "interpolation": _NO_NOISE,
+    "interpolation": {**_NO_NOISE, "kandinsky5": "between two lengths there is none"},
     "inversion": _DISTILLED,
     "editing": _DISTILLED,
     "null-text inversion": {
@@ -43,8 +43,6 @@ KNOWN: dict[str, dict[str, str]] = {
 }
 for _works in ("sd", "sd2"):
     del KNOWN["null-text inversion"][_works]
-# Refused in the call, not by `check_pipeline`.
-IN_CALL = {"interpolation": {"kandinsky5": "it is not known what belongs between them"}}
 CHECKS = {
     "interpolation": interpolation.check_pipeline,
     "inversion": inversion.check_pipeline,
@@ -54,8 +52,7 @@ CHECKS = {
 
 
 def works(column: str) -> Any:
-    refused = KNOWN[column] | IN_CALL.get(column, {})
-    return pytest.mark.parametrize("name", [name for name in families.NAMES if name not in refused])
+    return pytest.mark.parametrize("name", [name for name in families.NAMES if name not in KNOWN[column]])
 
 
 def call(name: str, **changes: Any) -> dict[str, Any]:
@@ -102,10 +99,6 @@ def test_a_family_is_refused_by_name_or_accepted(column: str, name: str) -> None
         if message is not None:
             with pytest.raises(ValueError, match=message):
                 refused()
-    if name in IN_CALL.get(column, {}):
-        with pytest.raises(ValueError, match=IN_CALL[column][name]):
-            _run(column, name, pipe)
-        assert torch.equal(families.images(pipe, name, BATCH, steps=STEPS), plain(name).images)
 
 
 # --- interpolation ---
