@@ -244,7 +244,8 @@ def prompt_per_row(prompt: str | Sequence[str], latents: Tensor) -> list[str]:
     Raises:
         ValueError: the number of prompts is neither 1 nor the number of rows.
     """
-    prompts = [prompt] * len(latents) if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = prompts * len(latents) if len(prompts) == 1 else prompts
     if len(prompts) != len(latents):
         raise ValueError(f"{len(latents)} latents need 1 or {len(latents)} prompts, got {len(prompts)}.")
     return prompts
