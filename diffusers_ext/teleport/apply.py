@@ -232,7 +232,8 @@ class _InputHook:
 
     def __init__(self, pipe: Any, model: nn.Module, scheduler: TeleportScheduler) -> None:
         self.pipe, self.scheduler = pipe, scheduler
-        self.names = list(parameters_of(model, "forward"))
+        # The forward of torch.compile(model) takes any arguments; the names are those of the model inside.
+        self.names = list(parameters_of(getattr(model, "_orig_mod", model), "forward"))
         self.latents = next((name for name in (*_LATENTS, *self.names) if name in self.names), None)
         self.time = next((name for name in _TIME if name in self.names), "timestep")
 
