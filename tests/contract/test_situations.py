@@ -168,7 +168,7 @@ COMPILED = [
         id=f"{case.id}-{'in place' if in_place else 'wrapped'}-{'after' if method_first else 'before'}",
         marks=() if case.id == "teleport-flux" and not (in_place or method_first) else pytest.mark.slow,
     )
-    for case in cases().args[1]
+    for case in [*cases().args[1], *cases("gri-attention", pipelines=("sd", "sdxl")).args[1]]
     for in_place in (False, True)
     for method_first in (False, True)
 ]
@@ -194,6 +194,7 @@ def test_torch_compile(method: Method, name: str, in_place: bool, method_first: 
         assert torch.equal(images(pipe, name), plain)
         method.apply(pipe, name)
     assert torch.equal(images(pipe, name), changed)
+    assert "nothing added" not in str(dx.summary(pipe))
     method.remove(pipe)
     assert torch.equal(images(pipe, name), plain)
     method.apply(pipe, name)
