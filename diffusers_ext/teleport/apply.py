@@ -34,7 +34,7 @@ def apply_teleport(
     prompt, and the transport follows the guidance of the call, including negative prompts. This costs no
     denoiser call.
 
-    Pipelines that share one denoiser may take turns, but must not sample at the same time.
+    Pipelines that share one denoiser may take turns, or sample at the same time in threads of their own.
 
     Args:
         pipe: a `DiffusionPipeline` that starts from pure noise.

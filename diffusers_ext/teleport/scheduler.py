@@ -11,6 +11,7 @@ from the first guided model call (`mean_from="first_call"`).
 
 import inspect
 import math
+import threading
 from typing import Any
 
 import diffusers
@@ -66,6 +67,7 @@ class TeleportScheduler(SchedulerProxy):
     _input_scaled: bool
     _input_mapped: bool
     _disarmed: bool
+    _thread: int | None
     _cache: tuple[torch.Tensor, torch.Tensor] | None
 
     def __init__(
@@ -113,6 +115,7 @@ class TeleportScheduler(SchedulerProxy):
 
     def _forget_schedule(self) -> None:
         self._known_levels = None
+        self._thread = None  # the one that runs the pipeline
         self._skipped = 0  # outer steps that the transport replaces
         self._offset = 0  # entries that the exposed grid lacks at its start
         self._shown = None  # the exposed timesteps, if they are not the wrapped scheduler's
@@ -142,7 +145,7 @@ class TeleportScheduler(SchedulerProxy):
         skipped = self._steps_to_skip()
         if skipped <= (1 if self.mean_from == "first_call" else 0):
             return
-        self._skipped, self._waiting = skipped, True
+        self._skipped, self._waiting, self._thread = skipped, True, threading.get_ident()
         first = inner.timesteps[:1]
         if is_pndm(inner):
             restart_pndm(inner, skipped)
@@ -393,6 +396,8 @@ class TeleportScheduler(SchedulerProxy):
         """
         if not self._waiting or self._input_scaled or self.mean_from != "stats":
             return sample
+        if self._thread != threading.get_ident():
+            return sample  # a pipeline in another thread shares the denoiser
         if self._disarmed or not _same_time(timestep, float(self.timesteps[0])):
             # Our run was interrupted before its first step, and another pipeline that shares the denoiser is
             # running. It will also reach our first timestep, so the hook is disarmed. If our run is not over,

@@ -285,11 +285,10 @@ def seeded(pipe: Any, name: str, key: str) -> Tensor:
 
 
 ORDERS = ["AB", "AAABB", "ABBBBBBBBA"]
-NO_HOOK = [case for case in cases().args[1] if case.id not in ("teleport-sd3", "teleport-flux")]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("method", "name"), NO_HOOK)
+@cases()
 def test_two_threads_with_one_denoiser(method: Method, name: str, order: str) -> None:
     first = tiny.build(name)
     # Tokenizers keep their settings for padding between calls, so threads cannot share one in diffusers either.
