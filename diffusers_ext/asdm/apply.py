@@ -149,8 +149,8 @@ def _note_in_config(unet: UNet2DConditionModel) -> None:
 
 def gri_attention_of(unet: Any) -> tuple[list[str], int, int] | None:
     """(paths, window, pool) of the GRI attention on a UNet or a pipeline, or None."""
-    model = unet if isinstance(unet, UNet2DConditionModel) else getattr(unet, "unet", None)
-    found = list(_hooks(model)) if isinstance(model, UNet2DConditionModel) else []
+    model = _found_unet(unet)
+    found = [] if model is None else list(_hooks(model))
     if not found:
         return None
     paths = [f"{name}.{inner}" for name, _, hook in found for inner in hook.originals]
@@ -162,9 +162,18 @@ def check_pipeline(pipe: Any) -> None:
     _unet_of(pipe)
 
 
+def _found_unet(given: Any) -> UNet2DConditionModel | None:
+    """A UNet, or that of a pipeline, without the wrapper of `torch.compile`."""
+    for part in (given, getattr(given, "unet", None)):
+        model = getattr(part, "_orig_mod", part)
+        if isinstance(model, UNet2DConditionModel):
+            return model
+    return None
+
+
 def _unet_of(given: Any) -> UNet2DConditionModel:
-    unet = given if isinstance(given, UNet2DConditionModel) else getattr(given, "unet", None)
-    if not isinstance(unet, UNet2DConditionModel):
+    unet = _found_unet(given)
+    if unet is None:
         raise ValueError(
             "A-SDM and its GRI attention need a UNet2DConditionModel, or a pipeline whose .unet is one, got"
             f" {type(given).__name__}."

@@ -90,6 +90,7 @@ def apply_smooth_lora(
     denoiser.load_lora_adapter(
         weights, prefix=None, adapter_name=adapter_name, metadata=_peft_config(weights), _pipeline=pipe
     )
+    _undo_casting(denoiser, adapter_name, weights)
     vars(denoiser)[_STATE].names.add(adapter_name)
     for owner, method in _guarded(pipe):
         if not isinstance(vars(owner).get(method), _Guard):
@@ -134,6 +135,21 @@ def remove_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
             if isinstance(guard, _Guard):
                 guard.restore()
     return pipe
+
+
+def _undo_casting(denoiser: Any, adapter_name: str, weights: Weights) -> None:
+    """Gives the adapter of a denoiser with layerwise casting the dtype that the denoiser computes in.
+
+    PEFT gives a new adapter the dtype of the layer's weights, which is the storage dtype here. The casting hooks
+    do not know the adapter, so it would compute in that dtype, and float8 has no multiplication.
+    """
+    for name, layer in denoiser.named_modules():
+        if adapter_name in getattr(layer, "lora_A", {}):
+            hooks = getattr(layer.get_base_layer(), "_diffusers_hook", None)
+            casting: Any = hooks and hooks.get_hook("layerwise_casting")
+            for part in ("lora_A", "lora_B") if casting else ():
+                matrix = getattr(layer, part)[adapter_name].to(casting.compute_dtype)
+                matrix.weight.data.copy_(weights[f"{name}.{part}.weight"])
 
 
 # The names that diffusers uses for LoRAs.

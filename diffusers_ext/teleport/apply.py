@@ -39,7 +39,7 @@ def apply_teleport(
     prompt, and the transport follows the guidance of the call, including negative prompts. Without a negative
     prompt, it follows it if the statistics have an `unconditional` part. This costs no denoiser call.
 
-    Pipelines that share one denoiser may take turns, but must not sample at the same time.
+    Pipelines that share one denoiser may take turns, or sample at the same time in threads of their own.
 
     Args:
         pipe: a `DiffusionPipeline` that starts from pure noise and whose denoiser is one of
@@ -248,7 +248,8 @@ class _InputHook:
     def __init__(self, pipe: Any, model: nn.Module, scheduler: TeleportScheduler) -> None:
         self.pipe, self.scheduler = pipe, scheduler
         self.reversed_time = family_of(pipe).reversed_time
-        self.names = list(parameters_of(model, "forward"))
+        # The forward of torch.compile(model) takes any arguments; the names are those of the model inside.
+        self.names = list(parameters_of(getattr(model, "_orig_mod", model), "forward"))
         self.latents = next((name for name in (*_LATENTS, *self.names) if name in self.names), None)
         self.time = next((name for name in _TIME if name in self.names), "timestep")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class ShortenedGrid(SchedulerProxy):
 
     def _forget_schedule(self) -> None:
         self._known_levels = None
+        self._thread = None  # the one that runs the pipeline
         self._skipped = 0  # outer steps that the transport replaces
         self._offset = 0  # entries that the exposed grid lacks at its start
         self._shown = None  # the exposed timesteps, if they are not the wrapped scheduler's
@@ -54,7 +56,7 @@ class ShortenedGrid(SchedulerProxy):
         skipped = self._steps_to_skip()
         if skipped <= (1 if self.mean_from == "first_call" else 0):
             return
-        self._skipped, self._waiting = skipped, True
+        self._skipped, self._waiting, self._thread = skipped, True, threading.get_ident()
         first = inner.timesteps[:1]
         if is_pndm(inner):
             restart_pndm(inner, skipped)

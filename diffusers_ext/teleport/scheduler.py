@@ -10,6 +10,7 @@ from the first guided model call (`mean_from="first_call"`).
 """
 
 import inspect
+import threading
 from typing import Any
 
 import diffusers
@@ -64,6 +65,7 @@ class TeleportScheduler(ShortenedGrid):
     _input_scaled: bool
     _input_mapped: bool
     _disarmed: bool
+    _thread: int | None
     _cache: tuple[torch.Tensor, torch.Tensor] | None
 
     def __init__(
@@ -240,6 +242,8 @@ class TeleportScheduler(ShortenedGrid):
         """
         if not self._waiting or self._input_scaled or self.mean_from != "stats":
             return sample
+        if self._thread != threading.get_ident():
+            return sample  # a pipeline in another thread shares the denoiser
         if self._disarmed or not _same_time(timestep, float(self.timesteps[0])):
             # Our run was interrupted before its first step, and another pipeline that shares the denoiser is
             # running. It will also reach our first timestep, so the hook is disarmed. If our run is not over,
