@@ -151,7 +151,16 @@ def unet_config(unet: Any) -> dict[str, Any]:
 
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
-            f"Pruning needs a UNet2DConditionModel, got {type(unet).__name__}: for a pipeline, use its .unet."
+            f"Pruning needs a UNet2DConditionModel, got {type(unet).__name__}: give the .unet of a pipeline, before"
+            " torch.compile."
+        )
+    stored = {
+        value.dtype for value in unet.parameters() if value.is_floating_point() and value.dtype.itemsize < 2
+    }
+    if stored:
+        raise ValueError(
+            f"The weights of the UNet are stored as {', '.join(map(str, sorted(stored, key=str)))} and cast in every"
+            " layer (enable_layerwise_casting), and the pruned UNet would not cast them: prune before casting."
         )
     config: dict[str, Any] = dict(unet.config)
     if gri_attention_of(unet) is not None and not config.get("gri_attention"):

@@ -126,6 +126,8 @@ def check_pipeline(pipe: Any) -> None:
 
 def check_npnet(npnet: Any) -> None:
     """Raises a ValueError unless `npnet` is an `NPNetModel`."""
+    if isinstance(getattr(npnet, "_orig_mod", None), NPNetModel):
+        raise ValueError("npnet is wrapped by torch.compile(npnet): call npnet.compile() instead, in place.")
     if not isinstance(npnet, NPNetModel):
         raise ValueError(
             f"npnet must be an NPNetModel, got {type(npnet).__name__}: NPNetModel.from_pretrained(path) loads one,"

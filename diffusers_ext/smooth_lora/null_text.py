@@ -56,9 +56,12 @@ def check_pipeline(pipe: Any) -> None:
             f"Null-text inversion has no image prompts, and {name} has an IP-Adapter. Call"
             " pipe.unload_ip_adapter() first."
         )
-    if pipe.unet.dtype != torch.float32:
+    # With layerwise casting, the dtype of the model is not that of its weights.
+    other = {value.dtype for value in pipe.unet.parameters()} - {torch.float32}
+    if other:
         raise ValueError(
-            f"Null-text inversion optimizes in float32, the pipeline is {pipe.unet.dtype}: load it in float32."
+            f"Null-text inversion optimizes in float32, and the UNet of {name} has weights of"
+            f" {', '.join(sorted(map(str, other)))}: load it in float32, without layerwise casting."
         )
 
 

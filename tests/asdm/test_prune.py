@@ -277,6 +277,14 @@ def test_errors() -> None:
     refused("The plan has the stages 0 (no cuts) to 2, got 3", teacher, cuts, num_stages=3)
     refused("from_stage=2 must lie between 0 and num_stages=1", teacher, cuts, from_stage=2, num_stages=1)
     refused("Pruning needs a UNet2DConditionModel, got Linear", torch.nn.Linear(1, 1), cuts)
+    refused(
+        "got OptimizedModule: give the .unet of a pipeline, before torch.compile",
+        torch.compile(teacher),
+        cuts,
+    )
+    cast = network()
+    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    refused("stored as torch.float8_e4m3fn and cast in every layer", cast, cuts)
     dx.apply_gri_attention(teacher)
     refused("call remove_gri_attention first", teacher, cuts)
     dx.remove_gri_attention(teacher)

@@ -94,6 +94,9 @@ def test_refusals_leave_nothing_behind() -> None:
     wrong: Any = "path/to/npnet"
     with pytest.raises(ValueError, match="npnet must be an NPNetModel, got str"):
         dx.apply_golden_noise(pipe, wrong)
+    compiled: Any = torch.compile(npnet)
+    with pytest.raises(ValueError, match=r"call npnet\.compile\(\) instead"):
+        dx.apply_golden_noise(pipe, compiled)
     with pytest.raises(ValueError, match="DDPMPipeline has no encode_prompt"):
         dx.apply_golden_noise(tiny.build("ddpm"), npnet)
     image_to_image = diffusers.StableDiffusionImg2ImgPipeline(

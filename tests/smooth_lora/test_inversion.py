@@ -278,8 +278,12 @@ def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path)
         ddim_invert(other, latents, scenes[1])
     with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline does not have\. Load"):
         null_text_invert(tiny.build("sdxl"), latents, scenes[1])
-    with pytest.raises(ValueError, match=r"optimizes in float32, the pipeline is torch\.float16"):
+    with pytest.raises(ValueError, match=r"optimizes in float32, and .* has weights of torch\.float16"):
         null_text_invert(tiny.build("sd", dtype=torch.float16), latents, scenes[1])
+    cast = tiny.build("sd")
+    cast.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"has weights of torch\.float8_e4m3fn: load it in float32"):
+        null_text_invert(cast, latents, scenes[1])
     with pytest.raises(ValueError, match="learning_rate above 0"):
         null_text_invert(pipe, latents, scenes[1], learning_rate=0.0)
     for wrong in (scenes[0][0], 2 * scenes[0], scenes[0][..., :2], np.full((1, 8, 8, 3), np.nan, np.float32)):
