@@ -164,7 +164,9 @@ class PromptReader:
             return encoded
         if call != self._call:
             self.forget()
-            self._call, self.arguments = call, call.arguments
+            # Some pipelines change the caller's lists while they encode; those of `given` are copies made before.
+            texts = {name: given[name] for name in call.arguments if "prompt" in name and name in given}
+            self._call, self.arguments = call, {**call.arguments, **texts}
         takes_negative = "negative_prompt" in parameters_of(self.pipe, "encode_prompt")
         if self.prompt is None:
             self.prompt, *rest = embeddings_of(self.pipe, encoded)

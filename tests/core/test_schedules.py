@@ -178,8 +178,8 @@ def test_counterparts_have_the_noise_schedule_of_their_source(name: str, number:
     for found in all_counterparts(scheduler):
         # DPM-Solver keeps off zero.
         floor = 2**-24 if isinstance(found, diffusers.DPMSolverMultistepScheduler) else 0
-        alphas = scheduler.alphas_cumprod
-        assert torch.equal(found.alphas_cumprod, alphas.where(alphas > 0, floor))
+        alphas = scheduler.alphas_cumprod.float()  # CogVideoX has float64
+        assert torch.equal(found.alphas_cumprod.float(), alphas.where(alphas > 0, floor))
         assert prediction_type(found) == prediction_type(scheduler)
 
 
@@ -476,9 +476,8 @@ def test_unknown_schedulers_are_refused() -> None:
     class Mine(diffusers.DDIMScheduler):
         pass
 
-    for scheduler in (Mine(), diffusers.LCMScheduler()):
-        with pytest.raises(ValueError, match=f"noise levels of {type(scheduler).__name__} are not known"):
-            scaling(scheduler)
+    with pytest.raises(ValueError, match="noise levels of Mine are not known"):
+        scaling(Mine())
     with pytest.raises(ValueError, match="invert_sigmas=True is not supported"):
         scaling(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     with pytest.raises(ValueError, match="'Mine' is not a supported scheduler"):
