@@ -132,6 +132,7 @@ def test_stable_diffusion_by_millions_and_billions(sd15: Any, cuts: Any, paramet
         assert empty_unet(student).num_parameters() == predicted.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SDXL])
 def test_predicted_costs_are_the_pruned_nets(config: dict[str, Any]) -> None:
     unet = network(config)

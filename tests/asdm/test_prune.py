@@ -177,6 +177,7 @@ def test_a_teacher_with_gri_attention_on_whole_blocks() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_stock_students_load_without_this_package(tmp_path: Path) -> None:
     from diffusers_ext.asdm.cost import example_inputs
 

@@ -41,6 +41,7 @@ def inputs(original: Any) -> dict[str, Any]:
     return example_inputs(original.config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "name", "millions", "billions"),
     [
@@ -60,6 +61,7 @@ def test_shapes_are_the_published_ones(
     assert macs / 1e9 == pytest.approx(billions, abs=0.05)
 
 
+@pytest.mark.slow
 def test_macs_are_those_that_plans_count(runs: Any) -> None:
     config = runs.shape_config("sd15", 32, 64)
     for name in ("original", "pruned + GRI"):
@@ -148,6 +150,7 @@ def test_tome_merges_at_the_finest_attention_only(runs: Any, shape: str) -> None
     assert tokens["mid_block.attentions.0.transformer_blocks.0.attn1"] == (16 if shape == "sd15" else 64)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_named(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("original", "BK-SDM Tiny", "ToMe, ratio 0.5")
     monkeypatch.setattr(speed, "VARIANTS", {name: speed.VARIANTS[name] for name in few})
@@ -158,6 +161,7 @@ def test_what_is_left_out_is_named(speed: Any, monkeypatch: pytest.MonkeyPatch) 
     assert any("ToMe" in note and "diffusers-ext[bench]" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_page_and_picture(speed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few = ("original", "BK-SDM Small", "pruned + GRI + CondConv, folded")
     monkeypatch.setattr(speed, "VARIANTS", {name: speed.VARIANTS[name] for name in few})

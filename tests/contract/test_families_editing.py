@@ -167,7 +167,18 @@ def _middle(name: str, latents: Tensor, prompts: list[str]) -> Tensor:
 # --- inversion ---
 
 
-@works("inversion")
+# The others are slow: each makes two hundred steps.
+_QUICK = ("sd", "sd3", "flux", "flux2", "qwen", "zimage", "sana", "lumina2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in families.NAMES
+        if name not in KNOWN["inversion"]
+    ],
+)
 def test_inversion_converges(name: str) -> None:
     family, pipe = families.FAMILIES[name], mild(name)
     shape = family.latents

@@ -138,6 +138,7 @@ def _run(hub: Hub, name: str, code: str, *arguments: Any) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_loaded_by_another_process_it_draws_the_same(tmp_path: Path) -> None:
     with hub_server(tmp_path / "server") as hub:
         _run(hub, "saved", PUSH, tmp_path, tmp_path / "saved")

@@ -97,6 +97,7 @@ def test_saved_and_loaded_with_its_network(name: str, tmp_path: Path) -> None:
     assert torch.allclose(tiny.images(loaded, name), tiny.images(tiny.build(name), name), atol=1e-3)
 
 
+@pytest.mark.slow
 @each
 def test_the_custom_pipeline_line_of_the_readme(name: str, tmp_path: Path) -> None:
     tiny.build(name).save_pretrained(tmp_path / "base")

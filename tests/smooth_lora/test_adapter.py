@@ -417,6 +417,7 @@ def test_a_quantized_base(tmp_path: Path) -> None:
         dx.apply_smooth_lora(pipe, write(wrong, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_denoiser(in_place: bool, tmp_path: Path) -> None:
     pipe = tiny.build("sd")

@@ -77,6 +77,7 @@ def test_the_steps_are_those_of_the_schedule() -> None:
     assert min(float((half - other).abs().max()) for other in (kept, new)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [lambda net: torch.compile(net, backend="eager"), "in place"])
 def test_a_compiled_network(compiled: Any) -> None:
     pipe, plain = tiny.build("sd"), tiny.build("sd")
