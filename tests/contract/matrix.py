@@ -78,7 +78,7 @@ def short() -> str:
 
 def full() -> str:
     """A Markdown table with a row for every pipeline, and below it the reasons for every "no"."""
-    rows = [[f"{TITLES[name]} (`{supported(name).pipeline}`)", *_cells(name)] for name in families.NAMES]
+    rows = [[TITLES[name], *_cells(name)] for name in families.NAMES]
     reasons: dict[str, dict[str, list[str]]] = {}
     for name in families.NAMES:
         for label, reason in supported(name).refusals.items():
