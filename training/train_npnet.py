@@ -28,9 +28,17 @@ from diffusers_ext.golden_noise.npnet import NPNetModel
 from diffusers_ext.golden_noise.pairs import NoisePairs, describe_model
 from diffusers_ext.golden_noise.scorers import load_scorer
 from diffusers_ext.golden_noise.training import NPNetObjective, compare, relative_error, split_by_prompt
-from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments, load_pipeline
+from diffusers_ext.training.arguments import (
+    add_model_arguments,
+    add_training_arguments,
+    below_one,
+    load_pipeline,
+    non_negative_float,
+    positive_int,
+)
 from diffusers_ext.training.cards import create_hub_repo, publish
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.start import set_train_steps
 
 ABOUT = """\
 # Golden noise for {model}
@@ -60,13 +68,18 @@ def parse_args() -> argparse.Namespace:
     add_model_arguments(parser, "the pipeline that the pairs come from")
     add("--train_data_dir", default=None, help="folder written by collect_noise_pairs.py")
     add("--dataset_name", default=None, help="data set on the Hub that contains such a folder")
-    add("--width", type=int, default=128, help="features per patch")
-    add("--depth", type=int, default=4, help="number of blocks")
-    add("--held_out_share", type=float, default=0.1, help="share of the prompts used for validation only")
+    add("--width", type=positive_int, default=128, help="features per patch")
+    add("--depth", type=positive_int, default=4, help="number of blocks")
+    add("--held_out_share", type=below_one, default=0.1, help="share of the prompts used for validation only")
     add("--scorer", default=None, help="scorer of the validation images; see collect_noise_pairs.py")
-    add("--num_validation_images", type=int, default=64)
-    add("--num_inference_steps", type=int, default=30, help="steps of the validation images")
-    add("--guidance_scale", type=float, default=5.5, help="guidance scale of the validation images")
+    add("--num_validation_images", type=positive_int, default=64)
+    add("--num_inference_steps", type=positive_int, default=30, help="steps of the validation images")
+    add(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=5.5,
+        help="guidance scale of the validation images",
+    )
     add_training_arguments(parser)
     args = parser.parse_args()
     if (args.train_data_dir is None) == (args.dataset_name is None):
@@ -79,9 +92,12 @@ def main() -> None:
     args = parse_args()
     accelerator = make_accelerator(args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
-    folder = args.train_data_dir or snapshot_download(args.dataset_name, repo_type="dataset")
+    folder = args.train_data_dir or snapshot_download(
+        args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir
+    )
     pairs = NoisePairs.load(folder)
     training, held_out = split_by_prompt(pairs, args.held_out_share)
+    set_train_steps(args, accelerator, len(training))
     pipe: Any = load_pipeline(args).to(accelerator.device)
     made_by = ShardStore.recipe_of(folder)
     if made_by["model"] != describe_model(pipe):

@@ -21,7 +21,7 @@ from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
 from ..training.arguments import load_pipeline
 from ..training.checkpoints import checkpoint_only_what_is_trained
-from ..training.data import TrainingLatents, check_captioned_training, encode_captions
+from ..training.data import Captions, TrainingLatents, check_captioned_training, encode_captions
 from ..training.loop import Rows, make_accelerator, rows_of_step, train
 from . import training as asdm
 from .distill import DistillWeights
@@ -105,22 +105,22 @@ class Batches:
     """Batches of training examples, as the objective expects them."""
 
     def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
-        self.args, self.pipe, self.data = args, pipe, data
+        self.args, self.pipe = args, pipe
         self.num_timesteps = pipe.scheduler.config.num_train_timesteps
         self.encoded = TrainingLatents(args, pipe, data)
-        height, width = self.encoded([0]).shape[2:]
+        self.captions = Captions(args, data)
+        height, width = self.encoded([0])[0].shape[2:]
         self.size: tuple[int, int] = height, width
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """The tensors of the given rows."""
-        index = rows.indices(len(self.data)).tolist()
-        latents = self.encoded(index)
+        index = rows.indices(len(self.captions)).tolist()
+        latents, corners = self.encoded(index, rows)
         empty = (rows.uniform() < self.args.proportion_empty_prompts).tolist()
-        captions = [
-            "" if drop else str(self.data[i][self.args.caption_column]) for i, drop in zip(index, empty)
-        ]
+        drawn = self.captions.draw(rows, index)
+        captions = ["" if drop else caption for caption, drop in zip(drawn, empty)]
         height, width = (side * self.pipe.vae_scale_factor for side in self.size)
-        batch = encode_captions(self.pipe, captions, height, width)
+        batch = encode_captions(self.pipe, captions, height, width, corners)
         batch |= {"latents": latents, "noise": rows.normal(*latents.shape[1:])}
         return {**batch, "timesteps": rows.integers(self.num_timesteps)}
 
@@ -167,7 +167,11 @@ class Incubation:
 
     def _stage(self, stage: int, source: Any) -> tuple[UNet2DConditionModel, dict[str, Any]]:
         folder, steps = self._folder(stage), self.steps[stage - 1]
-        own = {"output_dir": str(folder), "max_train_steps": steps, "seed": 1000 * self.args.seed + stage}
+        own = {
+            "output_dir": str(folder),
+            "max_train_steps": steps,
+            "seed": (1000 * self.args.seed + stage) % 2**32,
+        }
         args = argparse.Namespace(**{**vars(self.args), **own})
         # Without the task and output losses, the last layers have no gradient.
         accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))

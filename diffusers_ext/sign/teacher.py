@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.autoencoders import channels_of, vae_of
-from ..core.images import save_grid
+from ..core.images import open_images, save_grid
 from ..core.pipeline import call_pipeline
 from ..core.prompts import encode_prompts
 from ..core.storage import weights_digest
 from ..training.arguments import load_pipeline
-from ..training.data import image_arrays, load_dataset, other_inputs
+from ..training.data import Captions, image_arrays, load_dataset, other_inputs
 from .pairs import TeacherPairs
 from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
@@ -79,23 +79,21 @@ def check_pipeline(pipe: Any) -> None:
     vae_of(pipe)
 
 
-def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:
+def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, Captions | None]:
     """Loads the training data and, if the teacher has prompts, their captions.
 
     Returns:
-        (n, C, H, W) in the space of the network, on the CPU, and n captions or None.
+        (n, C, H, W) in the space of the network, on the CPU, and their captions or None.
     """
     with_prompts = pipe.text_encoder is not None
     data = load_dataset(args, captions=with_prompts)
+    images, mode = open_images(data, image_column=args.image_column), "L" if channels_of(pipe) == 1 else "RGB"
     encoded = []
     with torch.no_grad():
         for low in tqdm(range(0, len(data), 64), desc="reading images"):
-            rows = [data[i] for i in range(low, min(low + 64, len(data)))]
-            encoded.append(
-                pipe._encode(image_arrays(args, rows, "L" if channels_of(pipe) == 1 else "RGB")).cpu()
-            )
-    captions = [str(text) for text in data[args.caption_column]] if with_prompts else None
-    return torch.cat(encoded), captions
+            rows = range(low, min(low + 64, len(data)))
+            encoded.append(pipe._encode(image_arrays(args, images, rows, mode)).cpu())
+    return torch.cat(encoded), Captions(args, data) if with_prompts else None
 
 
 class Texts:
@@ -131,11 +129,11 @@ def collect_pairs(
     accelerator: Accelerator,
     pipe: Any,
     texts: Texts,
-    captions: list[str] | None,
+    captions: Captions | None,
 ) -> tuple[Tensor, Tensor]:
     """Noise and the images that the teacher generates from it.
 
-    Pair i uses the caption i modulo the number of captions.
+    Pair i has `captions.numbered(i)`.
     """
     recipe = {
         "teacher": weights_digest(pipe.unet),
@@ -150,7 +148,7 @@ def collect_pairs(
 
     def conditions_of(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert captions is not None
-        prompts = [captions[int(i) % len(captions)] for i in rows]
+        prompts = [captions.numbered(int(i)) for i in rows]
         return texts.conditions(prompts), texts.conditions([""] * len(prompts))
 
     size = pipe.unet.config.in_channels, *pipe._sample_size()

@@ -31,6 +31,7 @@ from ..core.images import as_tensor, save_grid
 from ..core.pipeline import call_pipeline, scheduler_of
 from ..core.storage import digest, read_tensors, weights_digest, write_tensors
 from ..training.loop import Batch, Rows, train
+from ..training.start import set_train_steps
 from . import base_models, fashion_scenes
 from .grader import GarmentClassifier, augment, grade
 
@@ -53,6 +54,7 @@ def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the garment classifier, which recognises the items of a scene."""
     images, items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "train"))
     test, test_items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "test"))
+    set_train_steps(args, accelerator, len(images))
     classifier = GarmentClassifier(tuple(args.block_out_channels or (32, 64, 64)))
 
     def make_batch(rows: Rows) -> Batch:
@@ -77,6 +79,7 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         args.train_data_dir, "test", args.num_validation_images, args.seed
     )
     grader = _load_grader(args)
+    set_train_steps(args, accelerator, len(pictures))
     objective = base_models.VaeObjective(vae)
 
     def make_batch(rows: Rows) -> Batch:
@@ -105,6 +108,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     unet = base_models.build_unet(args.block_out_channels or (64, 96, 128))
     scheduler = base_models.stable_diffusion_scheduler()
     latents, prompts = scene_latents(accelerator, args, vae.to(accelerator.device))
+    set_train_steps(args, accelerator, len(latents))
     input_ids = base_models.tokenize(tokenizer, prompts)
     empty = base_models.tokenize(tokenizer, [""])
     text_encoder = base_models.build_text_encoder(tokenizer)
@@ -155,6 +159,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the unconditional model of grey garments, in pixel space."""
     images = torch.from_numpy(fashion_scenes.load_garments(args.train_data_dir, "train")[0])
+    set_train_steps(args, accelerator, len(images))
     unet = base_models.build_pixel_unet(args.block_out_channels or (32, 64, 64))
     scheduler = DDPMScheduler(clip_sample=False)
     objective = base_models.NoiseObjective(unet, scheduler, snr_gamma=args.snr_gamma)

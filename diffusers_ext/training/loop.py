@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,40 +17,56 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import resolve_checkpoint, save_checkpoint
+from .start import images_per_step, lock_folder, settle_with_launch
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
 
-def make_accelerator(args: argparse.Namespace, idle_parameters: bool = False) -> Accelerator:
+def make_accelerator(
+    args: argparse.Namespace, idle_parameters: bool = False, trackers: bool = True
+) -> Accelerator:
     """Creates the accelerator of a run, its folder and its trackers.
+
+    What the arguments leave open and `accelerate launch` decides is written to `args`.
 
     Args:
         args: as from `add_training_arguments`.
         idle_parameters: whether the loss of some steps does not depend on all trained parameters, which then
             stay unchanged.
+        trackers: whether to start those of `--report_to`.
+
+    Raises:
+        ValueError: the arguments contradict `accelerate launch`, the machine cannot do what they ask for, or another
+            run writes to the folder.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
+        log_with=args.report_to if trackers else None,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)],
     )
+    settle_with_launch(args, accelerator)
+    torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
     set_seed(args.seed)
     if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
+        lock_folder(args.output_dir)
     accelerator.wait_for_everyone()
-    if args.report_to:
+    if args.report_to and trackers:
         accelerator.init_trackers("diffusers-ext", {k: v for k, v in vars(args).items() if _loggable(v)})
     return accelerator
 
@@ -134,7 +149,13 @@ def train(
     trainable = _trainable(model)
     parts: Any = getattr(model, "networks", None)
     groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
-    optimizer: Any = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    optimizer: Any = torch.optim.AdamW(
+        trainable,
+        lr=args.learning_rate * (images_per_step(args, accelerator) if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -194,10 +215,9 @@ def train(
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.free_memory()
-    batch_size = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     return {
         "steps": clock.step,
-        "images": clock.step * batch_size,
+        "images": clock.step * images_per_step(args, accelerator),
         "seconds": round(clock.seconds),
         "hardware": describe_hardware(accelerator),
         "loss": clock.loss,
