@@ -24,7 +24,8 @@ from diffusers_ext.core.commands import read_prompts
 from diffusers_ext.core.extras import SHORT_NAMES, load_function
 from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs
 from diffusers_ext.golden_noise.scorers import load_scorer
-from diffusers_ext.training.arguments import add_model_arguments, load_pipeline
+from diffusers_ext.training.arguments import add_model_arguments
+from diffusers_ext.training.models import load_frozen
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,10 +70,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Loads the pipeline, collects the pairs, and prints how many were kept."""
     args = parse_args()
-    accelerator = Accelerator()
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    pipe = load_pipeline(args, dtype=dtype)
-    pipe.to(accelerator.device)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    pipe, stored = load_frozen(args, accelerator)
     size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
     mine = collect_pairs(
         pipe,
@@ -87,6 +86,7 @@ def main() -> None:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         progress=accelerator.is_local_main_process,
+        model=stored,
         **size,
         **args.call_arguments,
     )

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-# Arguments that only say where something is. What is there is recorded by its content.
+# Arguments that only say where something is. What is there is recorded by its content, or only acts on validations.
 _PLACES = {
-    *("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "vae", "grader"),
+    *("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "vae", "grader", "scorer"),
     *("dataset_name", "train_data_dir", "pairs_dir", "plan", "preset"),
     *("output_dir", "logging_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
 }
 # Arguments that may change from one part of a run to the next.
 _FREE = {
     *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
-    *("validation_steps", "validation_prompts", "num_validation_images", "scorer", "cache_latents"),
+    *("validation_steps", "validation_prompts", "num_validation_images", "cache_latents"),
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "dataloader_num_workers"),
 }
 # Images of a data set whose whole content is read for its digest.
