@@ -28,10 +28,10 @@ from diffusers_ext.training.arguments import (
     PRECISIONS,
     add_model_arguments,
     finite_float,
-    load_pipeline,
     positive_int,
     seed,
 )
+from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.start import lock_folder, settle_precision
 
 
@@ -85,12 +85,10 @@ def main() -> None:
     args = parse_args()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     settle_precision(args, accelerator)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     prompts = find_prompts(args.prompts, args.num_pairs, args.seed)
     if accelerator.is_main_process:
         lock_folder(args.output_dir)
-    pipe = load_pipeline(args, dtype=dtype)
-    pipe.to(accelerator.device)
+    pipe, stored = load_frozen(args, accelerator)
     size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
     mine = collect_pairs(
         pipe,
@@ -105,6 +103,7 @@ def main() -> None:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         progress=accelerator.is_local_main_process,
+        model=stored,
         **size,
         **args.call_arguments,
     )

@@ -49,6 +49,7 @@ from diffusers_ext.training.data import (
     require_data,
 )
 from diffusers_ext.training.loop import make_accelerator
+from diffusers_ext.training.recipes import dataset_record
 
 ABOUT = """\
 # {model}, pruned
@@ -141,12 +142,13 @@ def main() -> None:
     accelerator = make_accelerator(args, trackers=False)  # every stage has its own
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
-    pipe = load_teacher(args, accelerator)
+    pipe, stored = load_teacher(args, accelerator)
     plan, steps = load_plan(args, pipe.unet)
-    start_or_resume(args, accelerator, plan, steps, weights)
+    made_of = {"model": stored, "data": dataset_record(args, data)}
+    start_or_resume(args, accelerator, plan, steps, made_of)
     if args.enable_xformers_memory_efficient_attention:
         use_xformers(plan, pipe.unet)
-    run = Incubation(args, pipe, plan, steps, weights, Batches(args, pipe, data))
+    run = Incubation(args, pipe, plan, steps, weights, Batches(args, pipe, data), accelerator, made_of)
     student, records = run.all_stages()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -156,7 +158,7 @@ def main() -> None:
         pipe.unet = student
 
         def save(folder: Path) -> None:
-            save_pipeline(pipe, folder)
+            save_pipeline(pipe, folder, args, accelerator)
             plan.save(folder / "plan.json")
 
         publish(args, sys.argv, record, save, about, ["asdm", "pruning"], repo_id)

@@ -25,6 +25,7 @@ from diffusers_ext.training.arguments import (
     share,
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.loop import make_accelerator
 
 TRAINERS = {
@@ -124,6 +125,7 @@ def main() -> None:
     """Trains the chosen model; the main process saves, prints and uploads the results."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    check_resume(accelerator, args, base_training.VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     record, save = TRAINERS[args.model](accelerator, args)
     if accelerator.is_main_process:

@@ -23,22 +23,27 @@ from torch import Tensor, nn
 import diffusers_ext  # noqa: F401
 from diffusers_ext.core.images import as_tensor, save_grid
 from diffusers_ext.core.prompts import PromptEmbeds, prompt_embeddings, prompt_options
-from diffusers_ext.core.storage import ShardStore
+from diffusers_ext.core.storage import ShardStore, differences, show_differences
 from diffusers_ext.golden_noise.npnet import NPNetModel
-from diffusers_ext.golden_noise.pairs import NoisePairs, describe_model
+from diffusers_ext.golden_noise.pairs import NoisePairs
 from diffusers_ext.golden_noise.scorers import load_scorer
 from diffusers_ext.golden_noise.training import NPNetObjective, compare, relative_error, split_by_prompt
 from diffusers_ext.training.arguments import (
     add_model_arguments,
     add_training_arguments,
     below_one,
-    load_pipeline,
     non_negative_float,
     positive_int,
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.models import load_frozen
+from diffusers_ext.training.recipes import run_recipe
 from diffusers_ext.training.start import set_train_steps
+
+# Arguments that only act on the validation images.
+VALIDATION = ("num_inference_steps", "guidance_scale")
 
 ABOUT = """\
 # Golden noise for {model}
@@ -91,6 +96,7 @@ def main() -> None:
     """Trains NPNet; the main process saves, prints and uploads the results."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    check_resume(accelerator, args, VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     folder = args.train_data_dir or snapshot_download(
         args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir
@@ -98,12 +104,16 @@ def main() -> None:
     pairs = NoisePairs.load(folder)
     training, held_out = split_by_prompt(pairs, args.held_out_share)
     set_train_steps(args, accelerator, len(training))
-    pipe: Any = load_pipeline(args).to(accelerator.device)
+    pipe, stored = load_frozen(args, accelerator)
     made_by = ShardStore.recipe_of(folder)
-    if made_by["model"] != describe_model(pipe):
+    differ = differences(made_by["model"], stored)
+    if differ:
         raise ValueError(
-            f"{folder} holds pairs of another model: {made_by['model']} there, {describe_model(pipe)} here."
+            f"{folder} holds pairs of another model ({show_differences(differ)}): give the model that they were"
+            " collected with, or collect pairs with this one."
         )
+    made_of = {"model": stored, "data": {"pairs": pairs.digest(), "call": made_by["call"]}}
+    recipe = run_recipe(accelerator, args, made_of, VALIDATION)
     # The size of the images, and what acts on the encoding of the prompts.
     call = made_by["call"]
     npnet = build(
@@ -129,7 +139,7 @@ def main() -> None:
         save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
         return {"relative error": relative_error(npnet, pipe, held_out, **call), **scores}
 
-    record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate)
+    record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate, recipe=recipe)
     if accelerator.is_main_process:
         record |= {
             "parameters": npnet.num_parameters(),

@@ -38,8 +38,11 @@ from diffusers_ext.training.arguments import (
     positive_int,
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.data import add_data_arguments, require_data
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.models import as_stored, freeze
+from diffusers_ext.training.recipes import run_recipe
 from diffusers_ext.training.start import set_train_steps
 
 ABOUT = """\
@@ -101,19 +104,25 @@ def main() -> None:
     args = parse_args()
     weights = LossWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(LossWeights)})
     accelerator = make_accelerator(args, idle_parameters=True)
+    check_resume(accelerator, args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
-    pipe = load_teacher(args, accelerator)
-    data, captions = load_data(args, pipe)
+    pipe, stored = load_teacher(args, accelerator)
+    data, captions, images = load_data(args, pipe)
     set_train_steps(args, accelerator, len(data))
+    made_of = {"model": stored, "data": images}
+    recipe = run_recipe(accelerator, args, made_of)
     if args.source_components:
         source = MixtureSource.fit(data, args.source_rank, args.source_components)
         pipe.register_modules(source=source.to(accelerator.device))
     teacher = copy.deepcopy(pipe.unet).eval().requires_grad_(False)
     texts = Texts(pipe, accelerator.device)
-    pairs = collect_pairs(args, accelerator, pipe, texts, captions) if weights.reg else None
+    pairs = None
+    if weights.reg:
+        pairs = collect_pairs(args, accelerator, pipe, texts, captions, made_of)
     objective = SIGNObjective(
         pipe.projector, teacher, weights, args.warmup_steps, args.fake_updates, args.guidance_scale
     )
+    freeze(objective.teacher, accelerator)  # not before the fake score was copied from it
     shape = data.shape[1:]
 
     def make_batch(rows: Rows) -> dict[str, Any]:
@@ -149,11 +158,11 @@ def main() -> None:
         save_samples(pipe, few[:16], prompts, Path(args.output_dir) / f"validation-{step}.png")
         return projector_figures(pipe.projector, noise, few, **conditions)
 
-    record = train(accelerator, args, objective, make_batch, validate)
+    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
     if accelerator.is_main_process:
         record["parameters"] = pipe.unet.num_parameters()
         name = Path(args.pretrained_model_name_or_path).name
-        pipe.to("cpu").to(torch.float16)
+        as_stored(pipe, args, accelerator, trained=("unet", "source")).to(torch.float16)
         if pipe.text_encoder is not None:
             pipe.text_encoder.float()
         publish(args, sys.argv, record, pipe.save_pretrained, ABOUT.format(model=name), ["sign"], repo_id)

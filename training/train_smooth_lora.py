@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,13 +30,12 @@ from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training.arguments import (
     add_model_arguments,
     add_training_arguments,
-    load_pipeline,
     non_negative_float,
     positive_float,
     positive_int,
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
-from diffusers_ext.training.checkpoints import checkpoint_only_what_is_trained
+from diffusers_ext.training.checkpoints import check_resume, checkpoint_only_what_is_trained
 from diffusers_ext.training.data import (
     Captions,
     TrainingLatents,
@@ -46,7 +46,12 @@ from diffusers_ext.training.data import (
     require_data,
 )
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.models import load_frozen
+from diffusers_ext.training.recipes import dataset_record, run_recipe
 from diffusers_ext.training.start import set_train_steps
+
+# Arguments that only act on the validation images.
+VALIDATION = ("num_inference_steps", "guidance_scale")
 
 ABOUT = """\
 # Smooth-LoRA for {model}
@@ -101,16 +106,17 @@ def main() -> None:
     """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    check_resume(accelerator, args, VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
     set_train_steps(args, accelerator, len(data))
-    pipe: Any = load_pipeline(args).to(accelerator.device)
+    pipe, stored = load_frozen(args, accelerator)
     check_pipeline(pipe)
+    made_of = {"model": stored, "data": dataset_record(args, data)}
+    recipe = run_recipe(accelerator, args, made_of, VALIDATION)
     scheduler: Any = noising_scheduler(pipe.scheduler)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
     add_lora(pipe.unet, args.rank)
+    cast_training_params(pipe.unet)  # PEFT gives the layers the data type of the frozen ones
     kind = scheduler.config.prediction_type
     variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
     objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
@@ -139,7 +145,7 @@ def main() -> None:
         )
         return {"ISTD": found.istd, "mean adjacent distance": found.mean_distance, "relative": found.relative}
 
-    record = train(accelerator, args, objective, make_batch, validate)
+    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
     if accelerator.is_main_process:
         record["pictures"] = len(data)
         name = Path(args.pretrained_model_name_or_path).name

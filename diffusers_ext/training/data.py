@@ -227,7 +227,7 @@ def check_captioned_training(pipe: Any) -> None:
 
 
 class TrainingLatents:
-    """Latents of a data set's images by index, encoded on demand or all at once beforehand.
+    """Latents of a data set's images by index, in float32, encoded on demand or all at once beforehand.
 
     Args:
         args: as from `add_data_arguments` and `add_augmentation_arguments`.
@@ -257,7 +257,7 @@ class TrainingLatents:
         if self._cached is not None:
             return self._cached[list(index)], torch.zeros(len(index), 2)
         images, corners = self._arrays(index, rows)
-        return encode_images(self.pipe, images).cpu(), torch.tensor(corners)
+        return encode_images(self.pipe, images).float().cpu(), torch.tensor(corners)
 
     def _arrays(self, index: Sequence[int], rows: Rows | None) -> tuple[np.ndarray, list[tuple[int, int]]]:
         args, crops, flips = self.args, [(0.5, 0.5)] * len(index), [False] * len(index)
@@ -284,7 +284,7 @@ def _corner(size: tuple[int, int], side: int, centering: tuple[float, float]) ->
 def encode_captions(
     pipe: Any, captions: Sequence[str], height: int, width: int, corners: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The conditioning of a UNet for captioned images.
+    """The conditioning of a UNet for captioned images, in float32.
 
     Args:
         pipe: Stable Diffusion or SDXL.
@@ -296,7 +296,8 @@ def encode_captions(
     Returns:
         `prompt_embeds` (n, tokens, width), and for SDXL also `pooled_prompt_embeds` and `time_ids`.
     """
-    found = encode_prompts(pipe, captions, guidance=False)
+    encoded = encode_prompts(pipe, captions, guidance=False)
+    found = {name: value.float() for name, value in encoded.items()}
     if "pooled_prompt_embeds" in found:
         size = torch.tensor([height, width], dtype=torch.float32).expand(len(captions), -1)
         corners = torch.zeros_like(size) if corners is None else corners.float()

@@ -27,7 +27,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import resolve_checkpoint, save_checkpoint
+from .checkpoints import resume, save_checkpoint
+from .recipes import Recipe, run_recipe
 from .start import images_per_step, lock_folder, settle_with_launch
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def train(
     make_batch: Callable[[Rows], Batch],
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     last: bool = True,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
     """Trains `model`, whose forward turns a batch into a scalar loss, and leaves the EMA weights in it.
 
@@ -137,14 +139,15 @@ def train(
         validate: called with the model (EMA weights in place) and the step; returns values to log.
         last: end the process group. If False, the next model needs a new accelerator, and the caller ends the
             group with `accelerator.end_training()`.
+        recipe: what the weights depend on; default: the arguments alone.
 
     Returns:
-        The record for the model card: steps, images, seconds, hardware, the last loss and the last
-            validation.
+        The record for the model card: steps, images, seconds, hardware, the last loss, the last validation,
+            and `resumptions` with other arguments, if there were any.
 
     Raises:
         ValueError: the loss is not finite (checked every 50 steps and before each checkpoint), or
-            `--resume_from_checkpoint` does not match the run's folder.
+            `--resume_from_checkpoint` does not match the run's folder or its recipe.
     """
     trainable = _trainable(model)
     parts: Any = getattr(model, "networks", None)
@@ -168,16 +171,15 @@ def train(
     for state in (lr_scheduler, clock, ema):
         if state is not None:
             accelerator.register_for_checkpointing(state)
-    checkpoint = resolve_checkpoint(args)
-    accelerator.wait_for_everyone()  # before any process writes the first checkpoint
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        logger.info("resumed from %s", checkpoint)
+    recipe = recipe or run_recipe(accelerator, args)
+    checkpoint, changes = resume(accelerator, args, recipe)
     if ema is not None:
         ema.to(accelerator.device)
 
     num_steps = args.max_train_steps
     saved = clock.step if checkpoint is not None else None
+    limit = args.checkpoints_total_limit
+    images = images_per_step(args, accelerator)
     results: dict[str, float] = {}
     bar = tqdm(
         total=num_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
@@ -189,7 +191,7 @@ def train(
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
-        clock.tick()
+        clock.tick(images)
         bar.update()
         save_now = clock.step % args.checkpointing_steps == 0 or clock.step == num_steps
         if clock.step % 50 == 0 or save_now:
@@ -197,13 +199,13 @@ def train(
             bar.set_postfix(loss=f"{clock.loss:.4f}")
             accelerator.log({"loss": clock.loss, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
         if save_now and clock.step < num_steps:
-            save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
             results = _validate(accelerator, model, ema, trainable, validate, clock.step)
             wrapped.train()
     bar.close()
     if clock.step != saved:
-        save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+        save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
     if ema is not None:
         ema.copy_to(trainable)
     model.eval()
@@ -217,11 +219,12 @@ def train(
         accelerator.free_memory()
     return {
         "steps": clock.step,
-        "images": clock.step * images_per_step(args, accelerator),
+        "images": clock.images,
         "seconds": round(clock.seconds),
         "hardware": describe_hardware(accelerator),
         "loss": clock.loss,
         **results,
+        **({"resumptions": changes} if changes else {}),
     }
 
 
@@ -296,24 +299,25 @@ def _validate(
 
 
 class _Clock:
-    """Number of steps done, seconds over all parts of a resumed run, and the last recorded loss."""
+    """Steps, images and seconds over all parts of a resumed run, and the last recorded loss."""
 
     def __init__(self) -> None:
-        self.step, self.seconds, self.loss = 0, 0.0, float("nan")
+        self.step, self.images, self.seconds, self.loss = 0, 0, 0.0, float("nan")
 
     def start(self) -> None:
         self._last = time.monotonic()
 
-    def tick(self) -> None:
+    def tick(self, images: int) -> None:
         now = time.monotonic()
-        self.step, self.seconds, self._last = self.step + 1, self.seconds + now - self._last, now
+        self.step, self.images = self.step + 1, self.images + images
+        self.seconds, self._last = self.seconds + now - self._last, now
 
     def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+        return {"step": self.step, "images": self.images, "seconds": self.seconds, "loss": self.loss}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.loss = float(state.get("loss", "nan"))
+        self.step, self.images = int(state["step"]), int(state["images"])
+        self.seconds, self.loss = float(state["seconds"]), float(state["loss"])
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
