@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
+from ..core.families import uncompiled
 from .gri_attention import GRIAttnProcessor, GRIGrid
 
 _REPLACEABLE = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
@@ -165,7 +166,7 @@ def check_pipeline(pipe: Any) -> None:
 def _found_unet(given: Any) -> UNet2DConditionModel | None:
     """A UNet, or that of a pipeline, without the wrapper of `torch.compile`."""
     for part in (given, getattr(given, "unet", None)):
-        model = getattr(part, "_orig_mod", part)
+        model = uncompiled(part)
         if isinstance(model, UNet2DConditionModel):
             return model
     return None

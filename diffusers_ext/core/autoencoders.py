@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .families import denoiser_of, family_of
+from .families import denoiser_of, family_of, uncompiled
 
 Takes = Literal["images", "frames", "videos"]
 
@@ -75,7 +75,7 @@ def _component(pipe: Any) -> Any:
 
 
 def _takes(vae: Any) -> Takes:
-    kind = type(getattr(vae, "_orig_mod", vae))  # inside of torch.compile(vae)
+    kind = type(uncompiled(vae))
     for name in (cls.__name__ for cls in kind.__mro__):
         if name in AUTOENCODERS:
             return AUTOENCODERS[name]

@@ -72,7 +72,7 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ValueError: there is no record for the class of the denoiser.
     """
-    part = getattr(denoiser_of(pipe), "_orig_mod", denoiser_of(pipe))  # inside of torch.compile(model)
+    part = uncompiled(denoiser_of(pipe))
     classes = (cls.__name__ for cls in type(part).__mro__)
     found = next((FAMILIES[name] for name in classes if name in FAMILIES), None)
     if found is None:
@@ -99,6 +99,11 @@ def denoisers_of(pipe: Any) -> list[nn.Module]:
 def denoiser_of(pipe: Any) -> Any:
     """The pipeline's `unet` or `transformer`; None if it has neither."""
     return next(iter(denoisers_of(pipe)), None)
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside of `torch.compile(model)`; any other value itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 # --- layouts of the latents ---

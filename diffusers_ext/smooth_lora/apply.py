@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..core.families import denoiser_of
+from ..core.families import denoiser_of, uncompiled
 from ..core.hooks import InstanceMethod
 from .weights import WEIGHT_NAME, Weights, convert_lora, from_kohya, read_lora
 
@@ -167,7 +167,7 @@ def describe(pipe: Any) -> str | None:
 
 def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
     """The adapters that `apply_smooth_lora` added to the denoiser: {name: (rank, whether it is active)}."""
-    denoiser = _uncompiled(denoiser_of(pipe))
+    denoiser = uncompiled(denoiser_of(pipe))
     live, state = getattr(denoiser, "peft_config", None), getattr(denoiser, _STATE, None)
     if not live or state is None:
         return {}
@@ -196,13 +196,8 @@ def _peft_config(weights: Weights) -> dict[str, Any]:
 # --- the denoiser ---
 
 
-def _uncompiled(denoiser: Any) -> Any:
-    """The model inside of `torch.compile(model)`, which is compiled again when its layers change."""
-    return getattr(denoiser, "_orig_mod", denoiser)
-
-
 def _denoiser(pipe: Any) -> Any:
-    denoiser = _uncompiled(denoiser_of(pipe))
+    denoiser = uncompiled(denoiser_of(pipe))
     if denoiser is None:
         raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to add a LoRA to.")
     if not hasattr(denoiser, "load_lora_adapter"):

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.families import check_starts_from_noise, denoisers_of, family_of, grid_shape, guidance_of
+from ..core.families import (
+    check_starts_from_noise,
+    denoisers_of,
+    family_of,
+    grid_shape,
+    guidance_of,
+    uncompiled,
+)
 from ..core.hooks import add_hook, parameters_of
 from ..core.prompts import PromptReader, check_encodes
 from ..core.schedules import scaling
@@ -249,7 +256,7 @@ class _InputHook:
         self.pipe, self.scheduler = pipe, scheduler
         self.reversed_time = family_of(pipe).reversed_time
         # The forward of torch.compile(model) takes any arguments; the names are those of the model inside.
-        self.names = list(parameters_of(getattr(model, "_orig_mod", model), "forward"))
+        self.names = list(parameters_of(uncompiled(model), "forward"))
         self.latents = next((name for name in (*_LATENTS, *self.names) if name in self.names), None)
         self.time = next((name for name in _TIME if name in self.names), "timestep")
 
