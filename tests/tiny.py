@@ -218,12 +218,10 @@ def flux_prompt(batch: int, guided: bool) -> dict[str, Any]:
     """Prompt embeddings in place of Flux's text encoders, with true guidance if `guided`."""
 
     def draw(*shape: int) -> Tensor:
-        # One seed a row, so that row i is the same in every batch.
-        rows = [torch.randn(*shape, generator=torch.manual_seed(100 + i)) for i in range(batch)]
-        return torch.stack(rows)
+        # One seed a row, so that row i is the same in every batch; no global generator, since threads share it.
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in generators(batch, seed=100)])
 
-    with torch.random.fork_rng():
-        given = {"prompt_embeds": draw(4, 32), "pooled_prompt_embeds": draw(32)}
+    given = {"prompt_embeds": draw(4, 32), "pooled_prompt_embeds": draw(32)}
     if guided:
         zeros = {f"negative_{key}": torch.zeros_like(value) for key, value in given.items()}
         given |= {**zeros, "true_cfg_scale": 3.0}
