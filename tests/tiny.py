@@ -219,7 +219,9 @@ def flux_prompt(batch: int, guided: bool) -> dict[str, Any]:
 
     def draw(*shape: int) -> Tensor:
         # One seed a row, so that row i is the same in every batch; no global generator, since threads share it.
-        return torch.stack([torch.randn(*shape, generator=generator) for generator in generators(batch, seed=100)])
+        return torch.stack(
+            [torch.randn(*shape, generator=generator) for generator in generators(batch, seed=100)]
+        )
 
     given = {"prompt_embeds": draw(4, 32), "pooled_prompt_embeds": draw(32)}
     if guided:

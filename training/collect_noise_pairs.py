@@ -24,7 +24,15 @@ from diffusers_ext.core.commands import read_prompts
 from diffusers_ext.core.extras import SHORT_NAMES, load_function
 from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs
 from diffusers_ext.golden_noise.scorers import load_scorer
-from diffusers_ext.training.arguments import add_model_arguments, load_pipeline
+from diffusers_ext.training.arguments import (
+    PRECISIONS,
+    add_model_arguments,
+    finite_float,
+    positive_int,
+    seed,
+)
+from diffusers_ext.training.models import load_frozen
+from diffusers_ext.training.start import lock_folder, settle_precision
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,19 +47,24 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="text file with one prompt per line, or package.module:function of (count, seed)",
     )
-    add("--num_pairs", type=int, default=20_000, help="total number of attempts")
+    add("--num_pairs", type=positive_int, default=20_000, help="total number of attempts")
     add("--output_dir", required=True)
-    add("--seed", type=int, default=0)
-    add("--train_batch_size", type=int, default=8, help="attempts per shard, made in one batch")
-    add("--height", type=int, default=None, help="image height; default: the pipeline's")
-    add("--width", type=int, default=None, help="image width; default: the pipeline's")
+    add("--seed", type=seed, default=0)
+    add("--train_batch_size", type=positive_int, default=8, help="attempts per shard, made in one batch")
+    add("--height", type=positive_int, default=None, help="image height; default: the pipeline's")
+    add("--width", type=positive_int, default=None, help="image width; default: the pipeline's")
     add(
         "--call_arguments",
         type=json.loads,
         default={},
         help="""more arguments of the pipeline's call, as JSON: '{"clip_skip": 2}'; training uses the same""",
     )
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="data type of the pipeline")
+    add(
+        "--mixed_precision",
+        choices=PRECISIONS,
+        default=None,
+        help="data type of the pipeline; default: that of `accelerate launch`, else no",
+    )
     add(
         "--scorer",
         default=None,
@@ -62,6 +75,7 @@ def parse_args() -> argparse.Namespace:
         if kind is bool:
             add(f"--{field.name}", action="store_true")
         else:
+            kind = positive_int if kind is int else finite_float
             add(f"--{field.name}", type=kind, default=field.default)
     return parser.parse_args()
 
@@ -69,14 +83,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Loads the pipeline, collects the pairs, and prints how many were kept."""
     args = parse_args()
-    accelerator = Accelerator()
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    pipe = load_pipeline(args, dtype=dtype)
-    pipe.to(accelerator.device)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    settle_precision(args, accelerator)
+    prompts = find_prompts(args.prompts, args.num_pairs, args.seed)
+    if accelerator.is_main_process:
+        lock_folder(args.output_dir)
+    pipe, stored = load_frozen(args, accelerator)
     size = {name: value for name in ("height", "width") if (value := getattr(args, name)) is not None}
     mine = collect_pairs(
         pipe,
-        find_prompts(args.prompts, args.num_pairs, args.seed),
+        prompts,
         args.num_pairs,
         args.output_dir,
         PairSettings(**{field.name: getattr(args, field.name) for field in fields(PairSettings)}),
@@ -87,6 +103,7 @@ def main() -> None:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         progress=accelerator.is_local_main_process,
+        model=stored,
         **size,
         **args.call_arguments,
     )

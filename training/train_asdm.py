@@ -33,10 +33,23 @@ from diffusers_ext.asdm.incubation import (
 )
 from diffusers_ext.asdm.plan import PRESETS, PruningPlan
 from diffusers_ext.asdm.training import summarise
-from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments
+from diffusers_ext.training.arguments import (
+    add_model_arguments,
+    add_training_arguments,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    share,
+)
 from diffusers_ext.training.cards import create_hub_repo, publish
-from diffusers_ext.training.data import add_data_arguments, load_dataset, require_data
+from diffusers_ext.training.data import (
+    add_augmentation_arguments,
+    add_data_arguments,
+    load_dataset,
+    require_data,
+)
 from diffusers_ext.training.loop import make_accelerator
+from diffusers_ext.training.recipes import dataset_record
 
 ABOUT = """\
 # {model}, pruned
@@ -82,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     cuts.add_argument("--preset", choices=PRESETS, default=None, help="a published plan")
     add(
         "--steps_per_stage",
-        type=int,
+        type=positive_int,
         nargs="+",
         default=[1000],
         help="one for all stages, or one each",
@@ -91,16 +104,16 @@ def parse_args() -> argparse.Namespace:
     add("--no_cond_convs", action="store_true", help="discard the removed convolutions (no CLME-CondConv)")
     add("--from_scratch", action="store_true", help="start from random weights, as a control")
     add_data_arguments(parser)
-    add("--cache_latents", action="store_true", help="encode every image once, before training")
-    add("--proportion_empty_prompts", type=float, default=0.1, help="share of captions to drop")
+    add_augmentation_arguments(parser)
+    add("--proportion_empty_prompts", type=share, default=0.1, help="share of captions to drop")
     for field in fields(DistillWeights):
         add(
             f"--{field.name}_weight",
-            type=float,
+            type=non_negative_float,
             default=field.default,
             help=f"weight of the {field.name} loss",
         )
-    add("--snr_gamma", type=float, default=None, help="γ of min-SNR weights; default: equal weights")
+    add("--snr_gamma", type=positive_float, default=None, help="γ of min-SNR weights; default: equal weights")
     add("--gradient_checkpointing", action="store_true")
     add("--enable_xformers_memory_efficient_attention", action="store_true")
     add(
@@ -109,18 +122,16 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="prompts for images of all UNets",
     )
-    add("--num_inference_steps", type=int, default=20, help="for the validation images")
-    add("--guidance_scale", type=float, default=7.5, help="for the validation images")
+    add("--num_inference_steps", type=positive_int, default=20, help="for the validation images")
+    add("--guidance_scale", type=non_negative_float, default=7.5, help="for the validation images")
     add_training_arguments(parser)
-    parser.set_defaults(max_train_steps=None)
     args = parser.parse_args()
     require_data(parser, args)
-    if args.max_train_steps is not None:
-        parser.error("--max_train_steps is not supported: use --steps_per_stage")
+    for name in ("max_train_steps", "num_train_epochs"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} is not supported: use --steps_per_stage")
     if args.resume_from_checkpoint not in (None, "latest"):
         parser.error("--resume_from_checkpoint must be 'latest', which finds the stage and its checkpoint")
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        parser.error(f"--proportion_empty_prompts must be 0 to 1, got {args.proportion_empty_prompts}")
     return args
 
 
@@ -128,16 +139,16 @@ def main() -> None:
     """Trains all stages; the main process saves, prints and uploads the result."""
     args = parse_args()
     weights = DistillWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(DistillWeights)})
-    # Every stage has its own accelerator and its own tracker.
-    accelerator = make_accelerator(argparse.Namespace(**{**vars(args), "report_to": None}))
+    accelerator = make_accelerator(args, trackers=False)  # every stage has its own
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
-    pipe = load_teacher(args, accelerator)
+    data = load_dataset(args)
+    pipe, stored = load_teacher(args, accelerator)
     plan, steps = load_plan(args, pipe.unet)
-    start_or_resume(args, accelerator, plan, steps, weights)
+    made_of = {"model": stored, "data": dataset_record(args, data)}
+    start_or_resume(args, accelerator, plan, steps, made_of)
     if args.enable_xformers_memory_efficient_attention:
         use_xformers(plan, pipe.unet)
-    data = load_dataset(args)
-    run = Incubation(args, pipe, plan, steps, weights, Batches(args, pipe, data))
+    run = Incubation(args, pipe, plan, steps, weights, Batches(args, pipe, data), accelerator, made_of)
     student, records = run.all_stages()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -147,7 +158,7 @@ def main() -> None:
         pipe.unet = student
 
         def save(folder: Path) -> None:
-            save_pipeline(pipe, folder)
+            save_pipeline(pipe, folder, args, accelerator)
             plan.save(folder / "plan.json")
 
         publish(args, sys.argv, record, save, about, ["asdm", "pruning"], repo_id)

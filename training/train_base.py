@@ -17,8 +17,15 @@ import json
 import sys
 
 from diffusers_ext.testbed import base_training
-from diffusers_ext.training.arguments import add_training_arguments
+from diffusers_ext.training.arguments import (
+    add_training_arguments,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    share,
+)
 from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.loop import make_accelerator
 
 TRAINERS = {
@@ -92,17 +99,20 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, choices=list(TRAINERS))
     parser.add_argument("--train_data_dir", default=None, help="folder with Fashion-MNIST's idx files")
-    parser.add_argument("--num_scenes", type=int, default=60_000)
-    parser.add_argument("--block_out_channels", type=int, nargs=3, default=None)
+    parser.add_argument("--num_scenes", type=positive_int, default=60_000)
+    parser.add_argument("--block_out_channels", type=positive_int, nargs=3, default=None)
     parser.add_argument("--vae", default=None, help="folder of a trained autoencoder, for --model scenes")
     parser.add_argument(
         "--grader", default=None, help="folder of a trained grader, to validate prompt accuracy"
     )
-    parser.add_argument("--snr_gamma", type=float, default=None)
-    parser.add_argument("--proportion_empty_prompts", type=float, default=0.1)
-    parser.add_argument("--num_validation_images", type=int, default=256)
+    parser.add_argument("--snr_gamma", type=positive_float, default=None)
+    parser.add_argument("--proportion_empty_prompts", type=share, default=0.1)
+    parser.add_argument("--num_validation_images", type=positive_int, default=256)
     parser.add_argument(
-        "--guidance_scale", type=float, default=2.0, help="guidance scale of the validation images"
+        "--guidance_scale",
+        type=non_negative_float,
+        default=2.0,
+        help="guidance scale of the validation images",
     )
     add_training_arguments(parser)
     args = parser.parse_args()
@@ -115,6 +125,7 @@ def main() -> None:
     """Trains the chosen model; the main process saves, prints and uploads the results."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    check_resume(accelerator, args, base_training.VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     record, save = TRAINERS[args.model](accelerator, args)
     if accelerator.is_main_process:

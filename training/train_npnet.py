@@ -23,14 +23,27 @@ from torch import Tensor, nn
 import diffusers_ext  # noqa: F401
 from diffusers_ext.core.images import as_tensor, save_grid
 from diffusers_ext.core.prompts import PromptEmbeds, prompt_embeddings, prompt_options
-from diffusers_ext.core.storage import ShardStore
+from diffusers_ext.core.storage import ShardStore, differences, show_differences
 from diffusers_ext.golden_noise.npnet import NPNetModel
-from diffusers_ext.golden_noise.pairs import NoisePairs, describe_model
+from diffusers_ext.golden_noise.pairs import NoisePairs
 from diffusers_ext.golden_noise.scorers import load_scorer
 from diffusers_ext.golden_noise.training import NPNetObjective, compare, relative_error, split_by_prompt
-from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments, load_pipeline
+from diffusers_ext.training.arguments import (
+    add_model_arguments,
+    add_training_arguments,
+    below_one,
+    non_negative_float,
+    positive_int,
+)
 from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.models import load_frozen
+from diffusers_ext.training.recipes import run_recipe
+from diffusers_ext.training.start import set_train_steps
+
+# Arguments that only act on the validation images.
+VALIDATION = ("num_inference_steps", "guidance_scale")
 
 ABOUT = """\
 # Golden noise for {model}
@@ -60,13 +73,18 @@ def parse_args() -> argparse.Namespace:
     add_model_arguments(parser, "the pipeline that the pairs come from")
     add("--train_data_dir", default=None, help="folder written by collect_noise_pairs.py")
     add("--dataset_name", default=None, help="data set on the Hub that contains such a folder")
-    add("--width", type=int, default=128, help="features per patch")
-    add("--depth", type=int, default=4, help="number of blocks")
-    add("--held_out_share", type=float, default=0.1, help="share of the prompts used for validation only")
+    add("--width", type=positive_int, default=128, help="features per patch")
+    add("--depth", type=positive_int, default=4, help="number of blocks")
+    add("--held_out_share", type=below_one, default=0.1, help="share of the prompts used for validation only")
     add("--scorer", default=None, help="scorer of the validation images; see collect_noise_pairs.py")
-    add("--num_validation_images", type=int, default=64)
-    add("--num_inference_steps", type=int, default=30, help="steps of the validation images")
-    add("--guidance_scale", type=float, default=5.5, help="guidance scale of the validation images")
+    add("--num_validation_images", type=positive_int, default=64)
+    add("--num_inference_steps", type=positive_int, default=30, help="steps of the validation images")
+    add(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=5.5,
+        help="guidance scale of the validation images",
+    )
     add_training_arguments(parser)
     args = parser.parse_args()
     if (args.train_data_dir is None) == (args.dataset_name is None):
@@ -78,16 +96,24 @@ def main() -> None:
     """Trains NPNet; the main process saves, prints and uploads the results."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    check_resume(accelerator, args, VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
-    folder = args.train_data_dir or snapshot_download(args.dataset_name, repo_type="dataset")
+    folder = args.train_data_dir or snapshot_download(
+        args.dataset_name, repo_type="dataset", cache_dir=args.cache_dir
+    )
     pairs = NoisePairs.load(folder)
     training, held_out = split_by_prompt(pairs, args.held_out_share)
-    pipe: Any = load_pipeline(args).to(accelerator.device)
+    set_train_steps(args, accelerator, len(training))
+    pipe, stored = load_frozen(args, accelerator)
     made_by = ShardStore.recipe_of(folder)
-    if made_by["model"] != describe_model(pipe):
+    differ = differences(made_by["model"], stored)
+    if differ:
         raise ValueError(
-            f"{folder} holds pairs of another model: {made_by['model']} there, {describe_model(pipe)} here."
+            f"{folder} holds pairs of another model ({show_differences(differ)}): give the model that they were"
+            " collected with, or collect pairs with this one."
         )
+    made_of = {"model": stored, "data": {"pairs": pairs.digest(), "call": made_by["call"]}}
+    recipe = run_recipe(accelerator, args, made_of, VALIDATION)
     # The size of the images, and what acts on the encoding of the prompts.
     call = made_by["call"]
     npnet = build(
@@ -113,7 +139,7 @@ def main() -> None:
         save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
         return {"relative error": relative_error(npnet, pipe, held_out, **call), **scores}
 
-    record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate)
+    record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate, recipe=recipe)
     if accelerator.is_main_process:
         record |= {
             "parameters": npnet.num_parameters(),

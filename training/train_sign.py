@@ -28,10 +28,22 @@ from diffusers_ext.sign.projector import SIGMA
 from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.teacher import Texts, collect_pairs, load_data, load_teacher, save_samples
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
-from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments
+from diffusers_ext.training.arguments import (
+    add_model_arguments,
+    add_training_arguments,
+    even_int,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
 from diffusers_ext.training.cards import create_hub_repo, publish
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.data import add_data_arguments, require_data
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.models import as_stored, freeze
+from diffusers_ext.training.recipes import run_recipe
+from diffusers_ext.training.start import set_train_steps
 
 ABOUT = """\
 # SIGN projector of {model}
@@ -60,27 +72,30 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(parser, "the teacher, a pipeline")
     add_data_arguments(parser)
-    add("--sigma", type=float, default=SIGMA, help="noise level of the projector")
-    add("--source_components", type=int, default=32, help="Gaussians of the source; 0: white noise")
-    add("--source_rank", type=int, default=32, help="principal directions per Gaussian")
-    add("--guidance_scale", type=float, default=1.0, help="for the teacher, if it has prompts")
-    add("--warmup_steps", type=int, default=0, help="steps without the score loss")
-    add("--fake_updates", type=int, default=1, help="fake score updates per projector update")
+    add("--sigma", type=positive_float, default=SIGMA, help="noise level of the projector")
+    add(
+        "--source_components",
+        type=non_negative_int,
+        default=32,
+        help="Gaussians of the source; 0: white noise",
+    )
+    add("--source_rank", type=positive_int, default=32, help="principal directions per Gaussian")
+    add("--guidance_scale", type=non_negative_float, default=1.0, help="for the teacher, if it has prompts")
+    add("--warmup_steps", type=non_negative_int, default=0, help="steps without the score loss")
+    add("--fake_updates", type=positive_int, default=1, help="fake score updates per projector update")
     for field in fields(LossWeights):
         add(
             f"--{field.name}_weight",
-            type=float,
+            type=non_negative_float,
             default=field.default,
             help=f"weight of the {field.name} loss",
         )
-    add("--num_pairs", type=int, default=10_000, help="images of the teacher, for --reg_weight")
+    add("--num_pairs", type=positive_int, default=10_000, help="images of the teacher, for --reg_weight")
     add("--pairs_dir", default=None, help="folder for the pairs; default: OUTPUT_DIR/pairs")
-    add("--num_inference_steps", type=int, default=20, help="for the images of the teacher")
-    add_training_arguments(parser)
+    add("--num_inference_steps", type=positive_int, default=20, help="for the images of the teacher")
+    add_training_arguments(parser, batch_size=even_int)
     args = parser.parse_args()
     require_data(parser, args)
-    if args.train_batch_size % 2:
-        parser.error(f"--train_batch_size must be even, got {args.train_batch_size}")
     return args
 
 
@@ -89,18 +104,25 @@ def main() -> None:
     args = parse_args()
     weights = LossWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(LossWeights)})
     accelerator = make_accelerator(args, idle_parameters=True)
+    check_resume(accelerator, args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
-    pipe = load_teacher(args, accelerator)
-    data, captions = load_data(args, pipe)
+    pipe, stored = load_teacher(args, accelerator)
+    data, captions, images = load_data(args, pipe)
+    set_train_steps(args, accelerator, len(data))
+    made_of = {"model": stored, "data": images}
+    recipe = run_recipe(accelerator, args, made_of)
     if args.source_components:
         source = MixtureSource.fit(data, args.source_rank, args.source_components)
         pipe.register_modules(source=source.to(accelerator.device))
     teacher = copy.deepcopy(pipe.unet).eval().requires_grad_(False)
     texts = Texts(pipe, accelerator.device)
-    pairs = collect_pairs(args, accelerator, pipe, texts, captions) if weights.reg else None
+    pairs = None
+    if weights.reg:
+        pairs = collect_pairs(args, accelerator, pipe, texts, captions, made_of)
     objective = SIGNObjective(
         pipe.projector, teacher, weights, args.warmup_steps, args.fake_updates, args.guidance_scale
     )
+    freeze(objective.teacher, accelerator)  # not before the fake score was copied from it
     shape = data.shape[1:]
 
     def make_batch(rows: Rows) -> dict[str, Any]:
@@ -121,25 +143,26 @@ def main() -> None:
         }
         if captions is not None:
             # An even row starts from the noise of a pair and needs the prompt of that pair.
-            even = torch.arange(len(index)) % 2 == 0
-            own = torch.where(even, paired % len(captions), index) if pairs is not None else index
-            batch |= texts.batch([captions[int(i)] for i in own], args.guidance_scale)
+            prompts = captions.draw(rows, index.tolist())
+            if pairs is not None:
+                prompts[::2] = [captions.numbered(i) for i in paired[::2].tolist()]
+            batch |= texts.batch(prompts, args.guidance_scale)
         return batch
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         draw = torch.Generator().manual_seed(0)
         few = data[:256].to(accelerator.device)
         noise = torch.randn(few.shape, generator=draw).to(accelerator.device)
-        prompts = None if captions is None else captions[: len(few)]
+        prompts = None if captions is None else [captions.numbered(i) for i in range(len(few))]
         conditions = {} if prompts is None else texts.conditions(prompts)
         save_samples(pipe, few[:16], prompts, Path(args.output_dir) / f"validation-{step}.png")
         return projector_figures(pipe.projector, noise, few, **conditions)
 
-    record = train(accelerator, args, objective, make_batch, validate)
+    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
     if accelerator.is_main_process:
         record["parameters"] = pipe.unet.num_parameters()
         name = Path(args.pretrained_model_name_or_path).name
-        pipe.to("cpu").to(torch.float16)
+        as_stored(pipe, args, accelerator, trained=("unet", "source")).to(torch.float16)
         if pipe.text_encoder is not None:
             pipe.text_encoder.float()
         publish(args, sys.argv, record, pipe.save_pretrained, ABOUT.format(model=name), ["sign"], repo_id)

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,18 +27,31 @@ from diffusers_ext.metrics.istd import compute_istd
 from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora, check_pipeline
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
-from diffusers_ext.training.arguments import add_model_arguments, add_training_arguments, load_pipeline
+from diffusers_ext.training.arguments import (
+    add_model_arguments,
+    add_training_arguments,
+    non_negative_float,
+    positive_float,
+    positive_int,
+)
 from diffusers_ext.training.cards import create_hub_repo, publish
-from diffusers_ext.training.checkpoints import checkpoint_only_what_is_trained
+from diffusers_ext.training.checkpoints import check_resume, checkpoint_only_what_is_trained
 from diffusers_ext.training.data import (
+    Captions,
     TrainingLatents,
+    add_augmentation_arguments,
     add_data_arguments,
     encode_captions,
-    image_arrays,
     load_dataset,
     require_data,
 )
 from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.models import load_frozen
+from diffusers_ext.training.recipes import dataset_record, run_recipe
+from diffusers_ext.training.start import set_train_steps
+
+# Arguments that only act on the validation images.
+VALIDATION = ("num_inference_steps", "guidance_scale")
 
 ABOUT = """\
 # Smooth-LoRA for {model}
@@ -62,16 +76,26 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(parser)
     add_data_arguments(parser)
-    add("--cache_latents", action="store_true", help="encode every image once, before training")
-    add("--rank", type=int, default=8, help="rank of the LoRA")
-    add("--variation_weight", type=float, default=1.0, help="weight λ of the loss; 0 trains a plain LoRA")
+    add_augmentation_arguments(parser)
+    add("--rank", type=positive_int, default=8, help="rank of the LoRA")
+    add(
+        "--variation_weight",
+        type=non_negative_float,
+        default=1.0,
+        help="weight λ of the loss; 0 trains a plain LoRA",
+    )
     add("--estimator", choices=["vjp", "finite_difference"], default="vjp", help="estimator of the variation")
     add("--running_mean", choices=["global", "per_timestep"], default="global", help="mean of the variation")
     add("--spread", choices=["absolute", "relative"], default="absolute", help="relative compares logarithms")
-    add("--snr_gamma", type=float, default=None, help="γ of min-SNR weights; default: equal weights")
+    add(
+        "--snr_gamma",
+        type=positive_float,
+        default=None,
+        help="γ of min-SNR weights; default: equal weights",
+    )
     add("--validation_prompts", nargs="*", default=[], help="prompts for measuring the ISTD")
-    add("--num_inference_steps", type=int, default=20, help="for the validation images")
-    add("--guidance_scale", type=float, default=7.5, help="for the validation images")
+    add("--num_inference_steps", type=positive_int, default=20, help="for the validation images")
+    add("--guidance_scale", type=non_negative_float, default=7.5, help="for the validation images")
     add_training_arguments(parser)
     args = parser.parse_args()
     require_data(parser, args)
@@ -82,45 +106,46 @@ def main() -> None:
     """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    check_resume(accelerator, args, VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
-    pipe: Any = load_pipeline(args).to(accelerator.device)
+    set_train_steps(args, accelerator, len(data))
+    pipe, stored = load_frozen(args, accelerator)
     check_pipeline(pipe)
+    made_of = {"model": stored, "data": dataset_record(args, data)}
+    recipe = run_recipe(accelerator, args, made_of, VALIDATION)
     scheduler: Any = noising_scheduler(pipe.scheduler)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
     add_lora(pipe.unet, args.rank)
+    cast_training_params(pipe.unet)  # PEFT gives the layers the data type of the frozen ones
     kind = scheduler.config.prediction_type
     variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
     objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
     checkpoint_only_what_is_trained(accelerator, buffers=["variation."])
-    encoded = TrainingLatents(args, pipe, data)
+    encoded, captions = TrainingLatents(args, pipe, data), Captions(args, data)
 
     def make_batch(rows: Rows) -> dict[str, Tensor]:
         index = rows.indices(len(data)).tolist()
-        latents = encoded(index)
-        captions = [data[i][args.caption_column] for i in index]
+        latents, corners = encoded(index, rows)
         height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
-        return {
+        batch = {
             "latents": latents,
             "noise": rows.normal(*latents.shape[1:]),
             "timesteps": rows.integers(scheduler.config.num_train_timesteps),
             "direction": rows.normal(*latents.shape[1:]),
-            **encode_captions(pipe, captions, height, width),
         }
+        return batch | encode_captions(pipe, captions.draw(rows, index), height, width, corners)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         if not args.validation_prompts:
             return {}
-        height, width = image_arrays(args, [data[0]]).shape[1:3]
+        height, width = (side * pipe.vae_scale_factor for side in encoded([0])[0].shape[2:])
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
         found = compute_istd(
             pipe, args.validation_prompts, height=height, width=width, progress=False, **call
         )
         return {"ISTD": found.istd, "mean adjacent distance": found.mean_distance, "relative": found.relative}
 
-    record = train(accelerator, args, objective, make_batch, validate)
+    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
     if accelerator.is_main_process:
         record["pictures"] = len(data)
         name = Path(args.pretrained_model_name_or_path).name

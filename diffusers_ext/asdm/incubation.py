@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +21,28 @@ from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
-from ..training.arguments import load_pipeline
 from ..training.checkpoints import checkpoint_only_what_is_trained
-from ..training.data import TrainingLatents, check_captioned_training, encode_captions
+from ..training.data import Captions, TrainingLatents, check_captioned_training, encode_captions
 from ..training.loop import Rows, make_accelerator, rows_of_step, train
+from ..training.models import as_stored, freeze, load_frozen
+from ..training.recipes import Recipe, run_recipe
 from . import training as asdm
 from .distill import DistillWeights
 from .plan import PruningPlan, preset_stages
 from .prune import teacher_blocks
 
 
-def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
-    """The pipeline of the teacher, with all parameters frozen.
+def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, dict[str, Any]]:
+    """The pipeline of the teacher, with all parameters frozen, and its record.
+
+    Its UNet is in float32, for the students that start from it.
 
     Raises:
         ValueError: see `check_captioned_training`.
     """
-    pipe: Any = load_pipeline(args, dtype=torch.float32)
+    pipe, stored = load_frozen(args, accelerator, trained=("unet",))
     check_captioned_training(pipe)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
-    pipe.to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe, stored
 
 
 def load_plan(args: argparse.Namespace, unet: Any) -> tuple[PruningPlan, list[int]]:
@@ -62,28 +62,37 @@ def start_or_resume(
     accelerator: Accelerator,
     plan: PruningPlan,
     steps: list[int],
-    weights: DistillWeights,
+    made_of: Mapping[str, Any],
 ) -> None:
     """Checks that the output folder is empty or belongs to this run, and stores the recipe of the run.
+
+    Args:
+        args: all arguments.
+        accelerator: of the run.
+        plan, steps: from `load_plan`.
+        made_of: records of the teacher, `model`, and of the images and captions, `data`.
 
     Raises:
         ValueError: the folder contains another run, see `check_run`.
     """
     output = Path(args.output_dir)
-    recipe = {
-        "fingerprint": plan.fingerprint,
-        "stages": plan.stages,
-        "steps_per_stage": steps,
-        "weights": asdict(weights),
-        "cond_convs": not args.no_cond_convs,
-        "from_scratch": args.from_scratch,
-        "seed": args.seed,
-    }
+    # One number of steps for all stages means the same as one for each.
+    args.steps_per_stage = steps
+    recipe = recipe_of(args, accelerator, plan, made_of).fixed
     asdm.check_run(output, recipe, args.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         asdm.write_recipe(output, recipe)
         plan.save(output / "plan.json")
+
+
+def recipe_of(
+    args: argparse.Namespace, accelerator: Accelerator, plan: PruningPlan, made_of: Mapping[str, Any]
+) -> Recipe:
+    """The recipe of the run, or of a stage with its arguments."""
+    cuts = {"fingerprint": plan.fingerprint, "stages": plan.stages}
+    free = ("num_inference_steps", "guidance_scale")
+    return run_recipe(accelerator, args, {**made_of, "plan": cuts}, free)
 
 
 def use_xformers(plan: PruningPlan, teacher: Any) -> None:
@@ -105,22 +114,22 @@ class Batches:
     """Batches of training examples, as the objective expects them."""
 
     def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
-        self.args, self.pipe, self.data = args, pipe, data
+        self.args, self.pipe = args, pipe
         self.num_timesteps = pipe.scheduler.config.num_train_timesteps
         self.encoded = TrainingLatents(args, pipe, data)
-        height, width = self.encoded([0]).shape[2:]
+        self.captions = Captions(args, data)
+        height, width = self.encoded([0])[0].shape[2:]
         self.size: tuple[int, int] = height, width
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """The tensors of the given rows."""
-        index = rows.indices(len(self.data)).tolist()
-        latents = self.encoded(index)
+        index = rows.indices(len(self.captions)).tolist()
+        latents, corners = self.encoded(index, rows)
         empty = (rows.uniform() < self.args.proportion_empty_prompts).tolist()
-        captions = [
-            "" if drop else str(self.data[i][self.args.caption_column]) for i, drop in zip(index, empty)
-        ]
+        drawn = self.captions.draw(rows, index)
+        captions = ["" if drop else caption for caption, drop in zip(drawn, empty)]
         height, width = (side * self.pipe.vae_scale_factor for side in self.size)
-        batch = encode_captions(self.pipe, captions, height, width)
+        batch = encode_captions(self.pipe, captions, height, width, corners)
         batch |= {"latents": latents, "noise": rows.normal(*latents.shape[1:])}
         return {**batch, "timesteps": rows.integers(self.num_timesteps)}
 
@@ -135,6 +144,8 @@ class Incubation:
     steps: list[int]
     weights: DistillWeights
     batches: Batches
+    accelerator: Accelerator
+    made_of: Mapping[str, Any]
 
     def all_stages(self) -> tuple[UNet2DConditionModel, list[dict[str, Any]]]:
         """Trains all stages and skips those whose student is already saved.
@@ -147,10 +158,11 @@ class Incubation:
             done += 1
         if done:
             student = asdm.load_student(self._folder(done) / "unet").to(self.pipe.device).eval()
+        elif self.args.from_scratch:
+            student = asdm.random_unet(self.pipe.unet, self.args.seed)
         else:
-            student = (
-                asdm.random_unet(self.pipe.unet, self.args.seed) if self.args.from_scratch else self.pipe.unet
-            )
+            student = copy.deepcopy(self.pipe.unet).cpu()
+        freeze(self.pipe.unet, self.accelerator)
         paths = [self._folder(k) / "unet" / "stage.json" for k in range(1, done + 1)]
         records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         for stage in range(done + 1, len(self.steps) + 1):
@@ -167,7 +179,11 @@ class Incubation:
 
     def _stage(self, stage: int, source: Any) -> tuple[UNet2DConditionModel, dict[str, Any]]:
         folder, steps = self._folder(stage), self.steps[stage - 1]
-        own = {"output_dir": str(folder), "max_train_steps": steps, "seed": 1000 * self.args.seed + stage}
+        own = {
+            "output_dir": str(folder),
+            "max_train_steps": steps,
+            "seed": (1000 * self.args.seed + stage) % 2**32,
+        }
         args = argparse.Namespace(**{**vars(self.args), **own})
         # Without the task and output losses, the last layers have no gradient.
         accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))
@@ -185,10 +201,12 @@ class Incubation:
 
         def validate(model: nn.Module, step: int) -> dict[str, float]:
             if args.validation_prompts:
-                self._draw(student, folder / f"validation-{step}.png")
+                with accelerator.autocast():  # the student is in float32, the other parts may not be
+                    self._draw(student, folder / f"validation-{step}.png")
             return self._fixed_losses(objective)
 
-        record = train(accelerator, args, objective, self.batches, validate, last=False)
+        recipe = recipe_of(args, accelerator, self.plan, self.made_of)
+        record = train(accelerator, args, objective, self.batches, validate, last=False, recipe=recipe)
         record |= self.figures(student)
         if accelerator.is_main_process:
             with whole_folder(folder / "unet") as partial:
@@ -223,9 +241,9 @@ class Incubation:
         save_grid(torch.cat(rows), len(args.validation_prompts), path)
 
 
-def save_pipeline(pipe: Any, folder: Path) -> None:
+def save_pipeline(pipe: Any, folder: Path, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Saves the pipeline in half precision, except for the models of transformers (float32)."""
-    pipe.to("cpu").to(torch.float16)
+    as_stored(pipe, args, accelerator, trained=("unet",)).to(torch.float16)
     for part in pipe.components.values():
         if isinstance(part, PreTrainedModel):
             part.float()

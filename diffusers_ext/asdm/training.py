@@ -192,8 +192,10 @@ def summarise(
     """
     found: dict[str, Any] = {name: sum(r[name] for r in records) for name in ("steps", "images", "seconds")}
     found |= {"hardware": records[-1]["hardware"], "pictures": pictures}
+    changes: list[dict[str, Any]] = []
     found |= {f"teacher {name}": value for name, value in teacher.items()}
     for stage, record in enumerate(records, 1):
-        own = {name: value for name, value in record.items() if name not in ("images", "seconds", "hardware")}
-        found |= {f"stage {stage} {name}": value for name, value in own.items()}
-    return found
+        known = ("images", "seconds", "hardware", "resumptions")
+        found |= {f"stage {stage} {name}": value for name, value in record.items() if name not in known}
+        changes += [{"stage": stage, **change} for change in record.get("resumptions", [])]
+    return {**found, "resumptions": changes} if changes else found

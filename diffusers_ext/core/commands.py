@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .extras import MissingExtraError
+from .text import read_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -58,13 +59,14 @@ def say(text: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a text file.
+    """The non-empty lines of a UTF-8 text file.
 
     Raises:
-        ValueError: the file contains no prompts.
+        ValueError: the file contains no prompts, or has another encoding.
         OSError: the file cannot be read.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(), which also splits at characters inside a prompt, such as U+2028.
+    lines = [line.strip() for line in read_text(path).split("\n")]
     prompts = [line for line in lines if line]
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one prompt per line.")

@@ -62,22 +62,61 @@ def _stack(images: Any, mode: str) -> np.ndarray:
     if len(sizes) != 1:
         shown = ", ".join(f"{w} × {h}" for w, h in sizes[:3]) or "none"
         raise ValueError(f"Give one or more images of one size, got {shown}: resize them first.")
-    return np.stack([np.asarray(image.convert(mode)) for image in images])
+    return np.stack([np.asarray(_convert(image, mode, image.format)) for image in images])
 
 
-def prepare_image(image: Image.Image, mode: str, size: int | tuple[int, int] | None = None) -> Image.Image:
-    """Applies the EXIF orientation, converts to PIL's `mode`, then resizes and centre-crops.
+def prepare_image(
+    image: Image.Image,
+    mode: str,
+    size: int | tuple[int, int] | None = None,
+    centering: tuple[float, float] = (0.5, 0.5),
+) -> Image.Image:
+    """Applies the EXIF orientation, converts to PIL's `mode`, then resizes and crops.
+
+    Images with 16 bits are scaled to 8 bits, floats from [0, 1]. Transparent images are put on white, except for RGBA.
 
     Args:
         image: any PIL image.
         mode: "L", "RGB" or "RGBA".
         size: the side of a square, or (height, width); None keeps the size.
+        centering: where to crop, from (0, 0), the upper left, to (1, 1), the lower right.
+
+    Raises:
+        ValueError: integers or floats of an unknown range.
     """
-    image = ImageOps.exif_transpose(image).convert(mode)
+    image = _convert(ImageOps.exif_transpose(image), mode, image.format)
     if size is None:
         return image
     height, width = (size, size) if isinstance(size, int) else size
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=centering)
+
+
+def _convert(image: Image.Image, mode: str, file_format: str | None) -> Image.Image:
+    if image.mode[0] in "IF":
+        image = _eight_bits(image, file_format)
+    if mode != "RGBA" and image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
+    # PIL's own conversion clips at 255.
+    values = np.asarray(image)
+    # PIL reads the 16 bits of PNG and PGM into 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        scaled = values / 65535
+    elif image.mode == "F" and values.size and values.min() >= 0 and values.max() <= 1:
+        scaled = values
+    else:
+        raise ValueError(
+            f"{'float' if image.mode == 'F' else '32-bit integer'} image with values from {values.min():g} to"
+            f" {values.max():g}, whose range is not known: save it with 8 or 16 bits, or as floats from 0 to 1"
+        )
+    grey = Image.fromarray((scaled * 255).round().astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a grey value
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def save_grid(images: Tensor, columns: int, path: str | Path, scale: int = 2) -> None:
@@ -218,11 +257,23 @@ def _dataset(source: Any, labels: str | Sequence[str] | None, image_column: str)
             raise ValueError(f"The data set has no column {column!r}; its columns are {', '.join(columns)}.")
     if len(source) == 0:
         raise ValueError("There are no images: the data set is empty.")
-    images = ImageSource(len(source), lambda i: source[i][image_column], lambda i: f"row {i} of the data set")
+    images = ImageSource(
+        len(source), lambda i: source[i][image_column], lambda i: row_name(source, i, image_column)
+    )
     if not isinstance(labels, str):
         return _labelled(images, labels)
     name = getattr(source.features[labels], "int2str", str)
     return _labelled(images, [name(label) for label in source[labels]])
+
+
+def row_name(source: Any, index: int, image_column: str) -> str:
+    """What error messages call a row of a `datasets.Dataset`: its file, if it has one, and its number."""
+    name, feature = f"row {index} of the data set", source.features.get(image_column)
+    if not hasattr(feature, "decode_example"):
+        return name
+    # Not decoded, since this is the name of an image that may be damaged.
+    stored = source.cast_column(image_column, type(feature)(decode=False))[index][image_column]
+    return f"{stored['path']} ({name})" if stored and stored["path"] else name
 
 
 def _tensor(values: Tensor) -> ImageSource:
@@ -274,14 +325,30 @@ def image_batches(
         yield torch.stack(rows), images.labels and images.labels[start : start + len(rows)]
 
 
-def _load(images: ImageSource, index: int, channels: int, resolution: int | tuple[int, int] | None) -> Tensor:
-    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+def read_image(
+    images: ImageSource,
+    index: int,
+    mode: str,
+    size: int | tuple[int, int] | None = None,
+    centering: tuple[float, float] = (0.5, 0.5),
+) -> Any:
+    """One image, prepared by `prepare_image` if it is a PIL image, else as it is.
+
+    Raises:
+        ValueError: the image cannot be read; the message names it.
+    """
     try:
         image = images.read(index)
-        if isinstance(image, Image.Image):
-            return _to_tensor(image, channels, size)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return prepare_image(image, mode, size, centering) if isinstance(image, Image.Image) else image
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{images.name(index)} cannot be read as an image: {error}") from error
+
+
+def _load(images: ImageSource, index: int, channels: int, resolution: int | tuple[int, int] | None) -> Tensor:
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    image = read_image(images, index, _MODES.get(channels, "RGB"), size)
+    if isinstance(image, Image.Image):
+        return _to_tensor(image, channels)
     if not isinstance(image, Tensor):
         raise ValueError(f"{images.name(index)} is not an image but a {type(image).__name__}.")
     if size is not None and tuple(image.shape[1:]) != tuple(size):
@@ -296,10 +363,9 @@ def _load(images: ImageSource, index: int, channels: int, resolution: int | tupl
     return image
 
 
-def _to_tensor(image: Image.Image, channels: int, size: tuple[int, int] | None) -> Tensor:
-    """(C, H, W) float32 in [−1, 1]: EXIF-oriented, resized and centre-cropped to `size` = (height, width)."""
+def _to_tensor(image: Image.Image, channels: int) -> Tensor:
+    """(C, H, W) float32 in [−1, 1] of a prepared image."""
     if channels not in _MODES:
         raise ValueError(f"The model takes {channels} channels: pass a float tensor (N, {channels}, H, W).")
-    image = prepare_image(image, _MODES[channels], size)
     values = torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels)
     return values.permute(2, 0, 1).float() / 127.5 - 1.0

@@ -222,6 +222,8 @@ def counterpart(scheduler: Any, kind: type, **changes: Any) -> Any:
     values = {
         n: config[n] for n in _arguments(type(scheduler)) & _arguments(kind) if config.get(n) is not None
     }
+    if values.get("prediction_type") == "original_sample" and kind is not type(scheduler):
+        values["prediction_type"] = "sample"  # the name of all other classes
     values |= changes
     if "trained_betas" in values:
         values["trained_betas"] = np.asarray(values["trained_betas"]).tolist()

@@ -73,17 +73,47 @@ def digest(content: bytes | str | Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def weights_digest(*modules: nn.Module) -> str:
-    """`digest` of the names, shapes and values of all parameters and buffers, in float32."""
+def tensors_digest(*groups: Mapping[str, Tensor]) -> str:
+    """`digest` of the names, shapes and values of tensors, in float32, so that a wider type changes nothing."""
     found = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
+    for tensors in groups:
+        for name, value in sorted(tensors.items()):
             found.update(f"{name}{tuple(value.shape)}".encode())
             found.update(value.detach().cpu().float().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
+def weights_digest(*modules: nn.Module) -> str:
+    """`tensors_digest` of all parameters and buffers."""
+    return tensors_digest(*(module.state_dict() for module in modules))
+
+
 # --- recipes ---
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{dotted name: (value found, value wanted)} of all values in which two recipes differ; None if missing."""
+    found, wanted = (json.loads(json.dumps(recipe)) for recipe in (found, wanted))
+    differ: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(found.keys() | wanted.keys()):
+        one, other = found.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            differ |= {f"{key}.{name}": values for name, values in differences(one, other).items()}
+        elif one != other:
+            differ[key] = one, other
+    return differ
+
+
+def show_differences(differ: Mapping[str, tuple[Any, Any]]) -> str:
+    """`differences` for an error message: the first few, and the number of the others."""
+    shown = [f"{key}: {_short(there)} there, {_short(now)} now" for key, (there, now) in differ.items()]
+    more = [f"and {len(shown) - 8} more"] if len(shown) > 8 else []
+    return "; ".join(shown[:8] + more)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]} ..."
 
 
 def check_recipe(path: str | Path, recipe: Mapping[str, Any], advice: str) -> bool:
@@ -100,16 +130,16 @@ def check_recipe(path: str | Path, recipe: Mapping[str, Any], advice: str) -> bo
     Raises:
         ValueError: the file is corrupted, or its recipe differs; the message names the differences.
     """
-    path, wanted = Path(path), json.loads(json.dumps(recipe))
+    path = Path(path)
     if not path.is_file():
         return False
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is corrupted ({error}): {advice}.") from error
-    differ = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    differ = differences(found, recipe)
     if differ:
-        shown = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differ)
+        shown = show_differences(differ)
         raise ValueError(f"The content of {path.parent} was made with other settings ({shown}): {advice}.")
     return True
 

@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from ..core.families import denoisers_of, family_of, to_grid
 from ..core.pipeline import call_pipeline, given_latents, initial_grid, quiet
-from ..core.schedules import first_order_scheduler
-from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, weights_digest
+from ..core.records import pipeline_record
+from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, tensors_digest
 from .apply import check_pipeline
 from .redenoising import guided_call, redenoise
-from .scorers import Scorer, checked_scores
+from .scorers import Scorer, checked_scores, scorer_record
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def collect_pairs(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
+    model: Mapping[str, Any] | None = None,
     **call_kwargs: Any,
 ) -> ShardSummary:
     """Tries `num_pairs` pairs and keeps those that the scorer prefers. Resumes an interrupted run.
@@ -83,6 +84,8 @@ def collect_pairs(
         scorer_name: name of the scorer in the recipe.
         rank, world: this process makes batches rank, rank + world, ...
         progress: show a progress bar with the numbers of pairs kept and tried.
+        model: `pipeline_record` of the pipeline as it is stored. Give it if the weights were cast to half precision;
+            training compares it with its own. Default: the record of `pipe`.
         call_kwargs: passed to the pipeline, such as `height`, `width`, `clip_skip` and `max_sequence_length`.
             They are in the recipe, from which training takes them, so they must be values of JSON.
 
@@ -102,12 +105,13 @@ def collect_pairs(
             f" {batch_size}."
         )
     recipe = {
-        "model": describe_model(pipe),
+        "model": pipeline_record(pipe) if model is None else model,
+        "dtype": str(denoisers_of(pipe)[0].dtype),
         "prompts": {"count": len(prompts), "digest": digest(prompts)},
         "num_pairs": num_pairs,
         "seed": seed,
         "batch_size": batch_size,
-        "scorer": scorer_name,
+        "scorer": scorer_record(scorer, scorer_name),
         "settings": asdict(settings),
         "call": _recorded(call_kwargs),
     }
@@ -204,22 +208,6 @@ def _score(
     return checked_scores(scorer, np.asarray(images, dtype=np.float32), prompts)
 
 
-def describe_model(pipe: Any) -> dict[str, str]:
-    """What the pairs depend on: pipeline class, noise schedule and a digest of the weights."""
-    names = sorted(name for name in pipe.components if name.startswith("text_encoder"))
-    encoders = [pipe.components[name] for name in names if pipe.components[name] is not None]
-    config = {
-        key: value
-        for key, value in first_order_scheduler(pipe.scheduler).config.items()
-        if not key.startswith("_")
-    }
-    return {
-        "pipeline": type(pipe).__name__,
-        "weights": weights_digest(*denoisers_of(pipe), *encoders),
-        "schedule": digest(config),
-    }
-
-
 # --- the pairs on disk ---
 
 
@@ -285,6 +273,11 @@ class NoisePairs:
             [prompt for p in parts for prompt in p.prompts],
             torch.cat([p.index for p in parts]),
         )
+
+    def digest(self) -> str:
+        """Digest of all pairs and their prompts."""
+        values = {"noise": self.noise, "golden": self.golden, "index": self.index}
+        return digest([tensors_digest(values), self.prompts])
 
     def subset(self, rows: Tensor) -> NoisePairs:
         """The pairs of the given rows (m,) int64."""

@@ -6,7 +6,9 @@ texts and returns n numbers. Higher is better.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 from PIL import Image
 
 from ..core.extras import SHORT_NAMES, load_function
+from ..core.records import part_record
+from ..core.storage import digest
 
 Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 
@@ -65,6 +69,23 @@ def checked_scores(scorer: Scorer, images: np.ndarray, prompts: Sequence[str]) -
             f" scores that are not finite {bad}: it must return one finite number per image."
         )
     return scores
+
+
+def scorer_record(scorer: Scorer | None, name: str | None) -> dict[str, Any] | None:
+    """What the scores depend on, for the recipe of pairs: the weights of a CLIP model, or the code of a function.
+
+    The code is that of the whole file, because a function may call others.
+    """
+    if scorer is None:
+        return None
+    if isinstance(scorer, ClipScorer):
+        return {"name": name, "model": part_record(scorer.model)}
+    code = scorer if hasattr(scorer, "__code__") else type(scorer)
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(code))  # type: ignore[arg-type]
+    except TypeError:  # not written in Python
+        file = None
+    return {"name": name, "code": digest(Path(file).read_bytes()) if file and Path(file).is_file() else None}
 
 
 class ClipScorer:

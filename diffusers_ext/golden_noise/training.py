@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.pipeline import call_pipeline, given_latents, quiet
-from ..core.prompts import prompt_embeddings
+from ..core.prompts import PromptEmbeds, prompt_embeddings
 from .apply import predict
 from .npnet import NPNetModel
 from .pairs import NoisePairs
@@ -75,10 +76,17 @@ def relative_error(
     for rows in torch.arange(len(pairs)).split(batch_size):
         part = pairs.subset(rows)
         noise, golden = (x.float().to(npnet.device) for x in (part.noise, part.golden))
-        made = predict(npnet, noise, prompt_embeddings(pipe, part.prompts, **call_kwargs))
+        made = predict(npnet, noise, _embeddings(npnet, pipe, part.prompts, **call_kwargs))
         error += float((made - golden).square().sum())
         identity += float((noise - golden).square().sum())
     return error / identity
+
+
+def _embeddings(npnet: NPNetModel, pipe: Any, prompts: Sequence[str], **call_kwargs: Any) -> PromptEmbeds:
+    """The embeddings of prompts for a network in another data type than the pipeline's."""
+    found = prompt_embeddings(pipe, prompts, **call_kwargs)
+    padded = None if found.padded is None else found.padded.to(npnet.dtype)
+    return replace(found, embeds=found.embeds.to(npnet.dtype), padded=padded)
 
 
 @torch.no_grad()
@@ -91,7 +99,7 @@ def variants(npnet: NPNetModel, pipe: Any, pairs: NoisePairs, **call_kwargs: Any
     as for `relative_error`.
     """
     noise, golden = (x.float().to(npnet.device) for x in (pairs.noise, pairs.golden))
-    embeds = prompt_embeddings(pipe, pairs.prompts, **call_kwargs)
+    embeds = _embeddings(npnet, pipe, pairs.prompts, **call_kwargs)
     made = predict(npnet, noise, embeds)
     return {
         "plain": noise,

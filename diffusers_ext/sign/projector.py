@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core.predictions import clean_prediction
-from ..core.schedules import levels_at
+from ..core.schedules import levels_at, prediction_type
 from .source import MixtureSource
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -28,7 +28,7 @@ def check_teacher(unet: Any, scheduler: Any) -> None:
         ValueError: the prediction type is unknown, the schedule has no `alphas_cumprod`, or the network has
             different numbers of input and output channels.
     """
-    kind = scheduler.config.get("prediction_type")
+    kind = prediction_type(scheduler)
     if kind not in PREDICTIONS:
         raise ValueError(
             f"The teacher's prediction_type must be one of {', '.join(PREDICTIONS)}, got {kind!r}."
@@ -93,7 +93,7 @@ def denoise(unet: Any, scheduler: Any, sample: Tensor, timesteps: Tensor, **cond
     a, s = levels_at(scheduler, timesteps, sample)
     output = unet(sample, timesteps, **conditions).sample.to(sample.dtype)
     # The levels are float32, the samples may be in half precision.
-    return clean_prediction(output, sample, a, s, scheduler.config.prediction_type).to(sample.dtype)
+    return clean_prediction(output, sample, a, s, str(prediction_type(scheduler))).to(sample.dtype)
 
 
 class Projector(nn.Module):

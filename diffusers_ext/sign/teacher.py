@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,27 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.autoencoders import channels_of, vae_of
-from ..core.images import save_grid
+from ..core.images import open_images, save_grid
 from ..core.pipeline import call_pipeline
 from ..core.prompts import encode_prompts
-from ..core.storage import weights_digest
-from ..training.arguments import load_pipeline
-from ..training.data import image_arrays, load_dataset, other_inputs
+from ..training.data import Captions, image_arrays, load_dataset, other_inputs
+from ..training.models import frozen_dtype, load_frozen
+from ..training.recipes import dataset_record
 from .pairs import TeacherPairs
 from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
 
 
-def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Any:
-    """The pipeline of the projector with the network of the teacher, the only trainable part."""
-    pipe = untrained_projector(load_pipeline(args, dtype=torch.float32), args.sigma)
-    for part in (pipe.vae, pipe.text_encoder):
-        if part is not None:
-            part.requires_grad_(False)
-    pipe.to(accelerator.device)
+def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, dict[str, Any]]:
+    """The pipeline of the projector, and the record of the teacher.
+
+    The network of the teacher, in float32, is the only trainable part.
+    """
+    teacher, stored = load_frozen(args, accelerator, trained=("unet",))
+    pipe = untrained_projector(teacher, args.sigma)
+    pipe.unet.requires_grad_(True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe, stored
 
 
 def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
@@ -79,23 +81,22 @@ def check_pipeline(pipe: Any) -> None:
     vae_of(pipe)
 
 
-def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, list[str] | None]:
+def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, Captions | None, dict[str, Any]]:
     """Loads the training data and, if the teacher has prompts, their captions.
 
     Returns:
-        (n, C, H, W) in the space of the network, on the CPU, and n captions or None.
+        (n, C, H, W) in the space of the network, on the CPU; their captions or None; and the record of the data.
     """
     with_prompts = pipe.text_encoder is not None
     data = load_dataset(args, captions=with_prompts)
+    images, mode = open_images(data, image_column=args.image_column), "L" if channels_of(pipe) == 1 else "RGB"
     encoded = []
     with torch.no_grad():
         for low in tqdm(range(0, len(data), 64), desc="reading images"):
-            rows = [data[i] for i in range(low, min(low + 64, len(data)))]
-            encoded.append(
-                pipe._encode(image_arrays(args, rows, "L" if channels_of(pipe) == 1 else "RGB")).cpu()
-            )
-    captions = [str(text) for text in data[args.caption_column]] if with_prompts else None
-    return torch.cat(encoded), captions
+            rows = range(low, min(low + 64, len(data)))
+            encoded.append(pipe._encode(image_arrays(args, images, rows, mode)).cpu())
+    captions = Captions(args, data) if with_prompts else None
+    return torch.cat(encoded), captions, {**dataset_record(args, data), "resolution": args.resolution}
 
 
 class Texts:
@@ -111,7 +112,7 @@ class Texts:
         new = sorted(set(prompts) - self.known.keys())
         if new:
             found = encode_prompts(self.pipe, new, guidance=False)["prompt_embeds"]
-            self.known.update(zip(new, found.cpu()))
+            self.known.update(zip(new, found.float().cpu()))
         return torch.stack([self.known[prompt] for prompt in prompts]).to(self.device)
 
     def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -131,26 +132,32 @@ def collect_pairs(
     accelerator: Accelerator,
     pipe: Any,
     texts: Texts,
-    captions: list[str] | None,
+    captions: Captions | None,
+    made_of: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Noise and the images that the teacher generates from it.
 
-    Pair i uses the caption i modulo the number of captions.
+    Pair i has `captions.numbered(i)`.
+
+    Args:
+        args, accelerator, pipe, texts, captions: see `train_sign.py`.
+        made_of: records of the teacher, `model`, and of the images and captions, `data`.
     """
+    source = {"components": args.source_components, "rank": args.source_rank}
     recipe = {
-        "teacher": weights_digest(pipe.unet),
-        "source": weights_digest(pipe.source) if pipe.source else "white noise",
-        "timestep": pipe.config.timestep if pipe.source else None,
+        "model": made_of["model"],
+        # The source is fitted to the images, and pairs have their captions.
+        "data": made_of["data"] if pipe.source or captions else None,
+        "source": {**source, "timestep": pipe.config.timestep} if pipe.source else "white noise",
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale if captions else 1.0,
-        "captions": len(captions) if captions else 0,
-        "data seed": args.seed if captions else 0,
+        "dtype": str(frozen_dtype(accelerator)),
     }
     store = TeacherPairs(args.pairs_dir or f"{args.output_dir}/pairs", args.num_pairs, recipe)
 
     def conditions_of(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert captions is not None
-        prompts = [captions[int(i) % len(captions)] for i in rows]
+        prompts = [captions.numbered(int(i)) for i in rows]
         return texts.conditions(prompts), texts.conditions([""] * len(prompts))
 
     size = pipe.unet.config.in_channels, *pipe._sample_size()

@@ -29,10 +29,16 @@ from torch.nn import functional as F
 from ..core.autoencoders import decode_latents, encode_pixels
 from ..core.images import as_tensor, save_grid
 from ..core.pipeline import call_pipeline, scheduler_of
-from ..core.storage import digest, read_tensors, weights_digest, write_tensors
+from ..core.records import part_record
+from ..core.storage import digest, read_tensors, write_tensors
 from ..training.loop import Batch, Rows, train
+from ..training.recipes import Recipe, run_recipe
+from ..training.start import set_train_steps
 from . import base_models, fashion_scenes
 from .grader import GarmentClassifier, augment, grade
+
+# Arguments that only act on the validation images.
+VALIDATION = ("guidance_scale",)
 
 Trained = tuple[dict[str, Any], Callable[[Path], Any]]
 
@@ -53,6 +59,7 @@ def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the garment classifier, which recognises the items of a scene."""
     images, items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "train"))
     test, test_items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "test"))
+    set_train_steps(args, accelerator, len(images))
     classifier = GarmentClassifier(tuple(args.block_out_channels or (32, 64, 64)))
 
     def make_batch(rows: Rows) -> Batch:
@@ -65,7 +72,8 @@ def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         logits = torch.cat([classifier(x[:, None] / 255) for x in test.to(accelerator.device).split(1000)])
         return {"test_accuracy": float((logits.argmax(1).cpu() == test_items).float().mean())}
 
-    record = train(accelerator, args, GarmentObjective(classifier), make_batch, validate)
+    recipe = _recipe(accelerator, args, {"data": digest(images.numpy().tobytes() + items.numpy().tobytes())})
+    record = train(accelerator, args, GarmentObjective(classifier), make_batch, validate, recipe=recipe)
     return record, lambda folder: classifier.cpu().save_pretrained(folder)
 
 
@@ -77,6 +85,7 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         args.train_data_dir, "test", args.num_validation_images, args.seed
     )
     grader = _load_grader(args)
+    set_train_steps(args, accelerator, len(pictures))
     objective = base_models.VaeObjective(vae)
 
     def make_batch(rows: Rows) -> Batch:
@@ -94,7 +103,8 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         base_models.standardise_latents(vae.cpu(), as_tensor(pictures[:4096]) * 2 - 1)
         vae.save_pretrained(folder)
 
-    return train(accelerator, args, objective, make_batch, validate), save
+    recipe = _recipe(accelerator, args, {"data": digest(pictures.tobytes())})
+    return train(accelerator, args, objective, make_batch, validate, recipe=recipe), save
 
 
 def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
@@ -104,7 +114,8 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     vae.register_to_config(_name_or_path="")  # a saved pipeline should not contain a local path
     unet = base_models.build_unet(args.block_out_channels or (64, 96, 128))
     scheduler = base_models.stable_diffusion_scheduler()
-    latents, prompts = scene_latents(accelerator, args, vae.to(accelerator.device))
+    latents, prompts, made_of = scene_latents(accelerator, args, vae.to(accelerator.device))
+    set_train_steps(args, accelerator, len(latents))
     input_ids = base_models.tokenize(tokenizer, prompts)
     empty = base_models.tokenize(tokenizer, [""])
     text_encoder = base_models.build_text_encoder(tokenizer)
@@ -147,7 +158,9 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         text_encoder.float()
         pipe.save_pretrained(folder)
 
-    record = train(accelerator, args, objective, make_batch, validate)
+    made_of = {**made_of, "prompts": digest(prompts)}
+    recipe = _recipe(accelerator, args, made_of)
+    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(unet, text_encoder, vae)
     return record, save
 
@@ -155,6 +168,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the unconditional model of grey garments, in pixel space."""
     images = torch.from_numpy(fashion_scenes.load_garments(args.train_data_dir, "train")[0])
+    set_train_steps(args, accelerator, len(images))
     unet = base_models.build_pixel_unet(args.block_out_channels or (32, 64, 64))
     scheduler = DDPMScheduler(clip_sample=False)
     objective = base_models.NoiseObjective(unet, scheduler, snr_gamma=args.snr_gamma)
@@ -178,31 +192,31 @@ def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         save_grid(as_tensor(output.images), 16, _validation_path(args, step))
         return {}
 
-    record = train(accelerator, args, objective, make_batch, validate)
+    recipe = _recipe(accelerator, args, {"data": digest(images.numpy().tobytes())})
+    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(unet)
     return record, lambda folder: DDPMPipeline(unet.cpu().half(), scheduler).save_pretrained(folder)
 
 
 def scene_latents(
     accelerator: Accelerator, args: argparse.Namespace, vae: AutoencoderKL
-) -> tuple[Tensor, list[str]]:
-    """Latents (n, 4, 8, 16) of the training scenes, and their prompts.
+) -> tuple[Tensor, list[str], dict[str, Any]]:
+    """Latents (n, 4, 8, 16) of the training scenes, their prompts, and the record of what they are made of.
 
-    The latents are encoded once and stored in the run's folder with a digest of the images and the
+    The latents are encoded once and stored in the run's folder with a record of the images and the
     autoencoder. A resumed run reuses them; a run with another seed or autoencoder encodes them again.
     """
     path = Path(args.output_dir) / "latents.safetensors"
     images, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
-    made_of = digest(images.tobytes()) + weights_digest(vae)
-    if accelerator.is_main_process and not (
-        path.is_file() and read_tensors(path)[1].get("made_of") == made_of
-    ):
+    made_of = {"data": digest(images.tobytes()), "vae": part_record(vae)}
+    key = digest(made_of)
+    if accelerator.is_main_process and not (path.is_file() and read_tensors(path)[1].get("made_of") == key):
         chunks = np.array_split(images, max(1, len(images) // 256))
         inputs = ((as_tensor(c) * 2 - 1).to(accelerator.device) for c in chunks)
         latents = torch.cat([encode_pixels(vae, x).cpu() for x in inputs])
-        write_tensors(path, {"latents": latents}, {"made_of": made_of})
+        write_tensors(path, {"latents": latents}, {"made_of": key})
     accelerator.wait_for_everyone()
-    return read_tensors(path)[0]["latents"], prompts
+    return read_tensors(path)[0]["latents"], prompts, made_of
 
 
 @torch.no_grad()
@@ -220,6 +234,10 @@ def _sample_scenes(pipe: Any, prompts: Sequence[str], guidance_scale: float) -> 
         call_pipeline(pipe, c, generator=generator, output_type="np", **settings).images for c in chunks
     ]
     return np.concatenate(images)
+
+
+def _recipe(accelerator: Accelerator, args: argparse.Namespace, made_of: dict[str, Any]) -> Recipe:
+    return run_recipe(accelerator, args, made_of, VALIDATION)
 
 
 def _load_grader(args: argparse.Namespace) -> Any:

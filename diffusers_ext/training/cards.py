@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..core.storage import whole_folder, write_json
 
-_NOT_RESULTS = ("steps", "images", "seconds", "hardware")
+_NOT_RESULTS = ("steps", "images", "seconds", "hardware", "resumptions")
 
 
 def create_hub_repo(args: argparse.Namespace) -> str | None:
@@ -72,6 +72,7 @@ def make_model_card(
     """The model card of a training run: description, command, seed, cost and results. Needs no network."""
     command = shlex.join(["accelerate", "launch", *map(str, map(_portable, argv))])
     results = {name: value for name, value in record.items() if name not in _NOT_RESULTS}
+    changes = "".join(f"\n\n{_resumption(entry)}" for entry in record.get("resumptions", []))
     data = ModelCardData(license="apache-2.0")
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in results.items())
     text = f"""---
@@ -87,7 +88,7 @@ def make_model_card(
 ```
 
 Seed {args.seed}, {record["steps"]} steps, {record["images"]} images in {record["seconds"]} s on
-{record["hardware"]}. All arguments are in `training.json`.
+{record["hardware"]}. All arguments are in `training.json`.{changes}
 
 ## Results at the end of training
 
@@ -96,6 +97,12 @@ Seed {args.seed}, {record["steps"]} steps, {record["images"]} images in {record[
 {rows}
 """
     return populate_model_card(ModelCard(text), tags=["diffusers-ext", *tags])
+
+
+def _resumption(entry: dict[str, Any]) -> str:
+    changed = ", ".join(f"{name} {change}" for name, change in entry.items() if name not in ("step", "stage"))
+    stage = f" of stage {entry['stage']}" if "stage" in entry else ""
+    return f"Resumed at step {entry['step']}{stage} with other arguments: {changed}."
 
 
 def _figure(value: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,40 +17,57 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import resolve_checkpoint, save_checkpoint
+from .checkpoints import resume, save_checkpoint
+from .recipes import Recipe, run_recipe
+from .start import images_per_step, lock_folder, settle_with_launch
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
 
-def make_accelerator(args: argparse.Namespace, idle_parameters: bool = False) -> Accelerator:
+def make_accelerator(
+    args: argparse.Namespace, idle_parameters: bool = False, trackers: bool = True
+) -> Accelerator:
     """Creates the accelerator of a run, its folder and its trackers.
+
+    What the arguments leave open and `accelerate launch` decides is written to `args`.
 
     Args:
         args: as from `add_training_arguments`.
         idle_parameters: whether the loss of some steps does not depend on all trained parameters, which then
             stay unchanged.
+        trackers: whether to start those of `--report_to`.
+
+    Raises:
+        ValueError: the arguments contradict `accelerate launch`, the machine cannot do what they ask for, or another
+            run writes to the folder.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
+        log_with=args.report_to if trackers else None,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)],
     )
+    settle_with_launch(args, accelerator)
+    torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
     set_seed(args.seed)
     if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
+        lock_folder(args.output_dir)
     accelerator.wait_for_everyone()
-    if args.report_to:
+    if args.report_to and trackers:
         accelerator.init_trackers("diffusers-ext", {k: v for k, v in vars(args).items() if _loggable(v)})
     return accelerator
 
@@ -107,6 +123,7 @@ def train(
     make_batch: Callable[[Rows], Batch],
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     last: bool = True,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
     """Trains `model`, whose forward turns a batch into a scalar loss, and leaves the EMA weights in it.
 
@@ -122,19 +139,26 @@ def train(
         validate: called with the model (EMA weights in place) and the step; returns values to log.
         last: end the process group. If False, the next model needs a new accelerator, and the caller ends the
             group with `accelerator.end_training()`.
+        recipe: what the weights depend on; default: the arguments alone.
 
     Returns:
-        The record for the model card: steps, images, seconds, hardware, the last loss and the last
-            validation.
+        The record for the model card: steps, images, seconds, hardware, the last loss, the last validation,
+            and `resumptions` with other arguments, if there were any.
 
     Raises:
         ValueError: the loss is not finite (checked every 50 steps and before each checkpoint), or
-            `--resume_from_checkpoint` does not match the run's folder.
+            `--resume_from_checkpoint` does not match the run's folder or its recipe.
     """
     trainable = _trainable(model)
     parts: Any = getattr(model, "networks", None)
     groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
-    optimizer: Any = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    optimizer: Any = torch.optim.AdamW(
+        trainable,
+        lr=args.learning_rate * (images_per_step(args, accelerator) if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -147,16 +171,15 @@ def train(
     for state in (lr_scheduler, clock, ema):
         if state is not None:
             accelerator.register_for_checkpointing(state)
-    checkpoint = resolve_checkpoint(args)
-    accelerator.wait_for_everyone()  # before any process writes the first checkpoint
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        logger.info("resumed from %s", checkpoint)
+    recipe = recipe or run_recipe(accelerator, args)
+    checkpoint, changes = resume(accelerator, args, recipe)
     if ema is not None:
         ema.to(accelerator.device)
 
     num_steps = args.max_train_steps
     saved = clock.step if checkpoint is not None else None
+    limit = args.checkpoints_total_limit
+    images = images_per_step(args, accelerator)
     results: dict[str, float] = {}
     bar = tqdm(
         total=num_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
@@ -168,7 +191,7 @@ def train(
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
-        clock.tick()
+        clock.tick(images)
         bar.update()
         save_now = clock.step % args.checkpointing_steps == 0 or clock.step == num_steps
         if clock.step % 50 == 0 or save_now:
@@ -176,13 +199,13 @@ def train(
             bar.set_postfix(loss=f"{clock.loss:.4f}")
             accelerator.log({"loss": clock.loss, "lr": lr_scheduler.get_last_lr()[0]}, step=clock.step)
         if save_now and clock.step < num_steps:
-            save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
             results = _validate(accelerator, model, ema, trainable, validate, clock.step)
             wrapped.train()
     bar.close()
     if clock.step != saved:
-        save_checkpoint(accelerator, args.output_dir, clock.step, args.checkpoints_total_limit)
+        save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
     if ema is not None:
         ema.copy_to(trainable)
     model.eval()
@@ -194,14 +217,14 @@ def train(
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.free_memory()
-    batch_size = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     return {
         "steps": clock.step,
-        "images": clock.step * batch_size,
+        "images": clock.images,
         "seconds": round(clock.seconds),
         "hardware": describe_hardware(accelerator),
         "loss": clock.loss,
         **results,
+        **({"resumptions": changes} if changes else {}),
     }
 
 
@@ -276,24 +299,25 @@ def _validate(
 
 
 class _Clock:
-    """Number of steps done, seconds over all parts of a resumed run, and the last recorded loss."""
+    """Steps, images and seconds over all parts of a resumed run, and the last recorded loss."""
 
     def __init__(self) -> None:
-        self.step, self.seconds, self.loss = 0, 0.0, float("nan")
+        self.step, self.images, self.seconds, self.loss = 0, 0, 0.0, float("nan")
 
     def start(self) -> None:
         self._last = time.monotonic()
 
-    def tick(self) -> None:
+    def tick(self, images: int) -> None:
         now = time.monotonic()
-        self.step, self.seconds, self._last = self.step + 1, self.seconds + now - self._last, now
+        self.step, self.images = self.step + 1, self.images + images
+        self.seconds, self._last = self.seconds + now - self._last, now
 
     def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+        return {"step": self.step, "images": self.images, "seconds": self.seconds, "loss": self.loss}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.loss = float(state.get("loss", "nan"))
+        self.step, self.images = int(state["step"]), int(state["images"])
+        self.seconds, self.loss = float(state["seconds"]), float(state["loss"])
 
 
 def describe_hardware(accelerator: Accelerator) -> str:

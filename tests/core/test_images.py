@@ -1,5 +1,6 @@
 """Images in and out, against PIL and diffusers' own image processors and autoencoders."""
 
+import io
 from typing import Any
 
 import diffusers
@@ -173,3 +174,61 @@ def test_images_that_do_not_fit_the_autoencoder(given: np.ndarray, message: str)
         encode_images(vae, given)
     with pytest.raises(ValueError, match="DiffusionPipeline or an autoencoder with encode, got str"):
         encode_images("vae", given)
+
+
+GREY16 = np.linspace(0, 65535, 12).astype(np.uint16).reshape(3, 4)
+
+
+def stored(image: Image.Image, file_format: str) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_and_not_clipped(file_format: str) -> None:
+    image = stored(Image.fromarray(GREY16), file_format)
+    expected = (GREY16 / 65535 * 255).round().astype(np.uint8)
+    assert np.array_equal(np.asarray(prepare_image(image, "L")), expected)
+    assert np.array_equal(np.asarray(prepare_image(image, "RGB"))[..., 2], expected)
+    assert torch.equal(as_tensor(image, "L")[0, 0] * 255, torch.from_numpy(expected).float())
+
+
+def test_floats_are_scaled_from_0_to_1_and_other_ranges_are_refused() -> None:
+    values = (GREY16 / 65535).astype(np.float32)
+    found = prepare_image(stored(Image.fromarray(values), "TIFF"), "L")
+    assert np.array_equal(np.asarray(found), (values * 255).round().astype(np.uint8))
+    wrong = [values * 255, values - 0.1, np.full_like(values, np.nan), GREY16.astype(np.int32)]
+    for array in wrong:
+        with pytest.raises(ValueError, match=r"image with values from .* whose range is not known: save it"):
+            prepare_image(stored(Image.fromarray(array), "TIFF"), "RGB")
+
+
+def transparent(mode: str) -> Image.Image:
+    """Black and transparent on the left, black and opaque on the right."""
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    if mode == "I;16":
+        grey = Image.fromarray(np.array([[1000, 0]], np.uint16))
+        file = io.BytesIO()
+        grey.save(file, "PNG", transparency=1000)
+        return Image.open(file)
+    if mode == "P":
+        palette = Image.new("P", (2, 1))
+        palette.putpalette([0, 0, 0, 0, 0, 0])
+        palette.putpixel((1, 0), 1)
+        palette.info["transparency"] = 0
+        return palette
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "I;16"])
+@pytest.mark.parametrize("target", ["L", "RGB"])
+def test_transparent_images_are_put_on_white(mode: str, target: str) -> None:
+    found = np.asarray(prepare_image(transparent(mode), target)).reshape(2, -1)
+    assert found[0].tolist() == [255] * found.shape[1]
+    assert found[1].tolist() == [0] * found.shape[1]
+
+
+def test_transparency_is_kept_for_models_that_have_it() -> None:
+    assert np.asarray(prepare_image(transparent("RGBA"), "RGBA"))[0, :, 3].tolist() == [0, 255]

@@ -15,7 +15,6 @@ from diffusers_ext.golden_noise.pairs import (
     NoisePairs,
     PairSettings,
     collect_pairs,
-    describe_model,
     read_summary,
 )
 from tests import families, tiny
@@ -166,12 +165,10 @@ def test_other_settings_or_models_do_not_mix(folder: Path, tmp_path: Path) -> No
     collect(tmp_path, count=1)
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         collect(tmp_path, count=1, seed=1)
-    with pytest.raises(ValueError, match=r"'guidance_scale': 4.0.* there"):
+    with pytest.raises(ValueError, match=r"settings\.guidance_scale: 4\.0 there, 5\.5 now"):
         collect(tmp_path, count=1, settings=PairSettings(num_inference_steps=4))
-    with pytest.raises(ValueError, match=r"made with other settings .model:"):
+    with pytest.raises(ValueError, match=r"made with other settings .model\.text_encoder\.weights:"):
         collect(tmp_path, tiny.build("sd", seed=1), count=1)
-    assert describe_model(tiny.build("sd")) == describe_model(tiny.build("sd"))
-    assert describe_model(tiny.build("sd"))["weights"] != describe_model(tiny.build("sd", seed=1))["weights"]
 
 
 @pytest.mark.parametrize(

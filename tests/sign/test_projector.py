@@ -74,7 +74,8 @@ def test_refusals() -> None:
     pipe = tiny.build("ddpm")
     flow = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(
-        ValueError, match="prediction_type must be one of epsilon, v_prediction, sample, got None"
+        ValueError,
+        match="prediction_type must be one of epsilon, v_prediction, sample, got 'flow_prediction'",
     ):
         check_teacher(pipe.unet, flow)
     with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):

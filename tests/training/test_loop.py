@@ -121,7 +121,9 @@ def test_only_whole_checkpoints_are_listed_in_the_order_of_steps(folder):
 def test_a_checkpoint_is_named_by_latest_name_or_path(folder, wanted, name):
     wanted = str(folder / "checkpoint-9") if wanted == "path" else wanted
     args = arguments(folder, "--resume_from_checkpoint", wanted)
-    assert resolve_checkpoint(args) == folder / name
+    found = resolve_checkpoint(args)
+    assert found[0] == folder / name
+    assert [p.name for p in found[1:]] == (["checkpoint-9"] if wanted == "latest" else [])
 
 
 @pytest.mark.parametrize("wanted", ["checkpoint-8", "partial-checkpoint-11", "checkpoint-13", ".", ""])
@@ -137,8 +139,10 @@ def test_a_fresh_run_does_not_mix_with_an_earlier_one(folder):
 
 
 def test_latest_without_a_checkpoint_starts_afresh_and_says_so(tmp_path, caplog):
+    args = arguments(tmp_path, "--resume_from_checkpoint", "latest")
+    assert not resolve_checkpoint(args)
     with caplog.at_level(logging.INFO):
-        assert resolve_checkpoint(arguments(tmp_path, "--resume_from_checkpoint", "latest")) is None
+        run(args)
     assert "starting from scratch" in caplog.text
 
 
@@ -154,7 +158,7 @@ def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
     (tmp_path / "partial-checkpoint-2" / "stale.bin").write_text("stale")
     accelerator = make_accelerator(arguments(tmp_path))
     save_checkpoint(accelerator, tmp_path, 2, limit=None)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert [p.name for p in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
     assert not (tmp_path / "checkpoint-2" / "stale.bin").exists()
 
 
@@ -177,6 +181,106 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, extra):
     assert record["steps"] == again["steps"] == 6
     finished, _ = run(args)  # nothing is left to do, and the checkpoint is still there
     assert torch.equal(whole.weight, finished.weight)
+
+
+def whole_run(folder, *extra):
+    """A run of 6 steps with checkpoints 2, 4 and 6."""
+    args = arguments(folder, "--checkpointing_steps", "2", "--checkpoints_total_limit", "0", *extra)
+    return args, run(args)[0]
+
+
+def resumed(args, checkpoint, **changes):
+    return argparse.Namespace(**{**vars(args), "resume_from_checkpoint": checkpoint, **changes})
+
+
+def test_going_back_starts_a_new_branch_and_keeps_the_old_one(tmp_path, caplog):
+    args, model = whole_run(tmp_path)
+    seen = []
+
+    def killed_at_step_5(rows):
+        seen.append(rows.step)
+        if rows.step == 4:
+            raise InterruptedError
+        return {"x": 0.5 * rows.normal(3)}  # the new branch has other data than the old one
+
+    back = resumed(args, "checkpoint-2", checkpoints_total_limit=1)
+    with pytest.raises(InterruptedError):
+        run(back, killed_at_step_5)
+    assert seen == [2, 3, 4]
+    assert (
+        "checkpoint-4, checkpoint-6 do not belong to the run that continues from checkpoint-2" in caplog.text
+    )
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    old = [p.name for p in list_checkpoints(tmp_path / "set-aside-1")]
+    assert old == ["checkpoint-4", "checkpoint-6"]
+    # `latest` is the new branch, and its end is not that of the old one.
+    new, _ = run(resumed(back, "latest"))
+    assert not torch.equal(new.weight, model.weight)
+    again, _ = run(resumed(args, str(tmp_path / "set-aside-1" / "checkpoint-6")))
+    assert torch.equal(again.weight, model.weight)
+    assert [p.name for p in list_checkpoints(tmp_path / "set-aside-2")] == ["checkpoint-6"]
+
+
+def empty(checkpoint):
+    for path in checkpoint.iterdir():
+        path.unlink()
+
+
+def cut(checkpoint):
+    path = checkpoint / "optimizer.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def overwrite(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [empty, cut, overwrite])
+def test_latest_goes_back_to_the_newest_checkpoint_that_is_whole(tmp_path, damage, caplog):
+    args, model = whole_run(tmp_path)
+    damage(tmp_path / "checkpoint-6")
+    steps = []
+    again, _ = run(resumed(args, "latest"), lambda rows: steps.append(rows.step) or {"x": rows.normal(3)})
+    assert steps == [4, 5]
+    assert torch.equal(again.weight, model.weight)
+    assert "checkpoint-6" in caplog.text
+    assert "going back to checkpoint-4" in caplog.text
+    assert [p.name for p in list_checkpoints(tmp_path / "set-aside-1")] == ["checkpoint-6"]
+    damage(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"checkpoint-6 .*there is no checkpoint to resume from"):
+        run(resumed(args, "checkpoint-6"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    args, _ = whole_run(tmp_path / "one")
+    whole_run(tmp_path / "other", "--seed", "1", "--adam_weight_decay", "0.5")
+    for wanted in ("latest", str(tmp_path / "other" / "checkpoint-4")):
+        folder = tmp_path / ("other" if wanted == "latest" else "new")
+        with pytest.raises(
+            ValueError,
+            match=r"adam_weight_decay: 0\.5 there, 0\.01 now; arguments\.seed: 1 there, 0 now\): resume it with its own",
+        ):
+            run(resumed(args, wanted, output_dir=str(folder)))
+    assert len(list_checkpoints(tmp_path / "other")) == 3
+    # A folder of one's own may be continued elsewhere.
+    run(resumed(args, str(tmp_path / "one" / "checkpoint-4"), output_dir=str(tmp_path / "new")))
+    assert [p.name for p in list_checkpoints(tmp_path / "new")] == ["checkpoint-6"]
+
+
+def test_changes_of_free_arguments_are_recorded(tmp_path):
+    args, _ = whole_run(tmp_path)
+    longer = resumed(args, "latest", max_train_steps=8)
+    _, record = run(longer)
+    assert record["images"] == 8 * 4
+    assert record["resumptions"] == [{"step": 6, "max_train_steps": "6 → 8"}]
+    _, record = run(resumed(longer, "latest", max_train_steps=9, checkpointing_steps=3))
+    assert record["resumptions"] == [
+        {"step": 6, "max_train_steps": "6 → 8"},
+        {"step": 8, "checkpointing_steps": "2 → 3", "max_train_steps": "8 → 9"},
+    ]
+    with pytest.raises(ValueError, match="more steps than --max_train_steps 5: give at least 9"):
+        run(resumed(longer, "latest", max_train_steps=5))
 
 
 @pytest.mark.parametrize("checkpointing_steps", ["2", "500"])

@@ -221,7 +221,7 @@ def test_arguments_that_are_refused(base: Path, tmp_path: Path, capsys: Any, mon
     for extra, message in {
         ("--max_train_steps", "3"): "use --steps_per_stage",
         ("--resume_from_checkpoint", "checkpoint-2"): "must be 'latest'",
-        ("--proportion_empty_prompts", "1.5"): "must be 0 to 1, got 1.5",
+        ("--proportion_empty_prompts", "1.5"): "expected a number from 0 to 1, got 1.5",
         ("--preset", "bk-base"): "not allowed with argument --plan",
     }.items():
         assert message in refused(command(base, tmp_path, *extra), capsys, monkeypatch)
@@ -258,10 +258,10 @@ def test_a_run_is_not_mixed_with_another(base: Path, trained: Path) -> None:
     check_run(trained, recipe, resumed=True)
     with pytest.raises(ValueError, match="contains stage-2 of an earlier run"):
         check_run(trained, recipe, resumed=False)
-    changed = {**recipe, "cond_convs": False, "seed": 1}
+    changed = {**recipe, "arguments": {**recipe["arguments"], "no_cond_convs": True, "seed": 1}}
     with pytest.raises(
         ValueError,
-        match=r"made with other settings \(cond_convs: True there, False now; seed: 0 there, 1 now\)",
+        match=r"other settings \(arguments.no_cond_convs: False there, True now; arguments.seed: 0 there, 1 now\)",
     ):
         check_run(trained, changed, resumed=True)
     check_run(trained / "stage-1", changed, resumed=False)

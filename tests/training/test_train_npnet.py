@@ -190,7 +190,7 @@ def main(monkeypatch: Any) -> Any:
     def run(argv: list[str], pipe: Any = None) -> None:
         monkeypatch.setattr(sys, "argv", argv)
         if pipe is not None:
-            monkeypatch.setattr(module, "load_pipeline", lambda args: pipe)
+            monkeypatch.setattr("diffusers_ext.training.models.load_pipeline", lambda args, **options: pipe)
         module.main()
 
     return run

@@ -109,7 +109,9 @@ def test_refusals(base: Path, trained: Path, tmp_path: Path) -> None:
     other = command(base, tmp_path, "--num_inference_steps", "3")
     assert "made with other settings" in launch(other, code=1)
     assert "expected a pipeline with one UNet" in launch(command(base, tmp_path, teacher="sdxl"), code=1)
-    assert "must be even, got 3" in launch(command(base, tmp_path, "--train_batch_size", "3"), code=2)
+    assert "expected an even number of 2 or more, got 3" in launch(
+        command(base, tmp_path, "--train_batch_size", "3"), code=2
+    )
     few = command(base, tmp_path, "--source_rank", "64")
     assert "12 samples of 192 elements allow a source of" in launch(few, code=1)
     assert "got 3 of rank 64" in launch(few, code=1)

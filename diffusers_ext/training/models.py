@@ -1,0 +1,81 @@
+"""Pipelines whose parts are frozen in training, in the data type of the accelerator."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..core.records import pipeline_record
+from .arguments import load_pipeline
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The data type of frozen networks: that of mixed precision, or float32 without."""
+    return _DTYPES.get(accelerator.mixed_precision, torch.float32)
+
+
+def load_frozen(
+    args: argparse.Namespace, accelerator: Accelerator, trained: Collection[str] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a pipeline, in whatever data type it is stored, and freezes its networks.
+
+    Args:
+        args: see `add_model_arguments`.
+        accelerator: selects the device and the data type.
+        trained: names of parts that training starts from. They stay in float32.
+
+    Returns:
+        The pipeline, and its record as it is stored.
+    """
+    pipe: Any = load_pipeline(args, dtype=torch.float32)
+    record = pipeline_record(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval().to(accelerator.device)
+            if name not in trained:
+                freeze(part, accelerator)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, record
+
+
+def freeze(network: nn.Module, accelerator: Accelerator) -> None:
+    """Freezes a network and casts it. Its inputs are cast as well, so that it can be called with float32."""
+    dtype = frozen_dtype(accelerator)
+    network.requires_grad_(False).eval().to(accelerator.device, dtype)
+    if dtype != torch.float32:
+        network.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def _cast_inputs(network: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _cast(args, network.dtype), _cast(kwargs, network.dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        # Latents and embeddings, not timesteps and sizes: networks embed those in float32, and 999 is no bfloat16.
+        return value.to(dtype) if value.ndim > 2 and value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _cast(part, dtype) for name, part in value.items()}
+    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+
+
+def as_stored(pipe: Any, args: argparse.Namespace, accelerator: Accelerator, trained: Collection[str]) -> Any:
+    """`pipe` for publishing: on the CPU, and with its frozen networks as they are stored, not cast.
+
+    Args:
+        pipe: from `load_frozen`, or one with the same parts.
+        args, accelerator: see `load_frozen`.
+        trained: names of the parts to keep.
+    """
+    if frozen_dtype(accelerator) != torch.float32:
+        for name, part in load_pipeline(args, dtype=torch.float32).components.items():
+            if isinstance(part, nn.Module) and name in pipe.components and name not in trained:
+                pipe.register_modules(**{name: part})
+    return pipe.to("cpu")
