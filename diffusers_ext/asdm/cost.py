@@ -13,8 +13,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.checks import check_counts
 from .shape import UNetShape
 from .unet import build_unet, empty_unet, unet_config
+
+
+def check_measure(measure: str) -> None:
+    """Raises a ValueError unless this is the name of a cost."""
+    if measure not in ("macs", "milliseconds", "parameters"):
+        raise ValueError(f"The cost must be macs, milliseconds or parameters, got {measure!r}.")
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,7 @@ class Cost:
         Raises:
             ValueError: the name is unknown, or milliseconds were not measured.
         """
-        if measure not in ("macs", "milliseconds", "parameters"):
-            raise ValueError(f"The cost must be macs, milliseconds or parameters, got {measure!r}.")
+        check_measure(measure)
         found = getattr(self, measure)
         if found is None:
             raise ValueError(
@@ -265,8 +271,7 @@ def measure_milliseconds(
     Raises:
         ValueError: `repeats` is below 1.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be 1 or more, got {repeats}.")
+    check_counts(repeats=repeats)
     modules = dict(unet.named_modules())
     found: dict[str, list[float]] = {path: [] for path in ["", *paths]}
     device = next(unet.parameters()).device.type

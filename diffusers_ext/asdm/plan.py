@@ -143,7 +143,7 @@ class PruningPlan:
             )
             size = {name: found[name] for name in ("height", "width", "tokens")}
             given, stages, written = found["config"], found["stages"], found["fingerprint"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (IsADirectoryError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a pruning plan: expected a file of PruningPlan.save ({error})."
             ) from error

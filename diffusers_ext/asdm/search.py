@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.checks import check_counts
 from .calibration import CalibrationInput
-from .cost import CostTable, cost_table
+from .cost import CostTable, check_measure, cost_table
 from .plan import PruningPlan, make_plan
 from .sensitivity import Score, Sensitivity, measure_sensitivity
 from .shape import Config, UNetShape, architecture_config, possible_cuts
@@ -62,9 +63,7 @@ class PruningProfile:
             ValueError: the target is out of range or cannot be reached, the cost was not measured, or
                 `num_stages` is below 1.
         """
-        _check_target(target)
-        if num_stages < 1:
-            raise ValueError(f"num_stages must be 1 or more, got {num_stages}.")
+        _check_goal(target, by, num_stages)
         total = self.costs.total.of(by)
         found = self._front(by, stock_only)
         enough = [option for option in found if option.saved >= (1 - target) * total * (1 - 1e-12)]
@@ -90,7 +89,7 @@ class PruningProfile:
         Raises:
             ValueError: see `plan`; also if no draw reaches the target.
         """
-        _check_target(target)
+        _check_goal(target, by)
         total, draw = self.costs.total.of(by), random.Random(seed)
         allowed = self._allowed(by, stock_only)
         # Once per layer. If no layer is left, the loop below continues with the next cut.
@@ -185,7 +184,9 @@ class PruningProfile:
         return self.costs.total.of(by) - self.costs.of_shape(shape).of(by)
 
 
-def _check_target(target: float) -> None:
+def _check_goal(target: float, by: str, num_stages: int = 1) -> None:
+    check_counts(num_stages=num_stages)
+    check_measure(by)
     if not 0 < target < 1:
         raise ValueError(f"target is the share of the cost that may remain, between 0 and 1, got {target}.")
 
@@ -296,6 +297,7 @@ def plan_pruning(
     Raises:
         ValueError: see `profile_unet` and `PruningProfile.plan`.
     """
+    _check_goal(target, by, num_stages)  # before the measurements, which take long
     repeats = 10 if by == "milliseconds" else 0
     profile = profile_unet(unet, inputs, repeats=repeats, score=score)
     return profile.plan(target, by, num_stages, stock_only)

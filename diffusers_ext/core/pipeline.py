@@ -175,7 +175,7 @@ def model_output(pipe: Any, latents: Tensor, call: Mapping[str, Any]) -> Tensor:
     handle = add_hook(pipe.scheduler, "step", read)
     try:
         with quiet(pipe), until_stop(pipe):
-            call_pipeline(pipe, **call, latents=latents, output_type="latent")
+            call_pipeline(pipe, **{**call, "latents": latents, "output_type": "latent"})
     finally:
         handle.remove()
     return found[0]
@@ -247,5 +247,7 @@ def prompt_per_row(prompt: str | Sequence[str], latents: Tensor) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = prompts * len(latents) if len(prompts) == 1 else prompts
     if len(prompts) != len(latents):
-        raise ValueError(f"{len(latents)} latents need 1 or {len(latents)} prompts, got {len(prompts)}.")
+        raise ValueError(
+            f"Give one prompt, or one for each of the {len(latents)} rows of the latents, got {len(prompts)}."
+        )
     return prompts

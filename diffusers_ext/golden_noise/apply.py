@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import check_finite
 from ..core.families import (
     check_starts_from_noise,
     denoiser_of,
@@ -188,14 +189,15 @@ def apply_golden_noise(pipe: Any, npnet: NPNetModel, strength: float = 1.0) -> A
             that do not match raise an error when the pipeline is called, and so do arguments that encode the
             prompt in another way than in training, such as another `clip_skip`.
     """
+    check_pipeline(pipe)
     if golden_noise_of(pipe) is not None or getattr(pipe, "npnet", None) is not None:
         raise ValueError(
             "Golden noise is on this pipeline already: it cannot be applied twice. Call"
             " dx.remove_golden_noise(pipe) first, or set pipe.npnet = None where it is a component."
         )
     check_npnet(npnet)
-    check_pipeline(pipe)
     check_channels(pipe, npnet)
+    check_finite(strength=strength)
     golden = GoldenNoise(pipe, npnet, strength)
     golden.handles = [golden.reader.attach(), add_hook(pipe, "prepare_latents", golden.replace)]
     vars(pipe)[_ATTRIBUTE] = golden

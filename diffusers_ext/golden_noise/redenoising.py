@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import check_counts, check_latents
 from ..core.families import check_starts_from_noise, guidance_of
+from ..core.latents import with_latents
 from ..core.pipeline import model_output, scheduler_of
 from ..core.predictions import Level, clean_prediction, noise_prediction
 from ..core.schedules import first_order_scheduler, grid_levels, prediction_type
@@ -73,14 +75,17 @@ def redenoise(
         Golden noise in the shape of `noise`, float32.
 
     Raises:
-        ValueError: an unknown noise schedule, too few steps, fewer than one round, a pipeline that does not
+        ValueError: noise that does not have the shape of the pipeline's, an unknown noise schedule, too few steps, fewer than one round, a pipeline that does not
             start from noise or has no guidance (see `guided_call`), or a result that is not finite.
     """
-    if num_rounds < 1:
-        raise ValueError(f"num_rounds must be 1 or more, got {num_rounds}.")
+    check_counts(num_rounds=num_rounds, num_inference_steps=num_inference_steps)
+    check_latents(noise, "noise")
     check_starts_from_noise(pipe)
     call = {**call_kwargs, "num_inference_steps": num_inference_steps}
-    down, up = (guided_call(pipe, call, w) for w in (guidance_scale, inversion_guidance_scale))
+    down, up = (
+        with_latents(pipe, noise, guided_call(pipe, call, w))
+        for w in (guidance_scale, inversion_guidance_scale)
+    )
     scheduler = first_order_scheduler(pipe.scheduler)
     x = noise.float()
     with scheduler_of(pipe, scheduler):

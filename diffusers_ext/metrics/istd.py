@@ -113,6 +113,8 @@ def compute_istd(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("Give at least one prompt, got an empty list.")
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof}.")
     if num_frames < 3 or batch_size < 1:
         raise ValueError(
             f"num_frames must be 3 or more and batch_size 1 or more, got {num_frames}, {batch_size}."

@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.autoencoders import decode_latents, downsampling_of
+from ..core.checks import check_counts
 from ..core.classes import FromPipeMixin
 from ..core.images import as_tensor, encode_images
 from ..core.prompts import encode_prompts
@@ -144,6 +145,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             ValueError: the number of steps is below 1, the levels do not decrease, a prompt is missing or not
                 supported, or the latents have the wrong shape.
         """
+        check_counts(batch_size=batch_size)
+        _check_output_type(output_type)
         levels = self._levels(num_inference_steps, sigmas)
         count = batch_size * (1 if prompt is None or isinstance(prompt, str) else len(prompt))
         conditions = self._conditions(prompt, count)
@@ -190,8 +193,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
                 or `num_projections` is below 1.
         """
         _check_strength(strength)
-        if num_projections < 1:
-            raise ValueError(f"num_projections must be 1 or more, got {num_projections}.")
+        check_counts(num_projections=num_projections)
+        _check_output_type(output_type)
         y = self._encode(image)
         conditions = self._conditions(prompt, len(y))
         x = y + strength * self.sigma * self._noise(y.shape, generator) if strength else y
@@ -231,6 +234,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
                 below 1.
         """
         _check_strength(strength)
+        check_counts(num_inference_steps=num_inference_steps)
+        _check_output_type(output_type)
         known = self._encode(image)
         conditions = self._conditions(prompt, len(known))
         mask = self._mask(mask_image, known)
@@ -238,7 +243,6 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         if strength == 1 and mask_image is not None:
             unknown = 0 if self.source is None else self.source.mean.to(known)
             x = mask * unknown + (1 - mask) * known
-        _check_steps(num_inference_steps)
         projector = self.projector
         for k in range(num_inference_steps):
             sigma = strength * projector.sigma * (1 - k / num_inference_steps)
@@ -286,7 +290,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
     def _levels(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> list[float]:
         if sigmas is None:
-            _check_steps(num_inference_steps)
+            check_counts(num_inference_steps=num_inference_steps)
             highest, rest = self.sigma, num_inference_steps - 1
             return [highest, *(highest * REFINEMENT * (1 - k / rest) for k in range(rest))]
         levels = [float(sigma) for sigma in sigmas]
@@ -300,6 +304,10 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
+        if isinstance(generator, list | tuple) and len(generator) != shape[0]:
+            raise ValueError(
+                f"Give one generator, or one for each of the {shape[0]} images, got {len(generator)}."
+            )
         return randn_tensor(
             tuple(shape), generator=generator, device=self._execution_device, dtype=self.unet.dtype
         )
@@ -314,7 +322,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             raise ValueError('This projector needs a prompt: give one, or "" for none.')
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts or count % len(texts):
-            raise ValueError(f"{count} images need 1 or {count} prompts, got {len(texts)}.")
+            raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
         embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
         embeds = embeds.repeat_interleave(count // len(texts), 0)
         return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
@@ -356,9 +364,13 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _check_steps(num_inference_steps: int) -> None:
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}.")
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def _check_output_type(output_type: str) -> None:
+    # The image processor of diffusers takes unknown ones for "np".
+    if output_type not in _OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
 
 
 def _check_strength(strength: float) -> None:

@@ -49,9 +49,11 @@ class MixtureSource(ModelMixin, ConfigMixin):
             rank, num_components: see the class.
 
         Raises:
-            ValueError: the number of components is below 1, the rank is not below the number of elements and
-                of rows per component, or there are too few different rows.
+            ValueError: data of another shape, the number of components is below 1, the rank is not below the number of
+                elements and of rows per component, or there are too few different rows.
         """
+        if data.ndim != 4:
+            raise ValueError(f"Expected data (n, C, H, W), got {tuple(data.shape)}.")
         rows = data[:MOST_ROWS].flatten(1).float()
         most = min(rows.shape[1] - 1, len(rows) // max(num_components, 1) - 1)
         if num_components < 1 or not 0 < rank <= most:

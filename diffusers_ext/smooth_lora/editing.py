@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_counts, check_latents
 from ..core.families import denoisers_of
 from ..core.hooks import add_hook, parameters_of, stand_in
+from ..core.latents import starting_from
 from ..core.pipeline import Stop, call_pipeline, prompt_per_row, quiet, running_call, scheduler_of, until_stop
 from ..core.schedules import first_order_scheduler
-from .calls import check_not_distilled, check_text_to_image, prompts_per_row, refuse, starting_from
+from .calls import check_not_distilled, check_text_to_image, prompts_per_row, refuse
 
 _ONE_PROMPT = "it would be that of the image and of the target; give prompt and target_prompt as texts"
 _REFUSED = {
@@ -85,6 +87,8 @@ def edit(
     check_pipeline(pipe)
     prompts = [name for name in call_kwargs if name.startswith(("prompt_", "pooled_prompt_"))]
     refuse("edit", call_kwargs, {**_REFUSED, **dict.fromkeys(prompts, _ONE_PROMPT)})
+    check_counts(num_inference_steps=num_inference_steps)
+    check_latents(latents)
     call = {**call_kwargs, "num_inference_steps": num_inference_steps}
     call = prompts_per_row(call | null_text(pipe, null_embeds, call), latents)
     own, target = (prompt_per_row(text, latents) for text in (prompt, target_prompt))

@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.families import denoiser_of
+from ..core.latents import starting_from
 from ..core.noise import noise_path
 from ..core.pipeline import call_pipeline, initial_noise, quiet
 from ..core.prompts import encoded_as, recorded_encodings
-from .calls import check_text_to_image, is_prompt, refuse, starting_from
+from .calls import check_text_to_image, is_prompt, refuse
 
 _REFUSED = {
     "num_images_per_prompt": "every frame is one image; use num_frames=",

@@ -11,24 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.checks import check_counts, check_latents
 from ..core.families import denoiser_of, family_of, guidance_of
 from ..core.hooks import parameters_of
+from ..core.latents import image_size, starting_from, with_size
 from ..core.pipeline import final_latents, given_latents, quiet, scheduler_of
 from ..core.schedules import inverse_scheduler
-from .calls import (
-    check_not_distilled,
-    check_text_to_image,
-    image_size,
-    prompts_per_row,
-    refuse,
-    starting_from,
-    with_size,
-)
+from .calls import check_not_distilled, check_text_to_image, prompts_per_row, refuse
 
 _REFUSED = {
     "num_images_per_prompt": "there is one image for each row of the latents",
     "output_type": "the result is the noise",
     "return_dict": "the result is the noise",
+    "generator": "its steps draw nothing at random",
 }
 
 
@@ -74,6 +69,8 @@ def ddim_invert(
     """
     check_pipeline(pipe)
     refuse("ddim_invert", call_kwargs, _REFUSED)
+    check_counts(num_inference_steps=num_inference_steps)
+    check_latents(latents)
     call = {**_guided(pipe, guidance_scale), **call_kwargs, "num_inference_steps": num_inference_steps}
     if "pag_scale" in parameters_of(pipe):
         call.setdefault("pag_scale", 0.0)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..core.checks import check_counts, check_latents
+from ..core.latents import starting_from
 from ..core.pipeline import prompt_per_row
 from ..core.prompts import encode_prompts
 from ..core.schedules import first_order_scheduler
 from . import inversion
-from .calls import starting_from
 from .editing import FirstSteps, continued, null_text
 
 
@@ -101,6 +102,8 @@ def null_text_invert(
             `ddim_invert` raises an error.
     """
     check_pipeline(pipe)
+    check_counts(num_inference_steps=num_inference_steps)
+    check_latents(latents)
     if torch.is_inference_mode_enabled() or latents.is_inference():
         raise ValueError(
             "Null-text inversion needs gradients, which torch.inference_mode() does not allow: call it and make the"
@@ -110,6 +113,11 @@ def null_text_invert(
         raise ValueError(
             f"Expected num_inner_steps of 0 or more and learning_rate above 0, got {num_inner_steps} and"
             f" {learning_rate}."
+        )
+    if guidance_scale <= 1:
+        raise ValueError(
+            f"guidance_scale must be above 1, got {guidance_scale}: without guidance the unconditional embeddings have"
+            " no effect. Use ddim_invert."
         )
     unet, scheduler = pipe.unet, first_order_scheduler(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps, device=pipe.device)

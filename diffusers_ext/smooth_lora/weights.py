@@ -307,11 +307,12 @@ def _resolve(
                 f"{path} contains {have}: expected one safetensors file, or weight_name= to select it."
             )
         return files[0]
-    if path.suffix == ".safetensors" or path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a safetensors file, and no other format is supported.")
+    # A repository on the Hub is "name" or "owner/name".
+    if path.suffix == ".safetensors" or path.is_file() or path.is_absolute() or len(path.parts) > 2:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist.")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is not a safetensors file, and no other format is supported.")
         return path
     return Path(hf_hub_download(str(path_or_repo), weight_name or WEIGHT_NAME, **hub_kwargs))
 

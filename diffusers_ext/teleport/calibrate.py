@@ -14,6 +14,7 @@ well, and the model on a fine grid from there.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.checks import check_counts
 from ..core.families import denoisers_of, guidance_of
 from ..core.hooks import parameters_of
 from ..core.pipeline import call_pipeline, final_latents, quiet
@@ -32,7 +34,7 @@ from .apply import apply_teleport, check_pipeline, remove_teleport
 from .gaussian import GaussianStats
 from .prompts import OneCall, prompt_features, unguided
 from .skipping import max_skip
-from .sources import pipeline_samples
+from .sources import check_prompts, pipeline_samples
 
 
 def calibrate_skip(
@@ -78,7 +80,7 @@ def calibrate_skip(
             the reference follows the Gaussian, and the number of model calls.
 
     Raises:
-        ValueError: a step count below 2, samples that do not match, a pipeline that takes neither prompts nor a
+        ValueError: a step count below 2, another count or a tolerance out of range, an empty list of prompts, samples that do not match, a pipeline that takes neither prompts nor a
             batch size, or what `apply_teleport` refuses.
     """
     check_pipeline(pipe)
@@ -87,6 +89,11 @@ def calibrate_skip(
     )
     if not counts or counts[0] < 2:
         raise ValueError(f"num_inference_steps must be 2 or more to skip any, got {num_inference_steps!r}.")
+    check_counts(num_images=num_images, refinement=refinement)
+    if prompts is not None:
+        prompts = check_prompts(pipe, prompts)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be a finite number of 0 or more, got {tolerance}.")
     original = pipe.scheduler
     # A stochastic solver has no reference trajectory.
     inner = same_grid_deterministic(original)

@@ -11,6 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from ..core.checks import check_counts
 from ..core.families import guidance_of
 from ..core.hooks import parameters_of
 from ..core.pipeline import call_pipeline, quiet, scheduler_of
@@ -148,8 +149,7 @@ def prompt_means(
     """
     check_pipeline(pipe)
     prompts = check_prompts(pipe, prompts)
-    if num_calls < 1 or batch_size < 1:
-        raise ValueError(f"num_calls and batch_size must be 1 or more, got {num_calls} and {batch_size}.")
+    check_counts(num_calls=num_calls, batch_size=batch_size)
     call = unguided(pipe) | call_kwargs
     original = pipe.scheduler
     inner = original.inner if isinstance(original, TeleportScheduler) else original

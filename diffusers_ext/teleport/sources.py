@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.autoencoders import channels_of, encode_pixels, side_of, vae_of
+from ..core.checks import check_counts
 from ..core.families import family_of
 from ..core.hooks import parameters_of
 from ..core.images import ImageSource, check_sides, image_batches, open_images
@@ -89,8 +90,7 @@ def pipeline_samples(
             pipeline that takes neither prompts nor a batch size, one with teleportation, or one of an unknown family
             or with an unknown autoencoder.
     """
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be 1 or more, got {num_samples} and {batch_size}.")
+    check_counts(num_samples=num_samples, batch_size=batch_size)
     if isinstance(pipe.scheduler, TeleportScheduler):
         raise ValueError(
             "Teleportation is on this pipeline, so its samples already depend on statistics: remove it "
@@ -208,8 +208,7 @@ def encoded_images(
             a size that the pipeline cannot have, values out of range, an unknown column, labels that do not match,
             or a pipeline or an autoencoder that is not known.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+    check_counts(batch_size=batch_size)
     side_of(pipe_or_vae)
     opened = open_images(images, labels=labels, image_column=image_column)
     return _encoded(pipe_or_vae, opened, batch_size, resolution, seed, progress)

@@ -120,9 +120,9 @@ def check_captions(args: argparse.Namespace, data: Any) -> None:
     if found:
         index, value = found[0]
         raise ValueError(
-            f"{row_name(data, index, args.image_column)} has the caption {value!r}, as have"
-            f" {len(found) - 1} other rows one like it: expected a text, which may be empty, or a list of texts, in the"
-            f" column {args.caption_column}. Write the captions as texts, or remove these rows."
+            f"{row_name(data, index, args.image_column)} has the caption {value!r} (1 of {len(found)} rows without a text):"
+            f" expected a text, which may be empty, or a list of texts, in the column {args.caption_column}. Write the"
+            " captions as texts, or remove these rows."
         )
 
 

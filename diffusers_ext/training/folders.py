@@ -98,14 +98,14 @@ def _check_all_used(data: Any, images: list[Path]) -> None:
     left = [path for path in images if str(path) not in used]
     if left:
         raise ValueError(
-            f"{left[0]} and {len(left) - 1} other images have no line in the metadata and would not be trained on: add"
-            " lines with their file_name, or move the images out of the folder."
+            f"{left[0]} has no line in the metadata and would not be trained on (1 of {len(left)} images): add lines with"
+            " their file_name, or move the images out of the folder."
         )
     missing = sorted(
         p for p in used - {str(path) for path in images} if not os.path.exists(p) and "::" not in p
     )
     if missing:
         raise ValueError(
-            f"{missing[0]} and {len(missing) - 1} other files of the metadata do not exist: add the files, or remove"
-            " their lines."
+            f"{missing[0]} of the metadata does not exist (1 of {len(missing)} files): add the files, or remove their"
+            " lines."
         )

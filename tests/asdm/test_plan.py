@@ -160,7 +160,7 @@ def test_parts_add_up_and_times_are_measured() -> None:
         assert sum(c.parameters for c in inside) == costs.parts[block].parameters
         assert all(c.milliseconds is not None and c.milliseconds > 0 for c in inside)
     assert 0 < costs.parts["mid_block"].of("milliseconds") < costs.total.of("milliseconds")
-    with pytest.raises(ValueError, match="repeats must be 1 or more"):
+    with pytest.raises(ValueError, match="repeats must be a whole number of 1 or more"):
         measure_milliseconds(unet, example_inputs(unet.config), [], 0)
     with pytest.raises(ValueError, match="Milliseconds were not measured"):
         cost_table(unet).total.of("milliseconds")
@@ -257,7 +257,7 @@ def test_targets_out_of_reach(analysis: PruningProfile) -> None:
         analysis.plan(0.01, stock_only=True)
     with pytest.raises(ValueError, match="No random cuts left"):
         analysis.random_plan(0.01)
-    with pytest.raises(ValueError, match="num_stages must be 1 or more"):
+    with pytest.raises(ValueError, match="num_stages must be a whole number of 1 or more"):
         analysis.plan(0.5, num_stages=0)
     with pytest.raises(ValueError, match="Expected inputs"):
         dx.plan_pruning(network(), [], 0.5)

@@ -123,7 +123,7 @@ def test_equal_guidance_returns_nearly_to_the_noise_and_rounds_add_up() -> None:
 def test_refusals() -> None:
     pipe, noise = tiny.build("sd"), draw(4)
     call: dict[str, Any] = {"prompt": ["a aaa", "a bbb"], "height": 8, "width": 8}
-    with pytest.raises(ValueError, match="num_rounds must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="num_rounds must be a whole number of 1 or more, got 0"):
         dx.redenoise(pipe, noise, num_rounds=0, **call)
     with pytest.raises(ValueError, match="num_inference_steps of at least 2, got 1"):
         dx.redenoise(pipe, noise, num_inference_steps=1, **call)

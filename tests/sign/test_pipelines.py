@@ -181,13 +181,13 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p(num_inference_steps=0), "num_inference_steps must be 1 or more, got 0"),
+        (lambda p: p(num_inference_steps=0), "num_inference_steps must be a whole number of 1 or more, got 0"),
         (lambda p: p(sigmas=[1.0, 2.0]), "decreasing noise levels"),
         (lambda p: p(latents=torch.zeros(1, 3, 4, 4)), r"Expected latents \(1, 3, 8, 8\), got \(1, 3, 4, 4\)"),
         (lambda p: p("a aaa"), "takes no prompt"),
         (lambda p: p.project(pictures(), strength=1.5), r"strength must be in \[0, 1\], got 1.5"),
         (lambda p: p.edit(pictures(), strength=-0.1), r"strength must be in \[0, 1\], got -0.1"),
-        (lambda p: p.project(pictures(), num_projections=0), "num_projections must be 1 or more"),
+        (lambda p: p.project(pictures(), num_projections=0), "num_projections must be a whole number of 1 or more"),
         (lambda p: p.project(torch.rand(1, 3, 16, 16)), "8 wide and 8 high"),
         (lambda p: p.project(torch.rand(1, 1, 8, 8)), "Expected images of 3 channels"),
         (lambda p: p.project(2 * pictures()), r"in \[0, 1\].* values from .* to 2"),
@@ -205,7 +205,7 @@ def test_prompts_are_asked_for_where_there_are_some() -> None:
     pipe = build("sd")
     with pytest.raises(ValueError, match="This projector needs a prompt"):
         pipe()
-    with pytest.raises(ValueError, match="2 images need 1 or 2 prompts, got 3"):
+    with pytest.raises(ValueError, match="one for each of the 2 images, got 3"):
         pipe.project(pictures(), ["a", "b", "c"])
     assert len(pipe(["a a", "b b"], batch_size=2).images) == 4
 

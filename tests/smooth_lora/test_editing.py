@@ -138,7 +138,7 @@ def test_refusals() -> None:
     plain = tiny.images(pipe, "sd", 2)
     with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got 1.2"):
         edit(pipe, SOURCE, TARGET, latents=noise(), strength=1.2)
-    with pytest.raises(ValueError, match="2 latents need 1 or 2 prompts, got 3"):
+    with pytest.raises(ValueError, match="one for each of the 2 rows of the latents, got 3"):
         edit(pipe, ["a", "b", "c"], TARGET, latents=noise())
     with pytest.raises(ValueError, match="made for 3 steps with guidance, got num_inference_steps 5"):
         edit(pipe, SOURCE, TARGET, latents=noise(), null_embeds=torch.zeros(3, 2, 77, 16), **CALL)
@@ -187,7 +187,7 @@ def test_one_negative_prompt_is_that_of_every_image(name: str) -> None:
     assert not torch.equal(
         edit(pipe, call["prompt"], target, **options | {"negative_prompt": "y"}).images, each
     )
-    with pytest.raises(ValueError, match="2 latents need 1 or 2 prompts, got 3"):
+    with pytest.raises(ValueError, match="one for each of the 2 rows of the latents, got 3"):
         edit(pipe, call["prompt"], target, **options | {"negative_prompt": ["a", "b", "c"]})
 
 

@@ -259,7 +259,7 @@ def test_the_scale_is_the_weight_of_the_prompt(name: str, monkeypatch: pytest.Mo
 
 
 def test_refusals(pipe: Any, scenes: Any, latents: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 latents need 1 or 3 prompts, got 2"):
+    with pytest.raises(ValueError, match="one for each of the 3 rows of the latents, got 2"):
         ddim_invert(pipe, latents, scenes[1][:2])
     with pytest.raises(
         ValueError, match=r"of 32 × 64 pixels from latents of shape \(3, 4, 8, 16\), got \(3, 3, 8"

@@ -364,8 +364,8 @@ PICTURES = {
         _float,
         r"own/7\.tif \(row 7 .* float image with values from 300 to 300, whose range is not known",
     ),
-    "unlisted": (_unlisted, r"own/more\.png and 0 other images have no line in the metadata"),
-    "without a file": (_unlocated, r"own/7\.png and 0 other files of the metadata do not exist"),
+    "unlisted": (_unlisted, r"own/more\.png has no line in the metadata"),
+    "without a file": (_unlocated, r"own/7\.png of the metadata does not exist"),
     "Latin-1": (_encoded, r"own/metadata\.jsonl is not UTF-8: byte 0xe9 at position 112 \(line 3\)"),
     "test folder": (
         _splits,
