@@ -25,6 +25,7 @@ import diffusers_ext as dx
 from diffusers_ext.core.autoencoders import encode_pixels
 from diffusers_ext.core.images import as_tensor
 from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.training.arguments import non_negative_float, positive_int, seed
 
 
 def main() -> None:
@@ -34,13 +35,13 @@ def main() -> None:
     )
     parser.add_argument("--train_data_dir", default=None, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--model_dir", type=Path, required=True)
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--num_scenes", type=int, default=40_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank", type=positive_int, default=128)
+    parser.add_argument("--num_scenes", type=positive_int, default=40_000)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--calibrate_only", action="store_true")
-    parser.add_argument("--calibration_steps", type=int, nargs="+", default=[6, 10, 20])
-    parser.add_argument("--num_calibration_images", type=int, default=64)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--calibration_steps", type=positive_int, nargs="+", default=[6, 10, 20])
+    parser.add_argument("--num_calibration_images", type=positive_int, default=64)
+    parser.add_argument("--guidance_scale", type=non_negative_float, default=2.0)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     pipe = DiffusionPipeline.from_pretrained(args.model_dir, dtype=torch.float32)

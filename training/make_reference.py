@@ -14,6 +14,7 @@ import numpy as np
 from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.grader import GarmentClassifier, garment_features, grade, scene_features
+from diffusers_ext.training.arguments import positive_int
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     )
     parser.add_argument("--train_data_dir", default=None, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--grader", required=True, help="folder of the trained grader")
-    parser.add_argument("--num_scenes", type=int, default=8000)
+    parser.add_argument("--num_scenes", type=positive_int, default=8000)
     args = parser.parse_args()
     grader = GarmentClassifier.from_pretrained(args.grader).float().eval()
     for split in ("train", "test"):
