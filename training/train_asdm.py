@@ -23,7 +23,6 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.incubation import (
-    Batches,
     Incubation,
     load_plan,
     load_teacher,
@@ -41,6 +40,7 @@ from diffusers_ext.training.arguments import (
     positive_int,
     share,
 )
+from diffusers_ext.training.captioned import CaptionedBatches
 from diffusers_ext.training.cards import create_hub_repo, publish
 from diffusers_ext.training.data import (
     add_augmentation_arguments,
@@ -148,7 +148,8 @@ def main() -> None:
     start_or_resume(args, accelerator, plan, steps, made_of)
     if args.enable_xformers_memory_efficient_attention:
         use_xformers(plan, pipe.unet)
-    run = Incubation(args, pipe, plan, steps, weights, Batches(args, pipe, data), accelerator, made_of)
+    batches = CaptionedBatches(args, accelerator, pipe, data, made_of, args.proportion_empty_prompts)
+    run = Incubation(args, pipe, plan, steps, weights, batches, accelerator, made_of)
     student, records = run.all_stages()
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -27,7 +27,13 @@ from diffusers_ext.core.storage import ShardStore, differences, show_differences
 from diffusers_ext.golden_noise.npnet import NPNetModel
 from diffusers_ext.golden_noise.pairs import NoisePairs
 from diffusers_ext.golden_noise.scorers import load_scorer
-from diffusers_ext.golden_noise.training import NPNetObjective, compare, relative_error, split_by_prompt
+from diffusers_ext.golden_noise.training import (
+    NPNetObjective,
+    PairRows,
+    compare,
+    relative_error,
+    split_by_prompt,
+)
 from diffusers_ext.training.arguments import (
     add_model_arguments,
     add_training_arguments,
@@ -37,7 +43,7 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
 from diffusers_ext.training.checkpoints import check_resume
-from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.recipes import run_recipe
 from diffusers_ext.training.start import set_train_steps
@@ -123,11 +129,9 @@ def main() -> None:
         prompt_options(pipe, call),
     )
 
-    def make_batch(rows: Rows) -> dict[str, Tensor]:
-        part = training.subset(rows.indices(len(training)))
-        prompts = prompt_embeddings(pipe, part.prompts, **call)
-        batch = {"noise": part.noise.float(), "golden": part.golden.float()}
-        batch["prompt_embeds"] = prompts.embeds.float()
+    def encode(found: dict[str, Any]) -> dict[str, Tensor]:
+        prompts = prompt_embeddings(pipe, found.pop("prompts"), **call)
+        batch = {**found, "prompt_embeds": prompts.embeds.float()}
         return batch if prompts.mask is None else {**batch, "encoder_attention_mask": prompts.mask}
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
@@ -139,7 +143,8 @@ def main() -> None:
         save_grid(torch.cat(rows), len(rows[0]), Path(args.output_dir) / f"validation-{step}.png")
         return {"relative error": relative_error(npnet, pipe, held_out, **call), **scores}
 
-    record = train(accelerator, args, NPNetObjective(npnet), make_batch, validate, recipe=recipe)
+    objective, read = NPNetObjective(npnet), PairRows(training)
+    record = train(accelerator, args, objective, read, validate, recipe=recipe, encode=encode)
     if accelerator.is_main_process:
         record |= {
             "parameters": npnet.num_parameters(),

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.projector import SIGMA
 from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.teacher import Texts, collect_pairs, load_data, load_teacher, save_samples
-from diffusers_ext.sign.training import SIGNObjective, projector_figures
+from diffusers_ext.sign.training import SIGNObjective, SIGNRows, projector_figures
 from diffusers_ext.training.arguments import (
     add_model_arguments,
     add_training_arguments,
@@ -39,8 +39,8 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
 from diffusers_ext.training.checkpoints import check_resume
-from diffusers_ext.training.data import add_data_arguments, require_data
-from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.data import add_augmentation_arguments, add_data_arguments, require_data
+from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import as_stored, freeze
 from diffusers_ext.training.recipes import run_recipe
 from diffusers_ext.training.start import set_train_steps
@@ -72,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(parser, "the teacher, a pipeline")
     add_data_arguments(parser)
+    add_augmentation_arguments(parser, cache=False)
     add("--sigma", type=positive_float, default=SIGMA, help="noise level of the projector")
     add(
         "--source_components",
@@ -107,9 +108,9 @@ def main() -> None:
     check_resume(accelerator, args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     pipe, stored = load_teacher(args, accelerator)
-    data, captions, images = load_data(args, pipe)
+    data, images, captions, found = load_data(args, pipe)
     set_train_steps(args, accelerator, len(data))
-    made_of = {"model": stored, "data": images}
+    made_of = {"model": stored, "data": found}
     recipe = run_recipe(accelerator, args, made_of)
     if args.source_components:
         source = MixtureSource.fit(data, args.source_rank, args.source_components)
@@ -123,31 +124,15 @@ def main() -> None:
         pipe.projector, teacher, weights, args.warmup_steps, args.fake_updates, args.guidance_scale
     )
     freeze(objective.teacher, accelerator)  # not before the fake score was copied from it
-    shape = data.shape[1:]
+    augmented = args.random_flip or not args.center_crop
+    rows = SIGNRows(images if augmented else data, tuple(data.shape[1:]), pairs, captions)
 
-    def make_batch(rows: Rows) -> dict[str, Any]:
-        index = rows.indices(len(data))
-        paired = rows.integers(len(pairs[0]) if pairs else 1)
-        noise = rows.normal(*shape) if pairs is None else pairs[0][paired]
-        batch: dict[str, Any] = {
-            "step": torch.tensor(rows.step),
-            "noise": noise,
-            "drawn": torch.zeros_like(noise) if pairs is None else pairs[1][paired],
-            "data": data[index],
-            "data_noise": rows.normal(*shape),
-            "level": rows.uniform(),
-            "score_noise": rows.normal(*shape),
-            "score_time": rows.uniform(),
-            "fake_noise": rows.normal(*shape),
-            "fake_time": rows.uniform(),
-        }
-        if captions is not None:
-            # An even row starts from the noise of a pair and needs the prompt of that pair.
-            prompts = captions.draw(rows, index.tolist())
-            if pairs is not None:
-                prompts[::2] = [captions.numbered(i) for i in paired[::2].tolist()]
-            batch |= texts.batch(prompts, args.guidance_scale)
-        return batch
+    def encode(found: dict[str, Any]) -> dict[str, Tensor]:
+        if "images" in found:
+            found["data"] = pipe._encode(found.pop("images") / 255).float()
+        if "prompts" in found:
+            found |= texts.batch(found.pop("prompts"), args.guidance_scale)
+        return found
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         draw = torch.Generator().manual_seed(0)
@@ -158,7 +143,7 @@ def main() -> None:
         save_samples(pipe, few[:16], prompts, Path(args.output_dir) / f"validation-{step}.png")
         return projector_figures(pipe.projector, noise, few, **conditions)
 
-    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
+    record = train(accelerator, args, objective, rows, validate, recipe=recipe, encode=encode)
     if accelerator.is_main_process:
         record["parameters"] = pipe.unet.num_parameters()
         name = Path(args.pretrained_model_name_or_path).name

@@ -20,12 +20,12 @@ from typing import Any
 
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from diffusers_ext.core.schedules import noising_scheduler
 from diffusers_ext.metrics.istd import compute_istd
 from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora, check_pipeline
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective, SmoothLoraRows, add_lora, check_pipeline
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training.arguments import (
     add_model_arguments,
@@ -34,18 +34,16 @@ from diffusers_ext.training.arguments import (
     positive_float,
     positive_int,
 )
+from diffusers_ext.training.captioned import CaptionedBatches
 from diffusers_ext.training.cards import create_hub_repo, publish
 from diffusers_ext.training.checkpoints import check_resume, checkpoint_only_what_is_trained
 from diffusers_ext.training.data import (
-    Captions,
-    TrainingLatents,
     add_augmentation_arguments,
     add_data_arguments,
-    encode_captions,
     load_dataset,
     require_data,
 )
-from diffusers_ext.training.loop import Rows, make_accelerator, train
+from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.recipes import dataset_record, run_recipe
 from diffusers_ext.training.start import set_train_steps
@@ -121,31 +119,20 @@ def main() -> None:
     variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
     objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
     checkpoint_only_what_is_trained(accelerator, buffers=["variation."])
-    encoded, captions = TrainingLatents(args, pipe, data), Captions(args, data)
-
-    def make_batch(rows: Rows) -> dict[str, Tensor]:
-        index = rows.indices(len(data)).tolist()
-        latents, corners = encoded(index, rows)
-        height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
-        batch = {
-            "latents": latents,
-            "noise": rows.normal(*latents.shape[1:]),
-            "timesteps": rows.integers(scheduler.config.num_train_timesteps),
-            "direction": rows.normal(*latents.shape[1:]),
-        }
-        return batch | encode_captions(pipe, captions.draw(rows, index), height, width, corners)
+    batches = CaptionedBatches(args, accelerator, pipe, data, made_of)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         if not args.validation_prompts:
             return {}
-        height, width = (side * pipe.vae_scale_factor for side in encoded([0])[0].shape[2:])
+        height, width = (side * pipe.vae_scale_factor for side in batches.size)
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
         found = compute_istd(
             pipe, args.validation_prompts, height=height, width=width, progress=False, **call
         )
         return {"ISTD": found.istd, "mean adjacent distance": found.mean_distance, "relative": found.relative}
 
-    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
+    rows = SmoothLoraRows(batches.read)
+    record = train(accelerator, args, objective, rows, validate, recipe=recipe, encode=batches.encode)
     if accelerator.is_main_process:
         record["pictures"] = len(data)
         name = Path(args.pretrained_model_name_or_path).name

@@ -21,11 +21,12 @@ from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
+from ..training.captioned import CaptionedBatches, check_captioned_training
 from ..training.checkpoints import checkpoint_only_what_is_trained
-from ..training.data import Captions, TrainingLatents, check_captioned_training, encode_captions
-from ..training.loop import Rows, make_accelerator, rows_of_step, train
+from ..training.loop import make_accelerator, train
 from ..training.models import as_stored, freeze, load_frozen
 from ..training.recipes import Recipe, run_recipe
+from ..training.rows import on_device, rows_of_step
 from . import training as asdm
 from .distill import DistillWeights
 from .plan import PruningPlan, preset_stages
@@ -110,30 +111,6 @@ def use_xformers(plan: PruningPlan, teacher: Any) -> None:
     teacher.enable_xformers_memory_efficient_attention()
 
 
-class Batches:
-    """Batches of training examples, as the objective expects them."""
-
-    def __init__(self, args: argparse.Namespace, pipe: Any, data: Any) -> None:
-        self.args, self.pipe = args, pipe
-        self.num_timesteps = pipe.scheduler.config.num_train_timesteps
-        self.encoded = TrainingLatents(args, pipe, data)
-        self.captions = Captions(args, data)
-        height, width = self.encoded([0])[0].shape[2:]
-        self.size: tuple[int, int] = height, width
-
-    def __call__(self, rows: Rows) -> dict[str, Tensor]:
-        """The tensors of the given rows."""
-        index = rows.indices(len(self.captions)).tolist()
-        latents, corners = self.encoded(index, rows)
-        empty = (rows.uniform() < self.args.proportion_empty_prompts).tolist()
-        drawn = self.captions.draw(rows, index)
-        captions = ["" if drop else caption for caption, drop in zip(drawn, empty)]
-        height, width = (side * self.pipe.vae_scale_factor for side in self.size)
-        batch = encode_captions(self.pipe, captions, height, width, corners)
-        batch |= {"latents": latents, "noise": rows.normal(*latents.shape[1:])}
-        return {**batch, "timesteps": rows.integers(self.num_timesteps)}
-
-
 @dataclass
 class Incubation:
     """The training of all stages. A stage depends on the student of the stage before and on nothing else."""
@@ -143,7 +120,7 @@ class Incubation:
     plan: PruningPlan
     steps: list[int]
     weights: DistillWeights
-    batches: Batches
+    batches: CaptionedBatches
     accelerator: Accelerator
     made_of: Mapping[str, Any]
 
@@ -206,7 +183,16 @@ class Incubation:
             return self._fixed_losses(objective)
 
         recipe = recipe_of(args, accelerator, self.plan, self.made_of)
-        record = train(accelerator, args, objective, self.batches, validate, last=False, recipe=recipe)
+        record = train(
+            accelerator,
+            args,
+            objective,
+            self.batches.read,
+            validate,
+            last=False,
+            recipe=recipe,
+            encode=self.batches.encode,
+        )
         record |= self.figures(student)
         if accelerator.is_main_process:
             with whole_folder(folder / "unet") as partial:
@@ -218,8 +204,8 @@ class Incubation:
         """The losses on 64 rows that are the same for every student."""
         found: list[dict[str, Tensor]] = []
         for step in range(16):
-            batch = self.batches(rows_of_step(10**9, step, 0, 1, 4))
-            found.append(objective.losses(**{k: v.to(self.pipe.device) for k, v in batch.items()}))
+            read = self.batches.read(rows_of_step(10**9, step, 0, 4))
+            found.append(objective.losses(**self.batches.encode(on_device(read, self.pipe.device))))
         return {name: float(torch.stack([part[name] for part in found]).mean()) for name in found[0]}
 
     def _draw(self, student: Any, path: Path) -> None:

@@ -144,6 +144,11 @@ def check_recipe(path: str | Path, recipe: Mapping[str, Any], advice: str) -> bo
     return True
 
 
+def shard_path(folder: Path, number: int) -> Path:
+    """The path of shard `number` of a folder."""
+    return folder / f"shard-{number:06d}.safetensors"
+
+
 class ShardStore:
     """A folder of safetensors shards with one recipe. An interrupted collection can be resumed.
 
@@ -184,7 +189,7 @@ class ShardStore:
 
     def path(self, number: int) -> Path:
         """The path of shard `number`, whether or not it exists."""
-        return self.folder / f"shard-{number:06d}.safetensors"
+        return shard_path(self.folder, number)
 
     def write(
         self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..core.pipeline import call_pipeline, given_latents, quiet
 from ..core.prompts import PromptEmbeds, prompt_embeddings
+from ..training.rows import Rows
 from .apply import predict
 from .npnet import NPNetModel
 from .pairs import NoisePairs
@@ -43,6 +44,18 @@ class NPNetObjective(nn.Module):
             encoder_attention_mask: (b, tokens) bool, False at padding; None if there is none.
         """
         return F.mse_loss(self.npnet(noise, prompt_embeds, encoder_attention_mask).sample, golden)
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Reads random pairs and their prompts."""
+
+    pairs: NoisePairs
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        """`noise` and `golden` (n, C, H, W) float32, and n `prompts`."""
+        part = self.pairs.subset(rows.indices(len(self.pairs)))
+        return {"noise": part.noise.float(), "golden": part.golden.float(), "prompts": part.prompts}
 
 
 def split_by_prompt(pairs: NoisePairs, share: float) -> tuple[NoisePairs, NoisePairs]:

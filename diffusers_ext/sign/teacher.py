@@ -13,13 +13,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.autoencoders import channels_of, vae_of
-from ..core.images import open_images, save_grid
+from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.prompts import encode_prompts
-from ..training.data import Captions, image_arrays, load_dataset, other_inputs
+from ..training.captioned import other_inputs
+from ..training.data import Captions, TrainingImages, load_dataset
+from ..training.encodings import Shards
 from ..training.models import frozen_dtype, load_frozen
 from ..training.recipes import dataset_record
-from .pairs import TeacherPairs
+from ..training.start import lock_folder
+from .pairs import teacher_pairs
 from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
 
@@ -81,22 +84,26 @@ def check_pipeline(pipe: Any) -> None:
     vae_of(pipe)
 
 
-def load_data(args: argparse.Namespace, pipe: Any) -> tuple[Tensor, Captions | None, dict[str, Any]]:
+def load_data(
+    args: argparse.Namespace, pipe: Any
+) -> tuple[Tensor, TrainingImages, Captions | None, dict[str, Any]]:
     """Loads the training data and, if the teacher has prompts, their captions.
 
     Returns:
-        (n, C, H, W) in the space of the network, on the CPU; their captions or None; and the record of the data.
+        The data in the space of the network, (n, C, H, W) on the CPU, without augmentation; the images that they were
+            encoded from; their captions or None; and the record of the data.
     """
     with_prompts = pipe.text_encoder is not None
     data = load_dataset(args, captions=with_prompts)
-    images, mode = open_images(data, image_column=args.image_column), "L" if channels_of(pipe) == 1 else "RGB"
+    images = TrainingImages(args, data, "L" if channels_of(pipe) == 1 else "RGB")
     encoded = []
     with torch.no_grad():
         for low in tqdm(range(0, len(data), 64), desc="reading images"):
             rows = range(low, min(low + 64, len(data)))
-            encoded.append(pipe._encode(image_arrays(args, images, rows, mode)).cpu())
+            encoded.append(pipe._encode(images.read(rows)[0] / 255).cpu())
     captions = Captions(args, data) if with_prompts else None
-    return torch.cat(encoded), captions, {**dataset_record(args, data), "resolution": args.resolution}
+    record = {**dataset_record(args, data), "resolution": args.resolution}
+    return torch.cat(encoded), images, captions, record
 
 
 class Texts:
@@ -134,14 +141,17 @@ def collect_pairs(
     texts: Texts,
     captions: Captions | None,
     made_of: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Noise and the images that the teacher generates from it.
+) -> Shards:
+    """`noise` and the images `drawn` that the teacher generates from it.
 
     Pair i has `captions.numbered(i)`.
 
     Args:
         args, accelerator, pipe, texts, captions: see `train_sign.py`.
         made_of: records of the teacher, `model`, and of the images and captions, `data`.
+
+    Raises:
+        ValueError: the folder contains other pairs, or another run is writing to it.
     """
     source = {"components": args.source_components, "rank": args.source_rank}
     recipe = {
@@ -153,7 +163,6 @@ def collect_pairs(
         "guidance_scale": args.guidance_scale if captions else 1.0,
         "dtype": str(frozen_dtype(accelerator)),
     }
-    store = TeacherPairs(args.pairs_dir or f"{args.output_dir}/pairs", args.num_pairs, recipe)
 
     def conditions_of(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert captions is not None
@@ -161,14 +170,25 @@ def collect_pairs(
         return texts.conditions(prompts), texts.conditions([""] * len(prompts))
 
     size = pipe.unet.config.in_channels, *pipe._sample_size()
-    return store.collect(
-        accelerator,
-        pipe.projector,
-        size,
-        args.num_inference_steps,
-        conditions_of if captions else None,
-        args.guidance_scale,
-    )
+    folder = args.pairs_dir or f"{args.output_dir}/pairs"
+    # Not for the whole run: finished pairs may be shared.
+    lock = lock_folder(folder, "--pairs_dir") if accelerator.is_main_process else None
+    try:
+        accelerator.wait_for_everyone()
+        return teacher_pairs(
+            accelerator,
+            folder,
+            args.num_pairs,
+            recipe,
+            pipe.projector,
+            size,
+            args.num_inference_steps,
+            conditions_of if captions else None,
+            args.guidance_scale,
+        )
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def save_samples(pipe: Any, data: Tensor, prompts: list[str] | None, path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.schedules import levels_at
+from ..training.data import Captions, TrainingImages
+from ..training.encodings import Shards
+from ..training.rows import Rows
 from . import objective as losses
 from .projector import Projector, denoise, noise_levels
 
@@ -20,6 +24,49 @@ SCORE_START = 0.02
 # of the schedule the difference of two networks consists mostly of their errors.
 SCORE_LEVEL = 4.0
 FLOW_LEVELS = 10
+
+
+@dataclass(frozen=True)
+class SIGNRows:
+    """Reads data, pairs and prompts.
+
+    Attributes:
+        data: (n, C, H, W), or images, which are encoded later and have the same number of rows.
+        shape: (C, H, W).
+        pairs: shards of `noise` and `drawn`, or None.
+        captions: of the data, if the teacher has prompts.
+    """
+
+    data: Tensor | TrainingImages
+    shape: tuple[int, ...]
+    pairs: Shards | None
+    captions: Captions | None
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        """The arguments of the objective, but `images` instead of `data` and `prompts` instead of embeddings."""
+        index = rows.indices(len(self.data))
+        found: dict[str, Any] = {"step": torch.tensor(rows.step)}
+        if isinstance(self.data, TrainingImages):
+            found["images"] = self.data.read(index.tolist(), rows)[0]
+        else:
+            found["data"] = self.data[index]
+        paired = rows.indices(len(self.pairs) if self.pairs else 1).tolist()
+        if self.pairs is None:
+            found["noise"] = rows.normal(*self.shape)
+            found["drawn"] = torch.zeros_like(found["noise"])
+        else:
+            found |= {name: value.float() for name, value in self.pairs[paired].items()}
+        for name in ("data", "score", "fake"):
+            found[f"{name}_noise"] = rows.normal(*self.shape)
+        for name in ("level", "score_time", "fake_time"):
+            found[name] = rows.uniform()
+        if self.captions is not None:
+            # An even row starts from the noise of a pair and needs the prompt of that pair.
+            prompts = self.captions.draw(rows, index.tolist())
+            if self.pairs is not None:
+                prompts[::2] = [self.captions.numbered(i) for i in paired[::2]]
+            found["prompts"] = prompts
+        return found
 
 
 class SIGNObjective(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.predictions import denoising_loss
 from ..core.schedules import first_order_scheduler, levels_at, noising_scheduler
+from ..training.rows import Rows
 from .variation import StepwiseVariationLoss, double_differentiable
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -52,6 +55,18 @@ def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
     denoiser.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
     denoiser.add_adapter(config, adapter_name)
+
+
+@dataclass(frozen=True)
+class SmoothLoraRows:
+    """Rows of captioned images, and the directions in which the variation is measured."""
+
+    read: Callable[[Rows], dict[str, Any]]
+
+    def __call__(self, rows: Rows) -> dict[str, Any]:
+        """What `read` returns, with a `direction` for its `noise`."""
+        found = self.read(rows)
+        return {**found, "direction": rows.normal(*found["noise"].shape[1:])}
 
 
 class SmoothLoraObjective(nn.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from ..core.autoencoders import decode_latents, encode_pixels
 from ..core.images import as_tensor, save_grid
 from ..core.pipeline import call_pipeline, scheduler_of
 from ..core.records import part_record
-from ..core.storage import digest, read_tensors, write_tensors
-from ..training.loop import Batch, Rows, train
+from ..core.storage import digest
+from ..training.encodings import Shards, encode_once
+from ..training.loop import train
 from ..training.recipes import Recipe, run_recipe
+from ..training.rows import Batch, Rows
 from ..training.start import set_train_steps
 from . import base_models, fashion_scenes
 from .grader import GarmentClassifier, augment, grade
@@ -62,18 +65,13 @@ def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     set_train_steps(args, accelerator, len(images))
     classifier = GarmentClassifier(tuple(args.block_out_channels or (32, 64, 64)))
 
-    def make_batch(rows: Rows) -> Batch:
-        # Augmented as one global batch, so that the draws don't depend on the number of processes.
-        index = replace(rows, own=slice(None)).indices(len(images))
-        grey = augment(images[index, None] / 255, rows.generator)
-        return {"grey": grey[rows.own], "target": items[index[rows.own]]}
-
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         logits = torch.cat([classifier(x[:, None] / 255) for x in test.to(accelerator.device).split(1000)])
         return {"test_accuracy": float((logits.argmax(1).cpu() == test_items).float().mean())}
 
     recipe = _recipe(accelerator, args, {"data": digest(images.numpy().tobytes() + items.numpy().tobytes())})
-    record = train(accelerator, args, GarmentObjective(classifier), make_batch, validate, recipe=recipe)
+    read = partial(_garment_rows, images, items)
+    record = train(accelerator, args, GarmentObjective(classifier), read, validate, recipe=recipe)
     return record, lambda folder: classifier.cpu().save_pretrained(folder)
 
 
@@ -88,10 +86,6 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     set_train_steps(args, accelerator, len(pictures))
     objective = base_models.VaeObjective(vae)
 
-    def make_batch(rows: Rows) -> Batch:
-        index = rows.indices(len(pictures)).numpy()
-        return {"pictures": as_tensor(pictures[index]) * 2 - 1, "noise": rows.normal(4, 8, 16)}
-
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         real = as_tensor(test).to(accelerator.device)
         back = reconstruct(vae, real).cpu()
@@ -104,7 +98,9 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         vae.save_pretrained(folder)
 
     recipe = _recipe(accelerator, args, {"data": digest(pictures.tobytes())})
-    return train(accelerator, args, objective, make_batch, validate, recipe=recipe), save
+    return train(
+        accelerator, args, objective, partial(_picture_rows, pictures), validate, recipe=recipe
+    ), save
 
 
 def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
@@ -136,16 +132,6 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", args.num_validation_images, 0)
     ]
 
-    def make_batch(rows: Rows) -> Batch:
-        index = rows.indices(len(latents))
-        dropped = rows.uniform(1) < args.proportion_empty_prompts
-        return {
-            "x": latents[index],
-            "noise": rows.normal(*latents.shape[1:]),
-            "timesteps": rows.integers(scheduler.config.num_train_timesteps),
-            "input_ids": torch.where(dropped, empty, input_ids[index]),
-        }
-
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         with scheduler_of(pipe, DPMSolverMultistepScheduler.from_config(scheduler.config)):
             images = _sample_scenes(pipe, held_out, args.guidance_scale)
@@ -160,7 +146,10 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
     made_of = {**made_of, "prompts": digest(prompts)}
     recipe = _recipe(accelerator, args, made_of)
-    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
+    read = _SceneRows(
+        latents, input_ids, empty, args.proportion_empty_prompts, scheduler.config.num_train_timesteps
+    )
+    record = train(accelerator, args, objective, read, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(unet, text_encoder, vae)
     return record, save
 
@@ -172,14 +161,6 @@ def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     unet = base_models.build_pixel_unet(args.block_out_channels or (32, 64, 64))
     scheduler = DDPMScheduler(clip_sample=False)
     objective = base_models.NoiseObjective(unet, scheduler, snr_gamma=args.snr_gamma)
-
-    def make_batch(rows: Rows) -> Batch:
-        index = rows.indices(len(images))
-        return {
-            "x": images[index, None] / 127.5 - 1,
-            "noise": rows.normal(1, 32, 32),
-            "timesteps": rows.integers(scheduler.config.num_train_timesteps),
-        }
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config)
@@ -193,30 +174,73 @@ def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
         return {}
 
     recipe = _recipe(accelerator, args, {"data": digest(images.numpy().tobytes())})
-    record = train(accelerator, args, objective, make_batch, validate, recipe=recipe)
+    read = partial(_grey_rows, images, scheduler.config.num_train_timesteps)
+    record = train(accelerator, args, objective, read, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(unet)
     return record, lambda folder: DDPMPipeline(unet.cpu().half(), scheduler).save_pretrained(folder)
 
 
 def scene_latents(
     accelerator: Accelerator, args: argparse.Namespace, vae: AutoencoderKL
-) -> tuple[Tensor, list[str], dict[str, Any]]:
-    """Latents (n, 4, 8, 16) of the training scenes, their prompts, and the record of what they are made of.
+) -> tuple[Shards, list[str], dict[str, Any]]:
+    """`latents` (n, 4, 8, 16) of the training scenes, their prompts, and the record of what they are made of.
 
-    The latents are encoded once and stored in the run's folder with a record of the images and the
-    autoencoder. A resumed run reuses them; a run with another seed or autoencoder encodes them again.
+    Raises:
+        ValueError: the run's folder has latents of other images or of another autoencoder.
     """
-    path = Path(args.output_dir) / "latents.safetensors"
     images, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "train", args.num_scenes, args.seed)
     made_of = {"data": digest(images.tobytes()), "vae": part_record(vae)}
-    key = digest(made_of)
-    if accelerator.is_main_process and not (path.is_file() and read_tensors(path)[1].get("made_of") == key):
-        chunks = np.array_split(images, max(1, len(images) // 256))
-        inputs = ((as_tensor(c) * 2 - 1).to(accelerator.device) for c in chunks)
-        latents = torch.cat([encode_pixels(vae, x).cpu() for x in inputs])
-        write_tensors(path, {"latents": latents}, {"made_of": key})
-    accelerator.wait_for_everyone()
-    return read_tensors(path)[0]["latents"], prompts, made_of
+
+    def encode(rows: Sequence[int]) -> dict[str, Tensor]:
+        pixels = as_tensor(images[list(rows)]).to(accelerator.device)
+        return {"latents": encode_pixels(vae, pixels * 2 - 1)}
+
+    folder = Path(args.output_dir) / "encodings" / "latents"
+    return encode_once(accelerator, folder, made_of, len(images), encode, 256), prompts, made_of
+
+
+# --- what workers read ---
+
+
+def _garment_rows(images: Tensor, items: Tensor, rows: Rows) -> Batch:
+    index = rows.indices(len(images))
+    return {"grey": augment(images[index, None] / 255, rows), "target": items[index]}
+
+
+def _picture_rows(pictures: np.ndarray, rows: Rows) -> Batch:
+    index = rows.indices(len(pictures)).numpy()
+    return {"pictures": as_tensor(pictures[index]) * 2 - 1, "noise": rows.normal(4, 8, 16)}
+
+
+@dataclass(frozen=True)
+class _SceneRows:
+    latents: Shards
+    input_ids: Tensor
+    empty: Tensor
+    proportion_empty_prompts: float
+    num_timesteps: int
+
+    def __call__(self, rows: Rows) -> Batch:
+        index = rows.indices(len(self.latents))
+        latents = self.latents[index.tolist()]["latents"]
+        dropped = rows.uniform(1) < self.proportion_empty_prompts
+        return {
+            "x": latents,
+            "noise": rows.normal(*latents.shape[1:]),
+            "timesteps": rows.integers(self.num_timesteps),
+            "input_ids": torch.where(dropped, self.empty, self.input_ids[index]),
+        }
+
+
+def _grey_rows(images: Tensor, num_timesteps: int, rows: Rows) -> Batch:
+    return {
+        "x": images[rows.indices(len(images)), None] / 127.5 - 1,
+        "noise": rows.normal(1, 32, 32),
+        "timesteps": rows.integers(num_timesteps),
+    }
+
+
+# --- validation and results ---
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch.nn import functional as F
 from ..core.images import as_tensor
 from .embedded import card_dir
 from .fashion_scenes import COLORS, HEIGHT, ITEMS, SIZE, WIDTH, parse_caption
+
+if TYPE_CHECKING:
+    from ..training.rows import Rows
 
 _PALETTE = torch.tensor(list(COLORS.values()))
 
@@ -172,17 +176,17 @@ def garment_features(
     return torch.cat([classifier.features(g) for g in x.split(batch_size)]).double().numpy()
 
 
-def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
+def augment(grey: Tensor, draw: Rows) -> Tensor:
     """Augments (n, 1, 32, 32) in [0, 1] to resemble generated images: shifted, blurred, dimmed and noisy."""
     n = len(grey)
-    shift = torch.randint(-2, 3, (n, 2), generator=generator)
+    shift = torch.stack([draw.integers(5) - 2, draw.integers(5) - 2], 1)
     rows = (torch.arange(SIZE)[None] + shift[:, :1]).clamp(0, SIZE - 1)
     cols = (torch.arange(SIZE)[None] + shift[:, 1:]).clamp(0, SIZE - 1)
     x = grey[torch.arange(n)[:, None, None], 0, rows[:, :, None], cols[:, None, :]][:, None]
-    blur = torch.rand(n, 1, 1, 1, generator=generator) * 0.7
+    blur = draw.uniform(1, 1, 1) * 0.7
     x = (1 - blur) * x + blur * F.avg_pool2d(x, 3, 1, 1)
-    x = x * (0.7 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator))
-    noise = 0.05 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
+    x = x * (0.7 + 0.3 * draw.uniform(1, 1, 1))
+    noise = 0.05 * draw.uniform(1, 1, 1) * draw.normal(1, SIZE, SIZE)
     return (x + noise).clamp(0, 1)
 
 

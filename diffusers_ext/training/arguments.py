@@ -118,6 +118,12 @@ def add_training_arguments(
         action="store_true",
         help="faster matrix products in float32 on Ampere GPUs and later, less exact",
     )
+    add(
+        "--dataloader_num_workers",
+        type=non_negative_int,
+        default=0,
+        help="processes that read and augment images ahead, per process of training; 0: it reads them itself",
+    )
     add("--checkpointing_steps", type=positive_int, default=500)
     add(
         "--checkpoints_total_limit",

@@ -1,7 +1,6 @@
 """The training loop of all training scripts.
 
-The data order and all randomness of optimisation step `n` depend only on `(seed, n)`. A resumed run therefore
-continues exactly where it stopped, and several processes together use the same data as a single one.
+See `rows` for the data and the randomness of a step.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,10 @@ from tqdm.auto import tqdm
 
 from .checkpoints import resume, save_checkpoint
 from .recipes import Recipe, run_recipe
+from .rows import Batch, Rows, batches
 from .start import images_per_step, lock_folder, settle_with_launch
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]
 
 
 def make_accelerator(
@@ -76,54 +73,15 @@ def _loggable(value: Any) -> bool:
     return isinstance(value, (int, float, str, bool))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one global batch that this process works on, and their randomness.
-
-    Every draw is made for the whole global batch and then sliced, so that it does not depend on the number of
-    processes. `step` is the optimisation step of the rows.
-    """
-
-    total: int
-    own: slice
-    generator: torch.Generator
-    step: int = 0
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal float32 of shape (own rows, *shape)."""
-        return torch.randn(self.total, *shape, generator=self.generator)[self.own]
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Uniform float32 in [0, 1) of shape (own rows, *shape)."""
-        return torch.rand(self.total, *shape, generator=self.generator)[self.own]
-
-    def integers(self, high: int) -> Tensor:
-        """Uniform int64 in [0, high) of shape (own rows,)."""
-        return torch.randint(high, (self.total,), generator=self.generator)[self.own]
-
-    def indices(self, num_examples: int) -> Tensor:
-        """Random examples, int64 (own rows,), with replacement, so that no epoch state has to be stored."""
-        return self.integers(num_examples)
-
-
-def rows_of_step(seed: int, step: int, rank: int, world: int, batch_size: int, micro_steps: int = 1) -> Rows:
-    """The rows that process `rank` of `world` works on in micro-step `step`; `batch_size` is per process.
-
-    `micro_steps` micro-steps make one optimisation step.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    own = slice(rank * batch_size, (rank + 1) * batch_size)
-    return Rows(world * batch_size, own, generator, step // micro_steps)
-
-
 def train(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: nn.Module,
-    make_batch: Callable[[Rows], Batch],
+    read: Callable[[Rows], dict[str, Any]],
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     last: bool = True,
     recipe: Recipe | None = None,
+    encode: Callable[[dict[str, Any]], Batch] | None = None,
 ) -> dict[str, Any]:
     """Trains `model`, whose forward turns a batch into a scalar loss, and leaves the EMA weights in it.
 
@@ -135,11 +93,14 @@ def train(
         args: as from `add_training_arguments`.
         model: `model(**batch)` returns the mean loss over the batch's rows. If it has a method `networks`,
             gradients are clipped separately for each module that the method returns.
-        make_batch: returns the tensors of the given rows, on any device.
+        read: what a batch of the given rows is made of: tensors on the CPU, and lists of texts. It draws from nothing
+            but the rows. For --dataloader_num_workers it must be picklable.
         validate: called with the model (EMA weights in place) and the step; returns values to log.
         last: end the process group. If False, the next model needs a new accelerator, and the caller ends the
             group with `accelerator.end_training()`.
         recipe: what the weights depend on; default: the arguments alone.
+        encode: makes the batch, in this process, from what `read` returned, with its tensors on the device; default:
+            that is the batch.
 
     Returns:
         The record for the model card: steps, images, seconds, hardware, the last loss, the last validation,
@@ -184,10 +145,11 @@ def train(
     bar = tqdm(
         total=num_steps, initial=clock.step, disable=not accelerator.is_local_main_process, mininterval=5
     )
+    upcoming = batches(accelerator, args, read, encode, clock.step)
     clock.start()
     wrapped.train()
     while clock.step < num_steps:
-        loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, make_batch, clock.step)
+        loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, upcoming)
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
@@ -238,21 +200,12 @@ def _optimization_step(
     wrapped: nn.Module,
     optimizer: Any,
     groups: list[list[nn.Parameter]],
-    make_batch: Callable[[Rows], Batch],
-    step: int,
+    upcoming: Iterator[Batch],
 ) -> Tensor:
     """One optimizer step over all accumulation steps; returns this process's mean loss."""
     losses = []
-    for micro in range(args.gradient_accumulation_steps):
-        rows = rows_of_step(
-            args.seed,
-            step * args.gradient_accumulation_steps + micro,
-            accelerator.process_index,
-            accelerator.num_processes,
-            args.train_batch_size,
-            args.gradient_accumulation_steps,
-        )
-        batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
+    for _ in range(args.gradient_accumulation_steps):
+        batch = next(upcoming)
         with accelerator.accumulate(wrapped):
             loss = wrapped(**batch)
             accelerator.backward(loss)

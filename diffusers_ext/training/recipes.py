@@ -22,6 +22,7 @@ _PLACES = {
 _FREE = {
     *("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
     *("validation_steps", "validation_prompts", "num_validation_images", "cache_latents"),
+    *("dataloader_num_workers",),
     *("gradient_checkpointing", "enable_xformers_memory_efficient_attention"),
 }
 # Images of a data set whose whole content is read for its digest.

@@ -54,8 +54,12 @@ def settle_precision(args: argparse.Namespace, accelerator: Accelerator) -> None
 _LOCKS: list[FileLock] = []  # held until the process ends, also if it is killed
 
 
-def lock_folder(folder: str | Path) -> None:
-    """Creates a folder and keeps other runs out of it as long as this process lives.
+def lock_folder(folder: str | Path, argument: str = "--output_dir") -> FileLock:
+    """Creates a folder and keeps other runs out of it as long as this process lives, or until the lock is released.
+
+    Args:
+        folder: created if needed.
+        argument: that selects the folder, for the error message.
 
     Raises:
         ValueError: another run holds it.
@@ -66,9 +70,10 @@ def lock_folder(folder: str | Path) -> None:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"Another run is writing to {folder}: wait until it has ended, or choose another --output_dir."
+            f"Another run is writing to {folder}: wait until it has ended, or choose another {argument}."
         ) from None
     _LOCKS.append(lock)
+    return lock
 
 
 def images_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:

@@ -10,10 +10,11 @@ from diffusers import DDPMScheduler
 from diffusers_ext.core.schedules import levels_at
 from diffusers_ext.core.storage import weights_digest
 from diffusers_ext.sign.objective import LossWeights
-from diffusers_ext.sign.pairs import SHARD, TeacherPairs, teacher_flow
+from diffusers_ext.sign.pairs import teacher_flow, teacher_pairs
 from diffusers_ext.sign.projector import Projector, nearest_timestep
 from diffusers_ext.sign.source import MixtureSource
 from diffusers_ext.sign.training import SIGNObjective, projector_figures
+from diffusers_ext.training.encodings import SHARD
 from tests import tiny
 from tests.sign.test_projector import GaussianUNet
 
@@ -163,9 +164,14 @@ def test_pairs_resume_and_refuse_another_teacher(tmp_path: Any) -> None:
 
     pipe, accelerator = tiny.build("ddpm"), Accelerator(cpu=True)
     recipe = {"teacher": weights_digest(pipe.unet), "steps": 2}
-    made = TeacherPairs(tmp_path, SHARD + 1, recipe)
     projector = Projector(pipe.unet, pipe.scheduler, nearest_timestep(pipe.scheduler))
-    noise, drawn = made.collect(accelerator, projector, (3, 8, 8), 2)
+
+    def collect(recipe: Any) -> list[torch.Tensor]:
+        pairs = teacher_pairs(accelerator, tmp_path, SHARD + 1, recipe, projector, (3, 8, 8), 2)
+        found = pairs[range(len(pairs))]
+        return [found[name].float() for name in ("noise", "drawn")]
+
+    noise, drawn = collect(recipe)
     assert noise.shape == drawn.shape == (2 * SHARD, 3, 8, 8)
     # Stored with 11 bits; the teacher saw the stored noise.
     assert torch.allclose(
@@ -174,13 +180,12 @@ def test_pairs_resume_and_refuse_another_teacher(tmp_path: Any) -> None:
     kept, lost = sorted(tmp_path.glob("*.safetensors"))
     stamp = kept.stat().st_mtime_ns
     lost.rename(lost.with_suffix(".partial"))  # as a killed run leaves it
-    again = TeacherPairs(tmp_path, SHARD + 1, recipe)
-    assert torch.equal(again.collect(accelerator, projector, (3, 8, 8), 2)[1], drawn)
+    assert torch.equal(collect(recipe)[1], drawn)
     assert kept.stat().st_mtime_ns == stamp
     with pytest.raises(
         ValueError, match=r"made with other settings \(steps: 2 there, 3 now; teacher: .*other"
     ):
-        TeacherPairs(tmp_path, SHARD, {"teacher": "other", "steps": 3})
+        collect({"teacher": "other", "steps": 3})
 
 
 def test_pairs_of_a_source_begin_at_its_level(tmp_path: Any) -> None:
@@ -191,7 +196,8 @@ def test_pairs_of_a_source_begin_at_its_level(tmp_path: Any) -> None:
     rows = 0.3 + 0.6 * torch.randn(2000, 1, 3, 3, generator=torch.Generator().manual_seed(1))
     level = nearest_timestep(scheduler)
     projector = Projector(unet, scheduler, level, MixtureSource.fit(rows, 8, 1))
-    noise, drawn = TeacherPairs(tmp_path, SHARD, {}).collect(Accelerator(cpu=True), projector, (1, 3, 3), 40)
+    pairs = teacher_pairs(Accelerator(cpu=True), tmp_path, SHARD, {}, projector, (1, 3, 3), 40)
+    noise, drawn = (pairs[range(SHARD)][name].float() for name in ("noise", "drawn"))
     # Under the flow of the Gaussian N(.3, .36) a sample keeps its quantile. 40 steps, and a source fitted to
     # 2,000 rows.
     gain = 0.6 / (0.36 + projector.sigma**2) ** 0.5

@@ -1,6 +1,7 @@
 """What a training script's batches are made of."""
 
 import argparse
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,22 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
-from diffusers_ext.core.images import encode_images, open_images
+from diffusers_ext.core.records import pipeline_record
 from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.training.captioned import CaptionedBatches, check_captioned_training, time_ids
 from diffusers_ext.training.data import (
     Captions,
-    TrainingLatents,
+    TrainingImages,
     add_augmentation_arguments,
     add_data_arguments,
-    check_captioned_training,
-    encode_captions,
-    image_arrays,
     load_dataset,
 )
-from diffusers_ext.training.loop import rows_of_step
+from diffusers_ext.training.encodings import Shards, encode_once
+from diffusers_ext.training.recipes import dataset_record
+from diffusers_ext.training.rows import rows_of_step
 from tests import families, tiny
 
 
@@ -35,15 +37,56 @@ def data_arguments(*argv: str) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
-@pytest.mark.parametrize("cache_latents", [True, False])
-def test_latents_by_number(cache_latents: bool) -> None:
-    pipe = tiny.build("sd")
-    data: Any = fashion_scenes.make_dataset(fashion_scenes.SAMPLE_DIR, "test", 70, seed=0)
-    args = data_arguments(*(["--cache_latents"] if cache_latents else []))
-    encoded = TrainingLatents(args, pipe, data)
-    index = [66, 2, 2]
-    expected = encode_images(pipe, image_arrays(args, open_images(data), index))
-    assert torch.allclose(encoded(index)[0], expected, atol=1e-5)
+def batches_of(folder: Path, model: str = "sd", data: Any = None, *argv: str) -> CaptionedBatches:
+    pipe = tiny.build(model)
+    args = data_arguments(*argv)
+    args.output_dir, args.train_batch_size = str(folder), 3
+    if data is None:
+        data = fashion_scenes.make_dataset(fashion_scenes.SAMPLE_DIR, "test", 12, seed=0)
+    made_of = {"model": pipeline_record(pipe), "data": dataset_record(args, data)}
+    return CaptionedBatches(args, Accelerator(cpu=True), pipe, data, made_of, 0.25)
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_cached_encodings_are_those_of_every_step(model: str, tmp_path: Path) -> None:
+    plain, cached = batches_of(tmp_path, model), batches_of(tmp_path, model, None, "--cache_latents")
+    assert "images" in plain.read(rows_of_step(0, 0, 0, 2))
+    drawn = set()
+    for step in range(4):
+        rows = [rows_of_step(0, step, 0, 6) for _ in range(2)]
+        expected, found = (b.encode(b.read(r)) for b, r in zip((plain, cached), rows))
+        drawn |= set(plain.read(rows_of_step(0, step, 0, 6))["captions"])
+        assert expected.keys() == found.keys()
+        # Encoded with other rows: rounding of float32.
+        assert all(torch.allclose(value, found[name], atol=1e-5) for name, value in expected.items())
+    assert "" in drawn
+    assert len(drawn) > 4
+
+
+def test_encodings_are_mapped_not_pickled_and_made_again_only_if_missing(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def encode(rows: Any) -> dict[str, torch.Tensor]:
+        made.extend(rows)
+        return {"x": torch.tensor(rows)[:, None].float()}
+
+    def shards(recipe: str = "mine") -> Shards:
+        return encode_once(Accelerator(cpu=True), tmp_path, {"of": recipe}, 600, encode, 50)
+
+    index = [599, 0, 256, 255, 599]
+    assert shards()[index]["x"][:, 0].tolist() == index
+    assert made == list(range(600))
+    (tmp_path / "shard-000001.safetensors").unlink()  # as a killed run leaves it
+    again = shards()
+    assert made[600:] == list(range(256, 512))
+    assert again[index]["x"][:, 0].tolist() == index
+    assert len(pickle.dumps(again)) < 500
+    assert pickle.loads(pickle.dumps(again))[[300]]["x"].item() == 300
+    with pytest.raises(ValueError, match=r"made with other settings .of: 'mine' there, 'other' now"):
+        shards("other")
+    (tmp_path / "shard-000001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"shard-000001\.safetensors is missing or corrupted"):
+        shards()[index]
 
 
 def picture(path: Path, value: int = 0) -> None:
@@ -100,10 +143,10 @@ def test_captions_are_drawn_equally_by_one_process_and_by_two() -> None:
     drawn: list[str] = []
     for step in range(60):
         index = [0, 1, 2, 0]
-        whole = captions.draw(rows_of_step(7, step, 0, 1, 4), index)
-        parts = [captions.draw(rows_of_step(7, step, r, 2, 2), index[2 * r : 2 * r + 2]) for r in (0, 1)]
+        whole = captions.draw(rows_of_step(7, step, 0, 4), index)
+        parts = [captions.draw(rows_of_step(7, step, r, 2), index[2 * r : 2 * r + 2]) for r in (0, 1)]
         assert whole == parts[0] + parts[1]
-        assert whole == captions.draw(rows_of_step(7, step, 0, 1, 4), index)
+        assert whole == captions.draw(rows_of_step(7, step, 0, 4), index)
         drawn += whole
     assert {text: drawn.count(text) > 9 for text in drawn} == dict.fromkeys(
         ["a", "b", "c", "only", "", "d"], True
@@ -113,27 +156,25 @@ def test_captions_are_drawn_equally_by_one_process_and_by_two() -> None:
 
 def test_single_captions_leave_the_random_numbers_of_a_step_as_they_are() -> None:
     captions = Captions(data_arguments(), {"text": ["a", ["b"], ""]})
-    rows = rows_of_step(0, 0, 0, 1, 3)
+    rows = rows_of_step(0, 0, 0, 3)
     assert captions.draw(rows, [2, 1, 0]) == ["", "b", "a"]
-    assert torch.equal(rows.uniform(), rows_of_step(0, 0, 0, 1, 3).uniform())
+    assert torch.equal(rows.uniform(), rows_of_step(0, 0, 0, 3).uniform())
 
 
 def test_crops_and_flips_are_drawn_equally_by_one_process_and_by_two() -> None:
     draw = np.random.default_rng(0)
     pictures = [Image.fromarray(draw.integers(0, 256, (16, 48, 3), dtype=np.uint8)) for _ in range(4)]
     data = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
-    encoded = TrainingLatents(
-        data_arguments("--resolution", "8", "--no-center_crop", "--random_flip"), tiny.build("sd"), data
-    )
-    latents, corners = encoded([0, 1, 2, 3], rows_of_step(3, 5, 0, 1, 4))
-    parts = [encoded([2 * r, 2 * r + 1], rows_of_step(3, 5, r, 2, 2)) for r in (0, 1)]
+    images = TrainingImages(data_arguments("--resolution", "8", "--no-center_crop", "--random_flip"), data)
+    whole, corners = images.read([0, 1, 2, 3], rows_of_step(3, 5, 0, 4))
+    parts = [images.read([2 * r, 2 * r + 1], rows_of_step(3, 5, r, 2)) for r in (0, 1)]
     assert torch.equal(corners, torch.cat([part[1] for part in parts]))
-    assert torch.allclose(latents, torch.cat([part[0] for part in parts]), atol=1e-5)
+    assert torch.equal(whole, torch.cat([part[0] for part in parts]))
     assert corners[:, 0].tolist() == [0] * 4  # as high as the crop
     assert corners[:, 1].unique().numel() > 1
     assert 0 <= corners.min() <= corners.max() <= 16
-    centre, nothing = encoded([0, 1, 2, 3])
-    assert not torch.allclose(latents, centre, atol=1e-2)
+    centre, nothing = images.read([0, 1, 2, 3])
+    assert not torch.equal(whole, centre)
     assert not nothing.any()
 
 
@@ -143,25 +184,16 @@ def test_a_crop_is_where_sdxl_is_told_it_is() -> None:
     data = datasets.Dataset.from_dict(
         {"image": [Image.fromarray(columns)]}, datasets.Features({"image": datasets.Image()})
     )
-    encoded = TrainingLatents(data_arguments("--resolution", "8", "--no-center_crop"), tiny.build("sd"), data)
+    images = TrainingImages(data_arguments("--resolution", "8", "--no-center_crop"), data)
     seen = set()
     for step in range(8):
-        images, corners = encoded._arrays([0], rows_of_step(0, step, 0, 1, 1))
-        assert abs(float(images[0, 4, 0, 0]) * 25.5 - corners[0][1]) < 1
-        seen.add(corners[0][1])
+        pixels, corners = images.read([0], rows_of_step(0, step, 0, 1))
+        assert abs(float(pixels[0, 0, 4, 0]) / 10 - corners[0, 1]) < 1
+        seen.add(int(corners[0, 1]))
     assert len(seen) > 3
     corner = torch.tensor([[0, 5], [3, 0]])
-    found = encode_captions(tiny.build("sdxl"), ["a", "b"], 8, 8, corner)["time_ids"]
+    found = time_ids(8, 8, corner)
     assert found.tolist() == [[8, 8, 0, 5, 8, 8], [8, 8, 3, 0, 8, 8]]
-
-
-def test_captions_as_the_unet_takes_them() -> None:
-    plain = encode_captions(tiny.build("sd"), ["a aaa", ""], 32, 64)
-    assert plain.keys() == {"prompt_embeds"}
-    found = encode_captions(tiny.build("sdxl"), ["a aaa", ""], 32, 64)
-    assert found.keys() == {"prompt_embeds", "pooled_prompt_embeds", "time_ids"}
-    assert found["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
-    assert len(found["prompt_embeds"]) == len(found["pooled_prompt_embeds"]) == 2
 
 
 REFUSED = {
@@ -183,7 +215,7 @@ def test_only_unets_whose_inputs_are_known_are_trained_on_captions(name: str) ->
     with pytest.raises(ValueError, match=REFUSED.get(name, "has no unet|has guider")):
         check_captioned_training(pipe)
     with pytest.raises(ValueError, match="expected Stable Diffusion or SDXL"):
-        TrainingLatents(data_arguments(), pipe, [])
+        CaptionedBatches(data_arguments(), Accelerator(cpu=True), pipe, [], {})
 
 
 def test_inputs_of_other_unets_are_named() -> None:

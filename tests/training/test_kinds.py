@@ -55,7 +55,7 @@ SHARED = [
     *("--train_batch_size 0", "--gradient_accumulation_steps 0", "--max_grad_norm -1", "--ema_decay 1"),
     *("--adam_beta1 1", "--adam_beta2 -0.1", "--adam_epsilon 0", "--adam_weight_decay -1", "--seed -1"),
     *("--validation_steps -1", "--checkpoints_total_limit -1", "--mixed_precision fp8", "--report_to wandb"),
-    "--report_to nonsense",
+    *("--report_to nonsense", "--dataloader_num_workers -1"),
 ]
 DATA = ["--max_train_samples 0", "--max_train_samples -1", "--resolution 0"]
 OWN = {
@@ -235,6 +235,21 @@ def test_a_second_run_in_one_folder_stops(script: str, base: Path, held: Any) ->
         run(script, arguments(script, base, folders[script]))
 
 
+def test_a_second_run_does_not_write_to_shared_pairs(base: Path, held: Any, tmp_path: Path) -> None:
+    folders, _ = held
+    shared_pairs = str(folders["collect_noise_pairs"])
+    argv = [*arguments("train_sign", base, tmp_path / "first"), *steps("train_sign", 1), "--pairs_dir"]
+    with pytest.raises(ValueError, match=r"Another run is writing to .*, or choose another --pairs_dir"):
+        run("train_sign", [*argv, shared_pairs])
+    # Finished pairs are shared: the lock is free while the first run trains.
+    run("train_sign", [*argv, str(tmp_path / "pairs")])
+    subprocess.run(
+        [sys.executable, "-c", HOLD.replace("600", "0"), str(tmp_path / "pairs")],
+        env=environment(),
+        check=True,
+    )
+
+
 def test_a_killed_run_leaves_no_lock(base: Path, held: Any) -> None:
     folders, other = held
     other.send_signal(signal.SIGKILL)
@@ -290,10 +305,10 @@ def test_one_of_several_captions_is_drawn_and_a_stopped_run_resumes_to_the_same_
         pass
 
     several = folder_of(tmp_path, [["a aaa", "", "a bbb"]] * 12)
-    random = ["--random_flip", "--no-center_crop"] if script != "train_sign" else []
 
     def argv(output: str) -> list[str]:
-        few = [*arguments(script, base, tmp_path / output, several), *random, "--checkpointing_steps", "2"]
+        few = arguments(script, base, tmp_path / output, several)
+        few += ["--random_flip", "--no-center_crop", "--checkpointing_steps", "2"]
         return [*few, *steps(script, 4), "--resume_from_checkpoint", "latest"]
 
     run(script, argv("whole"))

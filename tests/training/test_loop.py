@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from diffusers_ext.training.arguments import add_training_arguments
 from diffusers_ext.training.checkpoints import list_checkpoints, resolve_checkpoint, save_checkpoint
-from diffusers_ext.training.loop import make_accelerator, rows_of_step, train
+from diffusers_ext.training.loop import make_accelerator, train
+from diffusers_ext.training.rows import rows_of_step
 
 
 def arguments(output_dir, *extra):
@@ -59,12 +60,12 @@ def _on_the_cpu(monkeypatch):
     seed=st.integers(0, 10**6), step=st.integers(0, 10**6), world=st.integers(1, 4), batch=st.integers(1, 3)
 )
 def test_rows_of_a_global_batch_do_not_depend_on_the_number_of_processes(seed, step, world, batch):
-    def draw(rank, world, batch):
-        rows = rows_of_step(seed, step, rank, world, batch)
+    def draw(rank, batch):
+        rows = rows_of_step(seed, step, rank, batch)
         return [rows.indices(50), rows.normal(2, 3), rows.uniform(1), rows.integers(1000)]
 
-    parts = zip(*(draw(rank, world, batch) for rank in range(world)))
-    for whole, several in zip(draw(0, 1, world * batch), parts):
+    parts = zip(*(draw(rank, batch) for rank in range(world)))
+    for whole, several in zip(draw(0, world * batch), parts):
         assert torch.equal(whole, torch.cat(several))
 
 
@@ -91,7 +92,7 @@ def test_networks_are_clipped_each_by_itself(tmp_path, monkeypatch):
 
 
 def test_steps_and_seeds_draw_different_rows():
-    draws = [rows_of_step(seed, step, 0, 1, 8).normal(4) for seed, step in [(0, 0), (0, 1), (1, 0)]]
+    draws = [rows_of_step(seed, step, 0, 8).normal(4) for seed, step in [(0, 0), (0, 1), (1, 0)]]
     assert not torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -305,7 +306,7 @@ def test_ema_weights_are_validated_and_left_in_the_model(tmp_path):
     ema = EMAModel(line.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     expected = {}
     for step in range(6):
-        line(rows_of_step(0, step, 0, 1, 4).normal(3)).backward()
+        line(rows_of_step(0, step, 0, 4).normal(3)).backward()
         torch.nn.utils.clip_grad_norm_(line.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -223,13 +223,10 @@ def test_scenes_are_not_resumed_with_another_autoencoder(tmp_path: Path) -> None
     vae = base_models.build_vae((8, 8, 8)).half()
     vae.save_pretrained(tmp_path / "vae")
     scenes(tmp_path / "run", tmp_path / "vae")
-    first = load_file(tmp_path / "run" / "latents.safetensors")["latents"]
     vae.register_to_config(scaling_factor=2.0)
     vae.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match=r"vae\.config\.scaling_factor: 1\.0 there, 2\.0 now"):
         scenes(tmp_path / "run", tmp_path / "vae", "--resume_from_checkpoint", "latest")
-    second = load_file(tmp_path / "run" / "latents.safetensors")["latents"]
-    assert torch.allclose(second, 2 * first, rtol=1e-4, atol=1e-5)
 
 
 def test_a_record_is_that_of_the_values(tmp_path: Path) -> None:

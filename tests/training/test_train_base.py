@@ -164,12 +164,14 @@ def test_other_scenes_or_another_autoencoder_do_not_reuse_old_latents(tmp_path):
 
     def encode(seed):
         args = Namespace(output_dir=tmp_path, train_data_dir=SAMPLE_DIR, num_scenes=8, seed=seed)
-        return scene_latents(accelerator, args, vae)[0]
+        return scene_latents(accelerator, args, vae)[0][range(8)]["latents"]
 
-    first = encode(0)
-    written = (tmp_path / "latents.safetensors").stat().st_mtime_ns
+    first, (shard,) = encode(0), (tmp_path / "encodings" / "latents").glob("*.safetensors")
+    written = shard.stat().st_mtime_ns
     assert torch.equal(encode(0), first)
-    assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == written
-    assert not torch.equal(encode(1), first)
+    assert shard.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"made with other settings \(data: .*delete it"):
+        encode(1)
     vae.quant_conv.weight.data *= 2
-    assert not torch.allclose(encode(0), first)
+    with pytest.raises(ValueError, match=r"made with other settings \(vae\.weights: .*delete it"):
+        encode(0)
