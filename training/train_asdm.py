@@ -130,6 +130,10 @@ def parse_args() -> argparse.Namespace:
     for name in ("max_train_steps", "num_train_epochs"):
         if getattr(args, name) is not None:
             parser.error(f"--{name} is not supported: use --steps_per_stage")
+    if args.optimizer == "drop_muon" and not (args.task_weight or args.output_weight):
+        parser.error(
+            "--optimizer drop_muon needs --task_weight or --output_weight: the last blocks have no gradient"
+        )
     if args.resume_from_checkpoint not in (None, "latest"):
         parser.error("--resume_from_checkpoint must be 'latest', which finds the stage and its checkpoint")
     return args

@@ -100,6 +100,21 @@ def add_training_arguments(
     )
     add("--lr_scheduler", choices=_SCHEDULERS, default="cosine", help="cosine, not constant as in diffusers")
     add("--lr_warmup_steps", type=non_negative_int, default=200, help="200, not 500 as in diffusers")
+    add(
+        "--optimizer",
+        choices=["adamw", "muon", "drop_muon"],
+        default="adamw",
+        help="muon: Muon for the matrices in the blocks of the network, also of convolutions and LoRAs, and AdamW for"
+        " all else. drop_muon: each step updates only the blocks from a random one on, and backpropagation stops there."
+        " The first block, with what is before it (input layer, embeddings, text encoder), has a share of 1 / number"
+        " of blocks in the steps. With several processes or torch.compile only the updates are skipped, which saves no time",
+    )
+    add(
+        "--drop_muon_sharp",
+        action="store_true",
+        help="for drop_muon: multiply the update of a matrix by the nuclear norm of its momentum, as in the paper",
+    )
+    add("--use_8bit_adam", action="store_true", help="AdamW with states of 8 bits; needs bitsandbytes")
     add("--adam_beta1", type=below_one, default=0.9)
     add("--adam_beta2", type=below_one, default=0.999)
     add("--adam_epsilon", type=positive_float, default=1e-8)

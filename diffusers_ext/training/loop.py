@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
+    is_compiled_module,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import resume, save_checkpoint
+from .optimizers import check_optimizer, dropped_in_step, frozen, layers_of, make_optimizer
 from .recipes import Recipe, run_recipe
 from .rows import Batch, Rows, batches
 from .start import images_per_step, lock_folder, settle_with_launch
@@ -59,6 +61,7 @@ def make_accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)],
     )
     settle_with_launch(args, accelerator)
+    check_optimizer(args, accelerator)
     torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
     set_seed(args.seed)
     if accelerator.is_main_process:
@@ -107,19 +110,17 @@ def train(
             and `resumptions` with other arguments, if there were any.
 
     Raises:
-        ValueError: the loss is not finite (checked every 50 steps and before each checkpoint), or
-            `--resume_from_checkpoint` does not match the run's folder or its recipe.
+        ValueError: the loss is not finite (checked every 50 steps and before each checkpoint);
+            `--resume_from_checkpoint` does not match the run's folder or its recipe; or `--optimizer` cannot train the
+            model.
     """
     trainable = _trainable(model)
     parts: Any = getattr(model, "networks", None)
     groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
-    optimizer: Any = torch.optim.AdamW(
-        trainable,
-        lr=args.learning_rate * (images_per_step(args, accelerator) if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-    )
+    rate = args.learning_rate * (images_per_step(args, accelerator) if args.scale_lr else 1)
+    optimizer: Any = make_optimizer(args, model, rate)
+    dropping = args.optimizer == "drop_muon"
+    layers = [layers_of(part) for part in ([model] if parts is None else parts())] if dropping else []
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -148,8 +149,12 @@ def train(
     upcoming = batches(accelerator, args, read, encode, clock.step)
     clock.start()
     wrapped.train()
+    # DistributedDataParallel asks once which parameters have gradients, and a compiled network would be compiled again.
+    stops_early = accelerator.num_processes == 1 and not is_compiled_module(wrapped)
     while clock.step < num_steps:
-        loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, upcoming)
+        dropped = dropped_in_step(layers, args.seed, clock.step)
+        with frozen(dropped if stops_early else []):
+            loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, upcoming, dropped)
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable)
@@ -201,8 +206,9 @@ def _optimization_step(
     optimizer: Any,
     groups: list[list[nn.Parameter]],
     upcoming: Iterator[Batch],
+    dropped: list[nn.Parameter],
 ) -> Tensor:
-    """One optimizer step over all accumulation steps; returns this process's mean loss."""
+    """One optimizer step over all accumulation steps, not of `dropped`; returns this process's mean loss."""
     losses = []
     for _ in range(args.gradient_accumulation_steps):
         batch = next(upcoming)
@@ -210,6 +216,8 @@ def _optimization_step(
             loss = wrapped(**batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
+                for parameter in dropped:
+                    parameter.grad = None
                 for parameters in groups:
                     accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()

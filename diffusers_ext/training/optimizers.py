@@ -7,28 +7,95 @@ each step, so that backpropagation can stop early.
 
 from __future__ import annotations
 
+import argparse
+import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim import Muon as MatrixMuon
 
-# Layers at the ends of a network and embeddings, of which a matrix is no map between hidden states. Modulation layers
-# (`norm*.linear`) map the time to scales and shifts.
-_NOT_HIDDEN = re.compile(
-    r"(^|\.)(conv_in|conv_out|proj_in_out|norm\w*|time_embedding|time_proj|time_text_embed|time_embed|class_embedding"
-    r"|add_embedding|pos_embed|patch_embed|patch_embedding|x_embedder|context_embedder|caption_projection"
-    r"|encoder_hid_proj|adaln_single|embeddings|t_embedder|y_embedder)(\.|$)|^proj_out(\.|$)"
-)
+# A block of a network, and the path to it. Outside of the blocks are only the ends of a network and embeddings.
+_BLOCK = re.compile(r"^.*?(\b(\w*blocks|layers|\w*refiner)\.\d+|\bmid_block)\b")
+# Matrices in blocks that do not lead to a hidden state, or not from one: modulations by the time, weights of experts.
+_NOT_HIDDEN = re.compile(r"\.(norm\w*|time_emb_proj|routing)\.")
+
+
+def check_optimizer(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Refuses at the start of a run an optimizer that it cannot have.
+
+    Args:
+        args: as from `add_training_arguments`.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: a package is missing, arguments exclude each other, or Muon's matrices would be sharded.
+    """
+    name = args.optimizer
+    if args.drop_muon_sharp and name != "drop_muon":
+        raise ValueError(f"--drop_muon_sharp has no effect on --optimizer {name}: omit it, or use drop_muon.")
+    if args.use_8bit_adam and name != "adamw":
+        raise ValueError(f"--use_8bit_adam is for --optimizer adamw, got {name}: omit one of them.")
+    if args.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise ValueError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes.")
+    if name == "adamw":
+        return
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"--optimizer {name} needs torch 2.9 or newer, got {torch.__version__}: update torch, or use adamw."
+        )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"--optimizer {name} needs whole matrices, and {kind.value} shards them over processes: use --optimizer"
+            " adamw, or launch with --multi_gpu."
+        )
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` for the trained parameters of a model.
+
+    Args:
+        args: as from `add_training_arguments`.
+        model: its parameters with `requires_grad` are trained.
+        learning_rate: of all of them.
+
+    Raises:
+        ValueError: see `hidden_matrices` and `Muon`; or there is nothing for Muon.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    if args.use_8bit_adam:
+        import bitsandbytes  # type: ignore[import-not-found]
+
+        return bitsandbytes.optim.AdamW8bit(named.values(), **settings)
+    if args.optimizer == "adamw":
+        return AdamW(named.values(), **settings)
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise ValueError(
+            f"--optimizer {args.optimizer} needs matrices in blocks, of which {type(model).__name__} has none: use"
+            " --optimizer adamw."
+        )
+    return Muon(named.items(), matrices, **settings, sharp=args.drop_muon_sharp)
 
 
 def hidden_matrices(model: nn.Module) -> list[str]:
-    """Names of the trained weights that Muon updates, in the order in which the network uses them.
+    """Names of the trained weights that Muon updates.
 
-    These are the weights of linear layers and 2-D convolutions between hidden states, and the matrices of LoRAs.
+    These are the weights of linear layers and 2-D convolutions in the blocks of the network, except those that map the
+    time, and the matrices of LoRAs.
 
     Raises:
         ValueError: a trained convolution weight in another number of dimensions.
@@ -43,15 +110,90 @@ def hidden_matrices(model: nn.Module) -> list[str]:
                 f"Muon supports linear layers and 2-D convolutions, and {path} is a {type(module).__name__} with a"
                 f" weight of shape {tuple(weight.shape)}: use --optimizer adamw."
             )
-        lora = "lora_" in path
-        if isinstance(module, nn.Linear | nn.Conv2d) and (lora or not _NOT_HIDDEN.search(path)):
+        # The weight of a convolution in groups is no matrix between all channels.
+        dense = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        hidden = _BLOCK.search(path) and not _NOT_HIDDEN.search(f"{path}.")
+        if dense and ("lora_" in path or hidden):
             names.append(f"{path}.weight")
-    return sorted(names, key=_place)
+    return names
+
+
+# --- Drop-Muon's random suffix of layers ---
+
+
+def layers_of(network: nn.Module) -> list[list[nn.Parameter]]:
+    """The trained parameters of a network by layers, in the order in which it uses them.
+
+    A layer is a block, such as `down_blocks.0` or `mid_block` of a UNet. What a network uses before its first block
+    (its input layer, the embeddings of time and classes, a text encoder) belongs to the first layer, and what it uses
+    after its last block to the last.
+
+    Raises:
+        ValueError: there are fewer than two layers.
+    """
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    layers: list[list[nn.Parameter]] = [[]]
+    current = None
+    for name, parameter in sorted(named, key=lambda pair: _place(pair[0])):
+        found = None if _place(name) < 0 else _BLOCK.search(name)
+        if found and found[0] != current:
+            layers += [[]] if current else []
+            current = found[0]
+        layers[-1].append(parameter)
+    if len(layers) < 2:
+        raise ValueError(
+            f"--optimizer drop_muon needs a network with two blocks or more, got {type(network).__name__}: use"
+            " --optimizer muon."
+        )
+    return layers
 
 
 def _place(name: str) -> int:
-    # UNets register their middle block last. Python's sort keeps the order of equals.
-    return 2 if "up_blocks" in name or "conv_norm_out" in name else 1 if "mid_block" in name else 0
+    # UNets register their middle block last, and objectives a text encoder. Python's sort keeps the order of equals.
+    if "text_encoder" in name:
+        return -1
+    if "up_blocks" in name or re.search(r"\bconv_(norm_)?out\b", name):
+        return 2
+    return 1 if "mid_block" in name else 0
+
+
+def dropped_in_step(
+    networks: Sequence[Sequence[Sequence[nn.Parameter]]], seed: int, step: int
+) -> list[nn.Parameter]:
+    """The parameters that Drop-Muon does not update in a step: those of all layers before a random one.
+
+    Every layer is the first that is updated with the same probability. The draw depends on `(seed, step)` only, so
+    that it is equal in all processes and in a resumed run.
+
+    Args:
+        networks: the layers of every network, see `layers_of`.
+        seed: of the run.
+        step: number of the optimization step.
+    """
+    draw = random.Random(f"Drop-Muon {seed} {step}").random()
+    return [p for layers in networks for layer in layers[: int(draw * len(layers))] for p in layer]
+
+
+@contextmanager
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it, no gradients are computed for parameters, and backpropagation does not reach what is before them."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    guard = nn.modules.module.register_module_forward_pre_hook(_contiguous) if parameters else None
+    try:
+        yield
+    finally:
+        if guard is not None:
+            guard.remove()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _contiguous(module: nn.Module, inputs: Any) -> Any:
+    # torch 2.13 ends the process in the backward pass of this layer on a CPU if its input is channels-last, as after
+    # an attention layer, and needs no gradient.
+    crashes = isinstance(module, nn.GroupNorm) and inputs[0].device.type == "cpu" and torch.is_grad_enabled()
+    return tuple(value.contiguous() for value in inputs) if crashes and not inputs[0].requires_grad else None
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,6 +201,7 @@ class Muon(torch.optim.Optimizer):
 
     It is `torch.optim.Muon`, with convolution weights (out, in, k, k) as matrices (out, in · k · k). The update of a
     matrix (A, B) is scaled by 0.2 √max(A, B), the root mean square of AdamW's, so that both share a learning rate.
+    Parameters without a gradient are not changed, nor is their momentum.
 
     Args:
         named_parameters: the trained parameters by name.
@@ -67,6 +210,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled weight decay of both.
         momentum: of Muon.
         betas, eps: of AdamW.
+        sharp: multiply the update of a matrix by the nuclear norm of its momentum. This is the sharp operator of
+            arXiv:2510.02239; without it, the update is that of the linear minimisation oracle.
 
     Raises:
         ValueError: a parameter that is sharded, or a convolution weight in the channels-last layout.
@@ -81,6 +226,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        sharp: bool = False,
     ) -> None:
         named = dict(named_parameters)
         names = list(matrices)
@@ -94,23 +240,13 @@ class Muon(torch.optim.Optimizer):
             [{"params": matrix, "lr": lr}, {"params": rest, "lr": lr}], {"weight_decay": weight_decay}
         )
         self._views = [nn.Parameter(_as_matrix(p.data)) for p in matrix]
-        self._muon = (
-            MatrixMuon(
-                self._views,
-                lr=lr,
-                weight_decay=weight_decay,
-                momentum=momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            if matrix
-            else None
-        )
+        # A group each, as the sharp operator gives every matrix its own scale.
+        each = [{"params": [view]} for view in self._views]
+        muon: Any = getattr(torch.optim, "Muon")  # noqa: B009 - torch 2.6 has none
+        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        self._muon = muon(each, **options, adjust_lr_fn="match_rms_adamw") if matrix else None
         self._adamw = AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps) if rest else None
-        self._first = 0
-
-    def drop_before(self, first: int) -> None:
-        """In the following steps, the matrices with indices below `first` and their momentum are not changed."""
-        self._first = first
+        self._sharp = sharp
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,16 +257,30 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         matrices, rest = self.param_groups
         for number, (view, parameter) in enumerate(zip(self._views, matrices["params"])):
-            grad = None if number < self._first else parameter.grad
             view.data = _as_matrix(parameter.data)  # it may have been moved to another device
-            view.grad = None if grad is None else grad.reshape(view.shape)
-        for inner, group in ((self._muon, matrices), (self._adamw, rest)):
-            if inner is not None:
-                inner.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
-                inner.step()
+            view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
+            scale = self._nuclear_norm(view, number) if self._sharp and view.grad is not None else 1.0
+            self._muon.param_groups[number].update(  # type: ignore[union-attr]
+                lr=matrices["lr"] * scale,
+                # torch multiplies the two, and the decay is not to be scaled.
+                weight_decay=matrices["weight_decay"] / scale if scale else 0.0,
+            )
+        if self._muon is not None:
+            self._muon.step()
+        if self._adamw is not None:
+            self._adamw.param_groups[0].update(lr=rest["lr"], weight_decay=rest["weight_decay"])
+            self._adamw.step()
         for view in self._views:
             view.grad = None
         return loss
+
+    def _nuclear_norm(self, view: nn.Parameter, number: int) -> float:
+        """That of the matrix that the coming step of torch's Muon orthogonalises."""
+        grad: Any = view.grad
+        momentum = self._muon.param_groups[number]["momentum"]  # type: ignore[union-attr]
+        before = self._muon.state[view].get("momentum_buffer", torch.zeros_like(grad))  # type: ignore[union-attr]
+        nesterov = grad.lerp(before.lerp(grad, 1 - momentum), momentum)
+        return float(torch.linalg.matrix_norm(nesterov.float(), "nuc"))
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both optimizers, and the settings of the groups."""

@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from diffusers_ext.training.arguments import add_training_arguments
 from diffusers_ext.training.checkpoints import list_checkpoints, resolve_checkpoint, save_checkpoint
 from diffusers_ext.training.loop import make_accelerator, train
+from diffusers_ext.training.optimizers import dropped_in_step
 from diffusers_ext.training.rows import rows_of_step
 
 
@@ -324,3 +326,62 @@ def test_the_record_counts_images_over_accumulation(tmp_path):
     _, record = run(arguments(tmp_path, "--gradient_accumulation_steps", "3"))
     assert record["images"] == 6 * 3 * 4
     assert "1 process" in record["hardware"]
+
+
+class Blocks(torch.nn.Module):
+    """Three layers, of which each is a block, that note in every forward pass whether they are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(3)])
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append([block.weight.requires_grad for block in self.blocks])
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_drop_muon_drops_the_same_layers_in_all_rows_of_a_step(tmp_path):
+    args = arguments(tmp_path, "--optimizer", "drop_muon", "--gradient_accumulation_steps", "2", "--use_ema")
+    model = Blocks()
+    train(make_accelerator(args), args, model, lambda rows: {"x": rows.normal(3)})
+    assert model.seen[::2] == model.seen[1::2]
+    expected = [len(dropped_in_step([[[0], [1], [2]]], 0, step)) for step in range(6)]
+    assert [step.index(True) for step in model.seen[::2]] == expected
+    assert len(set(expected)) > 1
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_drop_muon_drops_keeps_its_weights_its_momentum_and_its_average(tmp_path):
+    """A checkpoint after every step; also the moments of AdamW, which trains the biases."""
+    args = arguments(
+        tmp_path,
+        *("--optimizer", "drop_muon", "--checkpointing_steps", "1", "--checkpoints_total_limit", "0"),
+    )
+    train(make_accelerator(args), args, Blocks(), lambda rows: {"x": rows.normal(3)})
+    states = []
+    for folder in list_checkpoints(tmp_path):
+        inner = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+        weights = load_file(folder / "model.safetensors")
+        states.append(
+            [
+                [
+                    weights[f"blocks.{k}.weight"],
+                    weights[f"blocks.{k}.bias"],
+                    *(inner[part]["state"].get(k, {}).get(name) for part, name in MOMENTS),
+                ]
+                for k in range(3)
+            ]
+        )
+    for step, (before, after) in enumerate(itertools.pairwise(states), 1):
+        first = len(dropped_in_step([[[0], [1], [2]]], 0, step))
+        for k in range(3):
+            kept = [
+                a is b is None or (b is not None and torch.equal(a, b)) for a, b in zip(after[k], before[k])
+            ]
+            assert all(kept) if k < first else not any(kept), (step, k)
+
+
+MOMENTS = [("muon", "momentum_buffer"), ("adamw", "exp_avg"), ("adamw", "exp_avg_sq"), ("adamw", "step")]

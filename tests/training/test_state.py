@@ -111,6 +111,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], str]] =
         r"arguments\.gradient_accumulation_steps: 1 there, 2 now",
     ),
     "adam": (None, ("--adam_beta1", "0.5"), r"adam_beta1: 0\.9 there, 0\.5 now"),
+    "optimizer": (None, ("--optimizer", "muon"), r"arguments\.optimizer: 'adamw' there, 'muon' now"),
     "scaled rate": (None, ("--scale_lr",), r"scale_lr: False there, True now"),
     "precision": (None, ("--mixed_precision", "bf16"), r"mixed_precision: 'no' there, 'bf16' now|dtype"),
 }

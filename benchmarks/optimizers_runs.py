@@ -1,0 +1,327 @@
+"""The runs of benchmarks/optimizers.py: one task, one optimizer, one learning rate, one seed, kept in a folder."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils.logging import disable_progress_bar
+from pixel_pipeline import PixelPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import diffusers_ext as dx
+from diffusers_ext.core.schedules import levels_at, noising_scheduler
+from diffusers_ext.core.storage import whole_file, write_json
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
+from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss, double_differentiable
+from diffusers_ext.testbed import base_models, fashion_scenes
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.runs import run_garments
+from diffusers_ext.training.data import encode_captions
+from diffusers_ext.training.optimizers import (
+    Muon,
+    dropped_in_step,
+    frozen,
+    hidden_matrices,
+    layers_of,
+    make_optimizer,
+)
+
+WARMUP, EMA_DECAY, VALIDATION_ROWS, SNR_GAMMA = 10, 0.95, 64, 5.0
+SCENES, RANK, VARIATION_WEIGHT = 2000, 8, 1.0
+# Name: (--optimizer, what is dropped, whether Muon only trains weights that are 2-D as they are).
+ARMS: dict[str, tuple[str, str, bool]] = {
+    "AdamW": ("adamw", "nothing", False),
+    "Muon": ("muon", "nothing", False),
+    "Drop-Muon": ("muon", "suffix", False),
+    "Drop-Muon, subset": ("muon", "subset", False),
+    "AdamW, suffix": ("adamw", "suffix", False),
+    "Muon, 2-D only": ("muon", "nothing", True),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    task: str
+    arm: str
+    rate: float
+    seed: int
+    steps: int
+    batch: int
+    bf16: bool = False
+
+    def path(self, folder: Path, ending: str = "json") -> Path:
+        """Where its result is kept."""
+        arm = self.arm.replace(", ", "-").replace(" ", "-")
+        name = f"{self.task}-{arm}-{self.rate:g}-{self.seed}-{self.steps}x{self.batch}{'-bf16' * self.bf16}"
+        return folder / f"{name}.{ending}"
+
+    def evaluated(self) -> list[int]:
+        """The steps after which the validation loss is measured."""
+        return [round(self.steps * k / 8) for k in range(1, 9)]
+
+
+@dataclass
+class Task:
+    """A model to train: its objective, the tensors of a batch of rows, and a validation loss."""
+
+    objective: nn.Module
+    batch: Callable[[Tensor, torch.Generator], dict[str, Tensor]]
+    rows: int
+    validate: Callable[[], dict[str, float]]
+    network: nn.Module
+    pipe: Any = field(default=None)
+
+
+@contextmanager
+def newton_schulz(bf16: bool) -> Iterator[None]:
+    """Within it, torch's Muon iterates in bfloat16 as it does, or in float32.
+
+    A CPU without instructions for bfloat16 takes 15 times as long for it.
+    """
+    if bf16:
+        yield
+    else:
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            yield
+
+
+@lru_cache(maxsize=1)
+def _garments(data_dir: str) -> Tensor:
+    return torch.from_numpy(fashion_scenes.load_garments(data_dir, "train")[0])
+
+
+@lru_cache(maxsize=1)
+def _held_out_garments(data_dir: str) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.from_numpy(fashion_scenes.load_garments(data_dir, "test")[0])
+    chosen = images[torch.randperm(len(images), generator=draw)[:VALIDATION_ROWS], None] / 127.5 - 1
+    return chosen, torch.randn(chosen.shape, generator=draw), _timesteps()
+
+
+def _timesteps() -> Tensor:
+    return torch.linspace(0, 999, VALIDATION_ROWS).round().long()
+
+
+def pixel_task(data_dir: str, seed: int) -> Task:
+    """The pixel model of model_cards/fashion-ddpm from scratch, trained as by training/train_base.py."""
+    images = _garments(data_dir)
+    torch.manual_seed(seed)
+    unet = base_models.build_pixel_unet()
+    scheduler = DDPMScheduler(clip_sample=False)
+    objective = base_models.NoiseObjective(unet, scheduler, snr_gamma=SNR_GAMMA)
+
+    def batch(index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "x": images[index, None] / 127.5 - 1,
+            "noise": torch.randn(len(index), 1, 32, 32, generator=generator),
+            "timesteps": torch.randint(1000, (len(index),), generator=generator),
+        }
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        return {"loss": float(objective(*_held_out_garments(data_dir)))}
+
+    return Task(objective, batch, len(images), validate, unet)
+
+
+def _base() -> Any:
+    disable_progress_bar()
+    return DiffusionPipeline.from_pretrained(card_dir("fashion-scenes"), dtype=torch.float32)
+
+
+@lru_cache(maxsize=1)
+@torch.no_grad()
+def _scenes(data_dir: str) -> dict[str, Any]:
+    pipe = _base()
+    found: dict[str, Any] = {}
+    for split, number in (("train", SCENES), ("test", VALIDATION_ROWS)):
+        real, prompts = fashion_scenes.scene_arrays(data_dir, split, number)  # type: ignore[arg-type]
+        parts = [
+            dx.encode_images(pipe, part / np.float32(255)) for part in np.array_split(real, 1 + number // 256)
+        ]
+        embeds = encode_captions(pipe, prompts, 32, 64)["prompt_embeds"]
+        found[split] = torch.cat(parts).float(), embeds
+    return found
+
+
+def lora_task(data_dir: str, seed: int) -> Task:
+    """A Smooth-LoRA on model_cards/fashion-scenes, trained as by training/train_smooth_lora.py."""
+    latents, embeds = _scenes(data_dir)["train"]
+    pipe = _base()
+    scheduler: Any = noising_scheduler(pipe.scheduler)
+    torch.manual_seed(seed)
+    add_lora(pipe.unet, RANK)
+    cast_training_params(pipe.unet)
+    variation = StepwiseVariationLoss(scheduler.config.prediction_type)
+    objective = SmoothLoraObjective(pipe.unet, scheduler, variation, VARIATION_WEIGHT, SNR_GAMMA)
+
+    def batch(index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        shape = (len(index), *latents.shape[1:])
+        return {
+            "latents": latents[index],
+            "noise": torch.randn(shape, generator=generator),
+            "timesteps": torch.randint(1000, (len(index),), generator=generator),
+            "direction": torch.randn(shape, generator=generator),
+            "prompt_embeds": embeds[index],
+        }
+
+    def validate() -> dict[str, float]:
+        clean, context = _scenes(data_dir)["test"]
+        draw, timesteps = torch.Generator().manual_seed(1), _timesteps()
+        noise, direction = (torch.randn(clean.shape, generator=draw) for _ in range(2))
+        alpha, sigma = levels_at(scheduler, timesteps, clean)
+
+        def denoise(sample: Tensor) -> Tensor:
+            return pipe.unet(sample, timesteps, encoder_hidden_states=context).sample
+
+        with double_differentiable(pipe.unet):
+            found = variation(denoise, clean, noise, alpha, sigma, timesteps / 1000, direction)
+        loss = objective._denoising_loss(found.output.detach(), clean, noise, timesteps)
+        # Around the mean of these rows, as the running mean is another one in every run.
+        spread = float(found.values.var(correction=0))
+        return {"loss": float(loss) + VARIATION_WEIGHT * spread, "denoising": float(loss), "spread": spread}
+
+    return Task(objective, batch, len(latents), validate, pipe.unet, pipe)
+
+
+TASKS: dict[str, Callable[[str, int], Task]] = {"pixel": pixel_task, "lora": lora_task}
+
+
+def optimizer_of(arm: str, task: Task, rate: float) -> torch.optim.Optimizer:
+    """The optimizer of an arm, made as the training scripts make theirs."""
+    name, _, flat = ARMS[arm]
+    if flat:
+        named = {n: p for n, p in task.objective.named_parameters() if p.requires_grad}
+        return Muon(
+            named.items(), [n for n in hidden_matrices(task.objective) if named[n].ndim == 2], lr=rate
+        )
+    args: Any = SimpleNamespace(
+        optimizer=name,
+        use_8bit_adam=False,
+        drop_muon_sharp=False,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        adam_weight_decay=1e-2,
+    )
+    return make_optimizer(args, task.objective, rate)
+
+
+def dropped_parameters(
+    arm: str, layers: Sequence[Sequence[nn.Parameter]], seed: int, step: int
+) -> list[nn.Parameter]:
+    """What an arm does not update in a step; a subset has as many layers as the suffix of the same step."""
+    dropping = ARMS[arm][1]
+    if dropping == "nothing":
+        return []
+    suffix = dropped_in_step([layers], seed, step)
+    if dropping == "suffix":
+        return suffix
+    number = next(k for k in range(len(layers)) if sum(map(len, layers[:k])) == len(suffix))
+    draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    chosen = torch.randperm(len(layers), generator=draw)[:number].tolist()
+    return [p for k in chosen for p in layers[k]]
+
+
+def one_step(
+    task: Task, optimizer: Any, batch: dict[str, Tensor], dropped: list[nn.Parameter], bf16: bool
+) -> None:
+    """One step as in diffusers_ext/training/loop.py."""
+    with frozen(dropped):
+        task.objective(**batch).backward()
+    nn.utils.clip_grad_norm_([p for p in task.objective.parameters() if p.grad is not None], 1.0)
+    with newton_schulz(bf16):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def train(run: Run, data_dir: str, folder: Path) -> dict[str, Any]:
+    """Trains, unless the result is kept, and returns the validation losses of the averaged weights."""
+    if run.path(folder).is_file():
+        return json.loads(run.path(folder).read_text())
+    task = TASKS[run.task](data_dir, run.seed)
+    layers = layers_of(task.objective)
+    optimizer = optimizer_of(run.arm, task, run.rate)
+    trained = [p for p in task.objective.parameters() if p.requires_grad]
+    ema = EMAModel(trained, decay=EMA_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
+    found: dict[str, Any] = {"steps": [], "seconds": 0.0}
+    task.objective.train()
+    for step in range(run.steps):
+        start = time.process_time()
+        draw = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+        batch = task.batch(torch.randint(task.rows, (run.batch,), generator=draw), draw)
+        one_step(task, optimizer, batch, dropped_parameters(run.arm, layers, run.seed, step), run.bf16)
+        schedule.step()
+        ema.step(trained)
+        found["seconds"] += time.process_time() - start
+        if step + 1 in run.evaluated():
+            ema.store(trained)
+            ema.copy_to(trained)
+            task.objective.eval()
+            found["steps"].append(step + 1)
+            for name, value in task.validate().items():
+                found.setdefault(name, []).append(value)
+            task.objective.train()
+            if run.task == "pixel" and step + 1 >= run.steps / 2:
+                save_file(task.network.state_dict(), run.path(folder, f"{step + 1}.safetensors"))
+            ema.restore(trained)
+    write_json(run.path(folder), found)
+    return found
+
+
+def features(run: Run, step: int, images: int, inference_steps: int, folder: Path) -> np.ndarray:
+    """Features (images, d) of samples of a pixel model after `step` steps of its run."""
+    path = run.path(folder, f"{step}-{images}x{inference_steps}.npy")
+    if not path.is_file():
+        unet = base_models.build_pixel_unet()
+        unet.load_state_dict(load_file(run.path(folder, f"{step}.safetensors")))
+        scheduler: Any = DPMSolverMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+        pipe = PixelPipeline(unet.eval(), scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        found = run_garments(pipe, images, seed=0, batch_size=50, num_inference_steps=inference_steps)
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            np.save(file, found.features)
+    return np.load(path)
+
+
+def seconds_per_step(
+    task_name: str, arms: Sequence[str], batch: int, rounds: int, data_dir: str
+) -> dict[str, float]:
+    """Mean CPU seconds of a step of every arm, measured in turns; "… bf16" is Muon with torch's own iteration."""
+    tasks = {}
+    for arm in arms:
+        task = TASKS[task_name](data_dir, 0)
+        tasks[arm] = (task, layers_of(task.objective), optimizer_of(arm, task, 1e-4), arm, False)
+    tasks["Muon, bf16"] = (*tasks["Muon"][:4], True)
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    order = np.random.default_rng(0)
+    for number in range(-2, rounds):
+        for name in order.permutation(list(tasks)):
+            task, layers, optimizer, arm, bf16 = tasks[name]
+            draw = torch.Generator().manual_seed(number + 2)
+            rows = task.batch(torch.randint(task.rows, (batch,), generator=draw), draw)
+            # Every layer is the first that is updated equally often.
+            first = ARMS[arm][1] == "suffix"
+            dropped = [p for layer in layers[: number % len(layers)] for p in layer] if first else []
+            if ARMS[arm][1] == "subset":
+                dropped = dropped_parameters(arm, layers, 0, number + 2)
+            start = time.process_time()
+            one_step(task, optimizer, rows, dropped, bf16)
+            if number >= 0:
+                found[name].append(time.process_time() - start)
+    return {name: float(np.mean(values)) for name, values in found.items()}
