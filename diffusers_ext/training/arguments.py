@@ -118,6 +118,16 @@ def add_training_arguments(
         action="store_true",
         help="faster matrix products in float32 on Ampere GPUs and later, less exact",
     )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory, about a third slower, equal weights",
+    )
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="attention of xFormers; needs a GPU",
+    )
     add("--checkpointing_steps", type=positive_int, default=500)
     add(
         "--checkpoints_total_limit",

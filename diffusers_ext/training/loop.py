@@ -27,8 +27,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import resume, save_checkpoint
+from .checkpoints import resume, save_checkpoint, save_with_checkpoints
+from .models import save_memory
 from .recipes import Recipe, run_recipe
+from .sharding import ShardedState, is_sharded, take_whole, to_shard
 from .start import images_per_step, lock_folder, settle_with_launch
 
 logger = logging.getLogger(__name__)
@@ -149,11 +151,10 @@ def train(
         ValueError: the loss is not finite (checked every 50 steps and before each checkpoint), or
             `--resume_from_checkpoint` does not match the run's folder or its recipe.
     """
-    trainable = _trainable(model)
-    parts: Any = getattr(model, "networks", None)
-    groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
+    save_memory(args, model)
+    trained = to_shard(accelerator, model)
     optimizer: Any = torch.optim.AdamW(
-        trainable,
+        _trainable(trained),
         lr=args.learning_rate * (images_per_step(args, accelerator) if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
@@ -165,10 +166,19 @@ def train(
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
     clock = _Clock()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    for state in (lr_scheduler, clock, ema):
+    wrapped, optimizer = accelerator.prepare(trained, optimizer)
+    # Not before `prepare`, which replaces parameters by their shards.
+    trainable = _trainable(trained)
+    parts: Any = getattr(trained, "networks", None)
+    groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
+    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
+    averages: Any = ema
+    if is_sharded(accelerator):
+        averages = ShardedState(accelerator, trained, optimizer, ema)
+    else:
+        save_with_checkpoints(accelerator, model)
+    for state in (lr_scheduler, clock, averages):
         if state is not None:
             accelerator.register_for_checkpointing(state)
     recipe = recipe or run_recipe(accelerator, args)
@@ -201,14 +211,18 @@ def train(
         if save_now and clock.step < num_steps:
             save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
-            results = _validate(accelerator, model, ema, trainable, validate, clock.step)
+            take_whole(model, trained, ema)
+            results = _validate(
+                accelerator, model, ema if model is trained else None, trainable, validate, clock.step
+            )
             wrapped.train()
     bar.close()
     if clock.step != saved:
         save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
     if ema is not None:
         ema.copy_to(trainable)
-    model.eval()
+    take_whole(model, trained)
+    model.to(accelerator.device).eval()
     if validate:
         results = _validate(accelerator, model, None, trainable, validate, clock.step)
     if last:
@@ -254,11 +268,14 @@ def _optimization_step(
         )
         batch = {k: v.to(accelerator.device) for k, v in make_batch(rows).items()}
         with accelerator.accumulate(wrapped):
-            loss = wrapped(**batch)
+            with accelerator.autocast():  # FSDP2 does not wrap the model in it
+                loss = wrapped(**batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
+                # Not `accelerator.clip_grad_norm_`, which unscales the gradients in every call.
+                accelerator.unscale_gradients()
                 for parameters in groups:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())

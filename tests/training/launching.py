@@ -32,15 +32,22 @@ def launch(argv: Sequence[str], launcher: Sequence[str] = PLAIN, code: int = 0) 
     return done.stderr if code else done.stdout
 
 
-def kill_after(argv: Sequence[str], ready: Callable[[], object], longest: float) -> None:
-    """Starts a run and kills it at a random moment, at most `longest` seconds after `ready()`."""
+def kill_after(
+    argv: Sequence[str], ready: Callable[[], object], longest: float, launcher: Sequence[str] = PLAIN
+) -> None:
+    """Starts a run and kills all its processes at a random moment, at most `longest` seconds after `ready()`."""
     started = subprocess.Popen(
-        [*PLAIN, *argv], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*launcher, *argv],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     while not ready() and started.poll() is None:
         time.sleep(0.01)
     time.sleep(random.uniform(0, longest))
-    started.send_signal(signal.SIGKILL)
+    assert started.poll() is None, "the run ended by itself"
+    os.killpg(started.pid, signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL
 
 
