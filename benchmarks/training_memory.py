@@ -82,9 +82,8 @@ def measured(frozen: torch.dtype) -> tuple[int, int]:
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     # Without the number of steps, one value for each tensor.
     tensors += [v for part in optimizer.state.values() for v in part.values() if v.ndim]
-    return sum(t.numel() * t.element_size() for t in tensors), Case(
-        *[model.num_parameters()] * 2, frozen
-    ).bytes()
+    count = model.num_parameters()
+    return sum(t.numel() * t.element_size() for t in tensors), Case(count, count, frozen).bytes()
 
 
 def table() -> str:

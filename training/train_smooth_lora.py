@@ -170,11 +170,10 @@ def check_second_derivatives(accelerator: Accelerator) -> None:
         accelerator, "--estimator vjp differentiates twice, through weights that FSDP has freed", advice
     )
     state: Any = accelerator.state
-    backend = state.dynamo_plugin.backend
-    if backend not in (DynamoBackend.NO, DynamoBackend.EAGER):
+    if state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
-            f"`accelerate launch` asks for torch.compile with the backend {backend.value.lower()}, which has no second"
-            f" derivatives as --estimator vjp needs them: {advice}."
+            "`accelerate launch` asks for torch.compile, which cannot compile the second derivatives of --estimator"
+            f" vjp: {advice}."
         )
 
 

@@ -273,8 +273,7 @@ def check_names(own: Collection[str], found: Collection[str]) -> None:
 def save_with_checkpoints(accelerator: Accelerator, model: nn.Module) -> None:
     """Lets checkpoints hold `changed_by_training`, with the names of `model` itself.
 
-    Accelerate would add prefixes to the names with several processes and with `torch.compile`, and a run could then
-    not be resumed without.
+    They are the same with several processes and with `torch.compile`, so that a run can be resumed without.
 
     Loading raises a ValueError for a checkpoint of another network.
     """

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +42,17 @@ def kill_after(
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     while not ready() and started.poll() is None:
         time.sleep(0.01)
     time.sleep(random.uniform(0, longest))
     assert started.poll() is None, "the run ended by itself"
-    os.killpg(started.pid, signal.SIGKILL)
+    workers = psutil.Process(started.pid).children(recursive=True)
+    started.send_signal(signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL
+    for worker in workers:
+        worker.kill()
+    psutil.wait_procs(workers)
 
 
 def write_pictures(folder: Path) -> None:
