@@ -215,7 +215,7 @@ def test_second_derivatives_of_compiled_networks_are_refused(
     base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(ValueError, match="torch.compile, .*: pass --estimator finite_difference"):
+    with pytest.raises(ValueError, match=r"torch\.compile, .*: pass --estimator finite_difference"):
         run("train_smooth_lora", arguments("train_smooth_lora", base, tmp_path))
 
 
