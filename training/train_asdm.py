@@ -24,11 +24,11 @@ from diffusers import UNet2DConditionModel
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.incubation import (
     Incubation,
+    check_xformers,
     load_plan,
     load_teacher,
     save_pipeline,
     start_or_resume,
-    use_xformers,
 )
 from diffusers_ext.asdm.plan import PRESETS, PruningPlan
 from diffusers_ext.asdm.training import summarise
@@ -114,8 +114,6 @@ def parse_args() -> argparse.Namespace:
             help=f"weight of the {field.name} loss",
         )
     add("--snr_gamma", type=positive_float, default=None, help="γ of min-SNR weights; default: equal weights")
-    add("--gradient_checkpointing", action="store_true")
-    add("--enable_xformers_memory_efficient_attention", action="store_true")
     add(
         "--validation_prompts",
         nargs="*",
@@ -151,7 +149,7 @@ def main() -> None:
     made_of = {"model": stored, "data": dataset_record(args, data)}
     start_or_resume(args, accelerator, plan, steps, made_of)
     if args.enable_xformers_memory_efficient_attention:
-        use_xformers(plan, pipe.unet)
+        check_xformers(plan)
     batches = CaptionedBatches(args, accelerator, pipe, data, made_of, args.proportion_empty_prompts)
     run = Incubation(args, pipe, plan, steps, weights, batches, accelerator, made_of)
     student, records = run.all_stages()

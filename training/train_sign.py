@@ -43,6 +43,7 @@ from diffusers_ext.training.data import add_augmentation_arguments, add_data_arg
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import as_stored, freeze
 from diffusers_ext.training.recipes import run_recipe
+from diffusers_ext.training.sharding import refuse_shards
 from diffusers_ext.training.start import set_train_steps
 
 ABOUT = """\
@@ -105,6 +106,7 @@ def main() -> None:
     args = parse_args()
     weights = LossWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(LossWeights)})
     accelerator = make_accelerator(args, idle_parameters=True)
+    refuse_shards(accelerator, "SIGN differentiates through its projector with constant weights")
     check_resume(accelerator, args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     pipe, stored = load_teacher(args, accelerator)

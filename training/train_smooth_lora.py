@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
 from torch import nn
@@ -36,7 +38,7 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.captioned import CaptionedBatches
 from diffusers_ext.training.cards import create_hub_repo, publish
-from diffusers_ext.training.checkpoints import check_resume, checkpoint_only_what_is_trained
+from diffusers_ext.training.checkpoints import check_resume
 from diffusers_ext.training.data import (
     add_augmentation_arguments,
     add_data_arguments,
@@ -46,6 +48,7 @@ from diffusers_ext.training.data import (
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.recipes import dataset_record, run_recipe
+from diffusers_ext.training.sharding import refuse_shards
 from diffusers_ext.training.start import set_train_steps
 
 # Arguments that only act on the validation images.
@@ -104,6 +107,8 @@ def main() -> None:
     """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
     accelerator = make_accelerator(args)
+    if args.estimator == "vjp" and args.variation_weight:
+        check_second_derivatives(accelerator)
     check_resume(accelerator, args, VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
@@ -118,7 +123,6 @@ def main() -> None:
     kind = scheduler.config.prediction_type
     variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
     objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
-    checkpoint_only_what_is_trained(accelerator, buffers=["variation."])
     batches = CaptionedBatches(args, accelerator, pipe, data, made_of)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
@@ -144,6 +148,20 @@ def main() -> None:
 
         publish(args, sys.argv, record, save, about, ["smooth-diffusion", "lora"], repo_id)
         print(json.dumps(record, indent=1))
+
+
+def check_second_derivatives(accelerator: Accelerator) -> None:
+    """Raises a ValueError if `accelerate launch` asks for what cannot be differentiated twice."""
+    advice = "pass --estimator finite_difference"
+    refuse_shards(
+        accelerator, "--estimator vjp differentiates twice, through weights that FSDP has freed", advice
+    )
+    state: Any = accelerator.state
+    if state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "`accelerate launch` asks for torch.compile, which cannot compile the second derivatives of --estimator"
+            f" vjp: {advice}."
+        )
 
 
 if __name__ == "__main__":

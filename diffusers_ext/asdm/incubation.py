@@ -16,13 +16,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.extras import require
 from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
 from ..training.captioned import CaptionedBatches, check_captioned_training
-from ..training.checkpoints import checkpoint_only_what_is_trained
 from ..training.loop import make_accelerator, train
 from ..training.models import as_stored, freeze, load_frozen
 from ..training.recipes import Recipe, run_recipe
@@ -96,19 +94,13 @@ def recipe_of(
     return run_recipe(accelerator, args, {**made_of, "plan": cuts}, free)
 
 
-def use_xformers(plan: PruningPlan, teacher: Any) -> None:
-    """Enables xFormers attention for the teacher.
-
-    Raises:
-        ValueError: the plan has GRI attention, which xFormers would replace.
-    """
+def check_xformers(plan: PruningPlan) -> None:
+    """Raises a ValueError if the plan has GRI attention, which xFormers would replace."""
     if plan.shape().gri():
         raise ValueError(
             "--enable_xformers_memory_efficient_attention would replace the plan's GRI attention (a gri.S"
             " cut): omit the option. PyTorch's own attention is memory-efficient too."
         )
-    require("xformers", "xformers")
-    teacher.enable_xformers_memory_efficient_attention()
 
 
 @dataclass
@@ -165,16 +157,11 @@ class Incubation:
         # Without the task and output losses, the last layers have no gradient.
         accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))
         student = asdm.make_student(source, self.plan, stage, not args.no_cond_convs).to(accelerator.device)
-        if args.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        if args.enable_xformers_memory_efficient_attention:
-            student.enable_xformers_memory_efficient_attention()
         scheduler = noising_scheduler(self.pipe.scheduler)
         blocks = teacher_blocks(self.plan, stage)
         objective = asdm.StageObjective(
             student, self.pipe.unet, blocks, scheduler, self.weights, args.snr_gamma
         )
-        checkpoint_only_what_is_trained(accelerator)
 
         def validate(model: nn.Module, step: int) -> dict[str, float]:
             if args.validation_prompts:

@@ -139,6 +139,16 @@ def add_training_arguments(
         default=0,
         help="processes that read and augment images ahead, per process of training; 0: it reads them itself",
     )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory, about a third slower, equal weights",
+    )
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="attention of xFormers; needs a GPU",
+    )
     add("--checkpointing_steps", type=positive_int, default=500)
     add(
         "--checkpoints_total_limit",

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -256,35 +256,38 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def checkpoint_only_what_is_trained(accelerator: Accelerator, buffers: Sequence[str] = ()) -> None:
-    """Leaves the frozen weights out of the checkpoints, since they can be loaded from their source.
+def changed_by_training(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters and the buffers by name. The frozen weights can be loaded from their source."""
+    wanted = {name for name, value in model.named_parameters() if value.requires_grad}
+    wanted |= {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name in wanted}
 
-    Args:
-        accelerator: an accelerator with a single model.
-        buffers: name prefixes of the buffers that training changes.
+
+def check_names(own: Collection[str], found: Collection[str]) -> None:
+    """Raises a ValueError unless a checkpoint has the same tensors as the model."""
+    differ = sorted(set(own) ^ set(found))
+    if differ:
+        raise ValueError(f"The checkpoint belongs to another network: {', '.join(differ[:3])}, ...")
+
+
+def save_with_checkpoints(accelerator: Accelerator, model: nn.Module) -> None:
+    """Lets checkpoints hold `changed_by_training`, with the names of `model` itself.
+
+    They are the same with several processes and with `torch.compile`, so that a run can be resumed without.
 
     Loading raises a ValueError for a checkpoint of another network.
     """
 
-    def trained(model: nn.Module) -> dict[str, Tensor]:
-        wanted = {name for name, value in model.named_parameters() if value.requires_grad}
-        wanted |= {name for name, _ in model.named_buffers() if name.startswith(tuple(buffers))}
-        return {name: value for name, value in model.state_dict().items() if name in wanted}
-
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
-            state = trained(accelerator.unwrap_model(models[0]))
-            save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / _STATE)
+            state = {name: value.contiguous() for name, value in changed_by_training(model).items()}
+            save_file(state, Path(folder) / _STATE)
         weights.clear()
 
     def load(models: list[nn.Module], folder: str) -> None:
-        model = accelerator.unwrap_model(models.pop())
+        models.clear()
         state = load_file(Path(folder) / _STATE)
-        missing = trained(model).keys() ^ state.keys()
-        if missing:
-            raise ValueError(
-                f"The checkpoint belongs to another network: {', '.join(sorted(missing)[:3])}, ..."
-            )
+        check_names(changed_by_training(model), state)
         model.load_state_dict(state, strict=False)
 
     accelerator.register_save_state_pre_hook(save)

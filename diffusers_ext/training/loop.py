@@ -26,10 +26,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import resume, save_checkpoint
+from .checkpoints import resume, save_checkpoint, save_with_checkpoints
+from .models import save_memory
 from .optimizers import check_optimizer, dropped_in_step, frozen, layers_of, make_optimizer
 from .recipes import Recipe, run_recipe
 from .rows import Batch, Rows, batches
+from .sharding import ShardedState, is_sharded, take_whole, to_shard
 from .start import images_per_step, lock_folder, settle_with_launch
 
 logger = logging.getLogger(__name__)
@@ -114,23 +116,31 @@ def train(
             `--resume_from_checkpoint` does not match the run's folder or its recipe; or `--optimizer` cannot train the
             model.
     """
-    trainable = _trainable(model)
-    parts: Any = getattr(model, "networks", None)
-    groups = [trainable] if parts is None else [_trainable(part) for part in parts()]
+    save_memory(args, model)
+    trained = to_shard(accelerator, model)
     rate = args.learning_rate * (images_per_step(args, accelerator) if args.scale_lr else 1)
-    optimizer: Any = make_optimizer(args, model, rate)
-    dropping = args.optimizer == "drop_muon"
-    layers = [layers_of(part) for part in ([model] if parts is None else parts())] if dropping else []
+    optimizer: Any = make_optimizer(args, trained, rate)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
     clock = _Clock()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    for state in (lr_scheduler, clock, ema):
+    wrapped, optimizer = accelerator.prepare(trained, optimizer)
+    # Not before `prepare`, which replaces parameters by their shards.
+    trainable = _trainable(trained)
+    parts: Any = getattr(trained, "networks", None)
+    networks = [trained] if parts is None else parts()
+    groups = [_trainable(network) for network in networks]
+    layers = [layers_of(network) for network in networks] if args.optimizer == "drop_muon" else []
+    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
+    averages: Any = ema
+    if is_sharded(accelerator):
+        averages = ShardedState(accelerator, trained, optimizer, ema)
+    else:
+        save_with_checkpoints(accelerator, model)
+    for state in (lr_scheduler, clock, averages):
         if state is not None:
             accelerator.register_for_checkpointing(state)
     recipe = recipe or run_recipe(accelerator, args)
@@ -168,14 +178,18 @@ def train(
         if save_now and clock.step < num_steps:
             save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
-            results = _validate(accelerator, model, ema, trainable, validate, clock.step)
+            take_whole(model, trained, ema)
+            results = _validate(
+                accelerator, model, ema if model is trained else None, trainable, validate, clock.step
+            )
             wrapped.train()
     bar.close()
     if clock.step != saved:
         save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
     if ema is not None:
         ema.copy_to(trainable)
-    model.eval()
+    take_whole(model, trained)
+    model.to(accelerator.device).eval()
     if validate:
         results = _validate(accelerator, model, None, trainable, validate, clock.step)
     if last:
@@ -213,13 +227,16 @@ def _optimization_step(
     for _ in range(args.gradient_accumulation_steps):
         batch = next(upcoming)
         with accelerator.accumulate(wrapped):
-            loss = wrapped(**batch)
+            with accelerator.autocast():  # FSDP2 does not wrap the model in it
+                loss = wrapped(**batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 for parameter in dropped:
                     parameter.grad = None
+                # Not `accelerator.clip_grad_norm_`, which unscales the gradients in every call.
+                accelerator.unscale_gradients()
                 for parameters in groups:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())

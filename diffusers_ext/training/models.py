@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from ..core.records import pipeline_record
 from .arguments import load_pipeline
@@ -79,3 +83,49 @@ def as_stored(pipe: Any, args: argparse.Namespace, accelerator: Accelerator, tra
             if isinstance(part, nn.Module) and name in pipe.components and name not in trained:
                 pipe.register_modules(**{name: part})
     return pipe.to("cpu")
+
+
+def save_memory(args: argparse.Namespace, model: nn.Module) -> None:
+    """Enables what `--gradient_checkpointing` and `--enable_xformers_memory_efficient_attention` ask for.
+
+    Checkpointing is for the networks of diffusers with trained parameters, xFormers for all networks with attention.
+
+    Raises:
+        ValueError: a trained network does not support checkpointing, or no network has attention to replace.
+    """
+    networks: list[Any] = [part for part in model.modules() if isinstance(part, ModelMixin)]
+    for network in networks if args.gradient_checkpointing else []:
+        if any(parameter.requires_grad for parameter in network.parameters()):
+            network.enable_gradient_checkpointing(_checkpointed)  # refuses by name
+    if not args.enable_xformers_memory_efficient_attention:
+        return
+    name = "set_use_memory_efficient_attention_xformers"
+    if not any(hasattr(part, name) for network in networks for part in list(network.modules())[1:]):
+        names = ", ".join(sorted({type(network).__name__ for network in networks}))
+        raise ValueError(
+            f"--enable_xformers_memory_efficient_attention: {names} has no attention that xFormers can replace. Omit"
+            " the option."
+        )
+    for network in networks:
+        network.enable_xformers_memory_efficient_attention()
+
+
+def _checkpointed(module: nn.Module, *args: Any) -> Any:
+    state: dict[str, Any] = dict(module.named_parameters())
+    # In a `functional_call`, which has ended when the backward pass calls the module again.
+    constant = not all(isinstance(value, nn.Parameter) for value in state.values())
+    backends = [backend for backend, enabled in _BACKENDS.items() if enabled()]
+
+    def call(*args: Any) -> Any:
+        with sdpa_kernel(backends):  # again the same attention
+            return functional_call(module, state, args) if constant else module(*args)
+
+    return checkpoint(call, *args, use_reentrant=False)  # the other variant has no second derivatives
+
+
+_BACKENDS = {
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}

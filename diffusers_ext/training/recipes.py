@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 # Arguments that only say where something is. What is there is recorded by its content, or only acts on validations.
 _PLACES = {
@@ -62,8 +63,13 @@ def run_recipe(
     fixed = {name: getattr(args, name) for name in sorted(names - may_change - {"train_batch_size"})}
     # Several processes train what one trains with as many rows.
     fixed["rows per step of all processes"] = args.train_batch_size * accelerator.num_processes
+    if accelerator.distributed_type is DistributedType.FSDP:
+        fixed["sharded by FSDP"] = True  # its checkpoints have other files
     found = {name: getattr(args, name) for name in sorted(may_change)}
-    return Recipe({"arguments": fixed, **(made_of or {})}, {**found, "processes": accelerator.num_processes})
+    found |= {"processes": accelerator.num_processes}
+    state: Any = accelerator.state
+    found |= {"torch.compile": state.dynamo_plugin.backend.value.lower()}
+    return Recipe({"arguments": fixed, **(made_of or {})}, found)
 
 
 def dataset_record(args: argparse.Namespace, data: Any) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from filelock import FileLock, Timeout
 
+from ..core.extras import require
 from .arguments import PRECISIONS
+from .sharding import settle_sharding
 
 
 def settle_with_launch(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -20,16 +21,18 @@ def settle_with_launch(args: argparse.Namespace, accelerator: Accelerator) -> No
     Raises:
         ValueError: they contradict each other, or ask for what the scripts or the machine cannot do.
     """
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"`accelerate launch` asks for {kind.value}, which shards the networks. The training scripts copy them to"
-            " every process: launch with --multi_gpu, or another config file."
-        )
     settle_precision(args, accelerator)
+    settle_sharding(args, accelerator)
     # Accelerate would train in float32 without a word.
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("Mixed precision fp16 needs a GPU. On the CPU, pass --mixed_precision no or bf16.")
+    if args.enable_xformers_memory_efficient_attention:
+        require("xformers", "xformers")
+        if accelerator.device.type != "cuda":
+            raise ValueError(
+                "--enable_xformers_memory_efficient_attention needs a GPU: omit it. PyTorch's own attention is"
+                " memory-efficient too."
+            )
     given, steps = args.gradient_accumulation_steps, accelerator.gradient_accumulation_steps
     # Accelerate prefers the environment to its own argument.
     if steps < 1 or given not in (None, steps):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -32,16 +33,26 @@ def launch(argv: Sequence[str], launcher: Sequence[str] = PLAIN, code: int = 0) 
     return done.stderr if code else done.stdout
 
 
-def kill_after(argv: Sequence[str], ready: Callable[[], object], longest: float) -> None:
-    """Starts a run and kills it at a random moment, at most `longest` seconds after `ready()`."""
+def kill_after(
+    argv: Sequence[str], ready: Callable[[], object], longest: float, launcher: Sequence[str] = PLAIN
+) -> None:
+    """Starts a run and kills all its processes at a random moment, at most `longest` seconds after `ready()`."""
     started = subprocess.Popen(
-        [*PLAIN, *argv], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*launcher, *argv],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while not ready() and started.poll() is None:
         time.sleep(0.01)
     time.sleep(random.uniform(0, longest))
+    assert started.poll() is None, "the run ended by itself"
+    workers = psutil.Process(started.pid).children(recursive=True)
     started.send_signal(signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL
+    for worker in workers:
+        worker.kill()
+    psutil.wait_procs(workers)
 
 
 def write_pictures(folder: Path) -> None:

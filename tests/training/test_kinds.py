@@ -20,7 +20,7 @@ from diffusers_ext.golden_noise.pairs import NoisePairs
 from diffusers_ext.golden_noise.training import split_by_prompt
 from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR, load_garments
 from diffusers_ext.training import arguments as shared
-from diffusers_ext.training import loop
+from diffusers_ext.training import loop, optimizers
 from tests.training.launching import environment, write_pictures
 from tests.training.scripts import ALL, CAPTIONED, TRAINED, arguments, parse, prepare, run, steps
 
@@ -103,7 +103,7 @@ def test_optimizer_arguments_have_the_meaning_of_diffusers(
             raise Stop
 
     given: dict[str, Any] = {}
-    monkeypatch.setattr(loop.torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(optimizers, "AdamW", Optimizer)
     argv = [
         *arguments(script, base, tmp_path),
         *("--adam_beta1", "0.8", "--adam_beta2", "0.95", "--adam_epsilon", "1e-6"),

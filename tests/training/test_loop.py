@@ -235,7 +235,7 @@ def cut(checkpoint):
 
 
 def overwrite(checkpoint):
-    path = checkpoint / "model.safetensors"
+    path = checkpoint / "trained.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -317,7 +317,7 @@ def test_ema_weights_are_validated_and_left_in_the_model(tmp_path):
     # One rounding of float32 at 0.005.
     assert seen == pytest.approx({3: expected[3], 6: expected[6]}, abs=1e-9)
     assert record["weight"] == model.weight.item() == seen[6]
-    raw = load_file(tmp_path / "checkpoint-6" / "model.safetensors")["weight"]
+    raw = load_file(tmp_path / "checkpoint-6" / "trained.safetensors")["weight"]
     assert float(raw) == pytest.approx(line.weight.item(), abs=1e-9)
     assert float(raw) != model.weight.item()
 

@@ -266,13 +266,3 @@ def test_a_run_is_not_mixed_with_another(base: Path, trained: Path) -> None:
         check_run(trained, changed, resumed=True)
     check_run(trained / "stage-1", changed, resumed=False)
     assert (trained / "incubation.json").read_bytes() == before
-
-
-def test_xformers(base: Path, tmp_path: Path) -> None:
-    option = "--enable_xformers_memory_efficient_attention"
-    swap = command(base, tmp_path, option, "--preset", "incubation", "--steps_per_stage", "1", plan=None)
-    assert "would replace the plan's GRI attention" in launch(swap, code=1)
-    without = [sys.executable, "-c", "import sys, runpy; sys.modules['xformers'] = None; runpy.run_path("]
-    without[-1] += "sys.argv.pop(1), run_name='__main__')"
-    message = launch(command(base, tmp_path, option), without, code=1)
-    assert 'pip install "diffusers-ext[xformers]"' in message

@@ -114,7 +114,7 @@ def _prediction(run, x):
     torch.manual_seed(0)
     unet = base_models.build_pixel_unet((8, 8, 16)).eval()
     if run is not None:
-        weights = load_file(run / "checkpoint-12" / "model.safetensors")
+        weights = load_file(run / "checkpoint-12" / "trained.safetensors")
         unet.load_state_dict({k.removeprefix("unet."): v for k, v in weights.items()})
     return unet(x, 500).sample
 

@@ -62,9 +62,9 @@ def test_it_leaves_a_projector_that_loads_and_a_card(trained: Path, base: Path) 
         assert f"| {figure} |" in card
     assert str(base) not in card
     assert Image.open(trained / "validation-8.png").size == (8 * 12 * 2, 8 * 6 * 2)
-    # All three networks are in the checkpoint: the frozen one too, as it may have come from elsewhere.
-    state = load_file(list_checkpoints(trained)[-1] / "model.safetensors")
-    assert {name.split(".")[0] for name in state} == {"projector", "teacher", "fake"}
+    # The frozen teacher is not in the checkpoint: the recipe has its digest.
+    state = load_file(list_checkpoints(trained)[-1] / "trained.safetensors")
+    assert {name.split(".")[0] for name in state} == {"projector", "fake"}
 
 
 def test_a_killed_run_resumes_to_the_same_weights(trained: Path, base: Path, tmp_path: Path) -> None:
