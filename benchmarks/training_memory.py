@@ -71,7 +71,7 @@ def parameters(network: type[nn.Module], **config: Any) -> int:
 def measured(frozen: torch.dtype) -> tuple[int, int]:
     """Bytes of the tensors after a step of a small UNet with a frozen copy: counted, and by `Case`."""
     model = UNet2DConditionModel(**TINY)
-    teacher: nn.Module = UNet2DConditionModel(**TINY).requires_grad_(False)
+    teacher: Any = UNet2DConditionModel(**TINY).requires_grad_(False)
     teacher.to(frozen)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 2, 64)).sample.square().mean().backward()

@@ -364,7 +364,7 @@ def test_what_drop_muon_drops_keeps_its_weights_its_momentum_and_its_average(tmp
     states = []
     for folder in list_checkpoints(tmp_path):
         inner = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / "trained.safetensors")
         states.append(
             [
                 [

@@ -89,7 +89,7 @@ def test_a_killed_run_resumes_to_the_same_weights(ddpm, tmp_path):
     kill_after(argv, lambda: list_checkpoints(tmp_path), 1)
     at = list_checkpoints(tmp_path)[-1].name
     train("ddpm", tmp_path, "--resume_from_checkpoint", "latest")
-    for file in ("checkpoint-12/model.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
+    for file in ("checkpoint-12/trained.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
         expected, resumed = load_file(ddpm / file), load_file(tmp_path / file)
         for name, weight in expected.items():
             assert torch.equal(weight, resumed[name]), f"{name} differs, killed after {at}"
