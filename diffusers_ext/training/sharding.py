@@ -70,6 +70,11 @@ def settle_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
             f"FSDP, and --optimizer {optimizer} needs whole matrices",
             "use --optimizer adamw, or --multi_gpu",
         ),
+        (
+            getattr(args, "use_8bit_adam", False),
+            "FSDP, with which --use_8bit_adam was not tested",
+            "omit one of them",
+        ),
     ):
         if wrong:
             raise ValueError(f"{_PREFIX}{what}: {advice}.")

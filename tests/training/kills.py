@@ -15,7 +15,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from tests.training.launching import PLAIN, ROOT, environment
-from tests.training.scripts import TRAINED, arguments, prepare, steps
+from tests.training.launching import PLAIN, ROOT, TWO_PROCESSES, environment, kill_all
+from tests.training.scripts import CAPTIONED, TRAINED, arguments, prepare, steps
 
 PAGE = ROOT / "docs" / "training.md"
 _BETWEEN = re.compile(r"(<!-- kills -->\n).*?(<!-- /kills -->)", re.DOTALL)
@@ -44,6 +43,7 @@ class Row:
     extra: tuple[str, ...] = ()
     launcher: tuple[str, ...] = tuple(PLAIN)
     note: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,7 +51,17 @@ class Row:
 
 
 WORKERS = ("--dataloader_num_workers", "2")
-ROWS = [Row(script) for script in (*TRAINED, "collect_noise_pairs")]
+TWO = tuple(TWO_PROCESSES)
+FSDP = (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"))
+PLAIN_LORA = ("--estimator", "finite_difference")
+ROWS = [
+    *(Row(script) for script in (*TRAINED, "collect_noise_pairs")),
+    *(Row(script, WORKERS, note="2 workers") for script in CAPTIONED),
+    Row("train_base", ("--optimizer", "drop_muon"), note="Drop-Muon"),
+    Row("train_base", launcher=TWO, note="2 processes"),
+    Row("train_base", launcher=TWO, note="FSDP2", environment=FSDP),
+    Row("train_smooth_lora", PLAIN_LORA, TWO, "FSDP2", FSDP),
+]
 
 
 def command(row: Row, base: Path, output: Path) -> list[str]:
@@ -77,15 +87,15 @@ def fingerprint(folder: Path) -> str:
     return found.hexdigest()
 
 
-def run(argv: list[str], log: Path, seconds: float | None = None) -> bool:
+def run(row: Row, argv: list[str], log: Path, seconds: float | None = None) -> bool:
     """Runs a command; False if it was killed after `seconds`, because it had not ended."""
+    own = {**environment(), **dict(row.environment)}
     with open(log, "ab") as out:
-        process = subprocess.Popen(argv, env=environment(), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(argv, env=own, stdout=out, stderr=out)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_all(process)
             return False
     if code:
         raise RuntimeError(f"{' '.join(argv)} ended with {code}:\n{log.read_text()[-3000:]}")
@@ -96,7 +106,7 @@ def measure(row: Row, base: Path, folder: Path, seed: int, tick: Callable[[], ob
     """Kills, runs, and how many of the runs ended with the bytes of the uninterrupted one."""
     draw, log = random.Random(seed), folder / "log.txt"
     start = time.monotonic()
-    run(command(row, base, folder / "whole"), log)
+    run(row, command(row, base, folder / "whole"), log)
     longest = time.monotonic() - start
     expected = fingerprint(folder / "whole")
     found = {"kills": 0, "with a checkpoint": 0, "runs": 0, "equal": 0}
@@ -105,7 +115,7 @@ def measure(row: Row, base: Path, folder: Path, seed: int, tick: Callable[[], ob
         ended = False
         while not ended:
             left = found["kills"] < KILLS
-            ended = run(command(row, base, output), log, draw.uniform(0, longest) if left else None)
+            ended = run(row, command(row, base, output), log, draw.uniform(0, longest) if left else None)
             if not ended:
                 found["kills"] += 1
                 found["with a checkpoint"] += any(output.rglob("checkpoint-*"))

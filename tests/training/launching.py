@@ -47,6 +47,11 @@ def kill_after(
         time.sleep(0.01)
     time.sleep(random.uniform(0, longest))
     assert started.poll() is None, "the run ended by itself"
+    kill_all(started)
+
+
+def kill_all(started: "subprocess.Popen[bytes]") -> None:
+    """Kills a process and all that it has started."""
     workers = psutil.Process(started.pid).children(recursive=True)
     started.send_signal(signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL

@@ -182,6 +182,7 @@ def state(script: str, output: Path, kind: str) -> dict[str, torch.Tensor]:
         ({"precision": "fp16"}, "mixed precision fp16 with FSDP: use bf16"),
         ({"backend": "eager"}, r"FSDP with torch\.compile: omit one of them"),
         ({"optimizer": "muon"}, "--optimizer muon needs whole matrices: use --optimizer adamw"),
+        ({"optimizer": "8-bit"}, "--use_8bit_adam was not tested: omit one of them"),
     ],
 )
 def test_other_ways_of_sharding_are_refused(settings: dict[str, str], message: str, monkeypatch: Any) -> None:
@@ -192,8 +193,10 @@ def test_other_ways_of_sharding_are_refused(settings: dict[str, str], message: s
         mixed_precision=settings.get("precision", "no"),
         state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend)),
     )
+    optimizer = settings.get("optimizer", "adamw")
+    given = argparse.Namespace(optimizer=optimizer, use_8bit_adam=optimizer == "8-bit")
     with pytest.raises(ValueError, match=message):
-        settle_sharding(argparse.Namespace(optimizer=settings.get("optimizer", "adamw")), accelerator)
+        settle_sharding(given, accelerator)
 
 
 @pytest.mark.parametrize(
