@@ -31,7 +31,10 @@ def usage_error(script: str, text: str) -> str:
     with contextlib.redirect_stderr(written), contextlib.suppress(SystemExit):
         parse(script, [*arguments(script, Path("base"), Path("run")), *text.split()])
         raise AssertionError(f"{command(script, text)} is accepted.")
-    return written.getvalue().splitlines()[-1].partition(": error: ")[2]
+    said = written.getvalue().splitlines()[-1].partition(": error: ")[2]
+    # Python 3.12 and later write the choices without quotes.
+    head, choose, choices = said.partition("(choose from ")
+    return head + choose + choices.replace("'", "")
 
 
 def data_error(case: str, base: Path) -> str:
