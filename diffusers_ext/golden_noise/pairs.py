@@ -11,6 +11,7 @@ shard exists, its whole batch was tried, including the pairs that were not kept.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from ..core.storage import ShardStore, digest, open_tensors, read_tensors, requi
 from .apply import check_pipeline
 from .redenoising import guided_call, redenoise
 from .scorers import Scorer, checked_scores, scorer_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,19 +249,25 @@ class NoisePairs:
 
     @classmethod
     def load(cls, folder: str | Path) -> NoisePairs:
-        """Loads all shards of a folder.
+        """Loads all shards of a folder, and warns if there are to be more.
 
         Raises:
             ValueError: no recipe, no pairs, or a shard that is corrupted, has another layout, or contains
                 values that are not finite; the message names it.
         """
         try:
-            ShardStore.recipe_of(folder)
+            recipe = ShardStore.recipe_of(folder)
         except ValueError as error:
             raise ValueError(
                 f"No noise pairs: {error} Collect pairs with training/collect_noise_pairs.py."
             ) from error
         parts = [_read(path) for path in ShardStore.paths(folder)]
+        planned = -(-recipe["num_pairs"] // recipe["batch_size"])
+        if len(parts) < planned:
+            logger.warning(
+                "%s holds %d of %d shards: the collector has not finished. To use them all, start it again and wait.",
+                *(folder, len(parts), planned),
+            )
         parts = [part for part in parts if len(part)]
         if not parts:
             raise ValueError(

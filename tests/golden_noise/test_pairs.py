@@ -121,6 +121,16 @@ def test_a_lost_shard_is_made_again_and_the_others_are_not(folder: Path, tmp_pat
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != lost)
 
 
+def test_a_part_of_the_pairs_is_used_with_a_warning(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    whole = NoisePairs.load(folder)
+    assert not caplog.records
+    collect(tmp_path)
+    shard(tmp_path, 0).unlink()
+    part = NoisePairs.load(tmp_path)
+    assert 0 < len(part) < len(whole)
+    assert "shards: the collector has not finished" in caplog.text
+
+
 def test_a_scorer_filters_with_a_margin(tmp_path: Path) -> None:
     seen: list[Any] = []
 
