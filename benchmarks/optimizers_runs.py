@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffusers_ext as dx
+from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.core.schedules import levels_at, noising_scheduler
 from diffusers_ext.core.storage import whole_file, write_json
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
@@ -28,7 +29,6 @@ from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss, double_di
 from diffusers_ext.testbed import base_models, fashion_scenes
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import run_garments
-from diffusers_ext.training.data import encode_captions
 from diffusers_ext.training.optimizers import (
     Muon,
     dropped_in_step,
@@ -153,7 +153,7 @@ def _scenes(data_dir: str) -> dict[str, Any]:
         parts = [
             dx.encode_images(pipe, part / np.float32(255)) for part in np.array_split(real, 1 + number // 256)
         ]
-        embeds = encode_captions(pipe, prompts, 32, 64)["prompt_embeds"]
+        embeds = encode_prompts(pipe, prompts, guidance=False)["prompt_embeds"].float()
         found[split] = torch.cat(parts).float(), embeds
     return found
 
