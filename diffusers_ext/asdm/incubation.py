@@ -22,7 +22,7 @@ from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
 from ..training.captioned import CaptionedBatches, check_captioned_training
 from ..training.loop import make_accelerator, train
-from ..training.models import as_stored, freeze, load_frozen
+from ..training.models import as_stored, freeze, frozen_dtype, load_frozen
 from ..training.recipes import Recipe, run_recipe
 from ..training.rows import on_device, rows_of_step
 from . import training as asdm
@@ -130,14 +130,20 @@ class Incubation:
         elif self.args.from_scratch:
             student = asdm.random_unet(self.pipe.unet, self.args.seed)
         else:
-            student = copy.deepcopy(self.pipe.unet).cpu()
+            # A teacher that stays in float32 is not changed by training.
+            exact = frozen_dtype(self.accelerator) == torch.float32
+            student = self.pipe.unet if exact else copy.deepcopy(self.pipe.unet).cpu()
         freeze(self.pipe.unet, self.accelerator)
         paths = [self._folder(k) / "unet" / "stage.json" for k in range(1, done + 1)]
         records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        sources = [student]
+        del student
         for stage in range(done + 1, len(self.steps) + 1):
-            student, record = self._stage(stage, student)
+            student, record = self._stage(stage, sources)
+            sources.append(student)
+            del student  # `sources` alone keeps it, until the next one is made of it
             records.append(record)
-        return student, records
+        return sources.pop(), records
 
     def figures(self, unet: Any) -> dict[str, int]:
         """The cost of a UNet for images of the training size."""
@@ -146,7 +152,8 @@ class Incubation:
     def _folder(self, stage: int) -> Path:
         return Path(self.args.output_dir) / f"stage-{stage}"
 
-    def _stage(self, stage: int, source: Any) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    def _stage(self, stage: int, sources: list[Any]) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+        """The student of a stage, made of the last of `sources`, which is taken out and not kept in memory."""
         folder, steps = self._folder(stage), self.steps[stage - 1]
         own = {
             "output_dir": str(folder),
@@ -156,7 +163,8 @@ class Incubation:
         args = argparse.Namespace(**{**vars(self.args), **own})
         # Without the task and output losses, the last layers have no gradient.
         accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))
-        student = asdm.make_student(source, self.plan, stage, not args.no_cond_convs).to(accelerator.device)
+        student = asdm.make_student(sources.pop(), self.plan, stage, not args.no_cond_convs)
+        student = student.to(accelerator.device)
         scheduler = noising_scheduler(self.pipe.scheduler)
         blocks = teacher_blocks(self.plan, stage)
         objective = asdm.StageObjective(
