@@ -73,7 +73,7 @@ def write(
         runs, cost = found[task], seconds[task]
         measures = _measures(args, runs, cost, distances if task == "pixel" else {})
         text += [f"## {title}", _table(runs, cost, measures), _differences(measures), _rates(args, runs)]
-        text.append(_remarks(args, next(iter(runs["AdamW"].values()))[0], cost))
+        text.append(_remarks(args, runs, cost))
     text += [_iteration(args, found["pixel"], control), _floor(args, reference)]
     page = "\n\n".join(part for part in text if part) + "\n"
     (args.output_dir / "optimizers.md").write_text(page)
@@ -135,7 +135,7 @@ def _differences(measures: Mapping[str, Mapping[str, np.ndarray]]) -> str:
 def _rates(args: argparse.Namespace, runs: Runs) -> str:
     names = sorted({rate for rates in runs.values() for rate in rates})
     rows = [
-        [arm, *(f"{_record(args, rates[rate][0])['loss'][-1]:.4f}" for rate in names)]
+        [arm, *(_last_loss(args, rates[rate][0]) if rate in rates else "–" for rate in names)]
         for arm, rates in runs.items()
     ]
     return "Loss of seed 0 by learning rate:\n\n" + markdown_table(
@@ -143,12 +143,20 @@ def _rates(args: argparse.Namespace, runs: Runs) -> str:
     )
 
 
-def _remarks(args: argparse.Namespace, run: Run, cost: Mapping[str, float]) -> str:
+def _last_loss(args: argparse.Namespace, run: Run) -> str:
+    return f"{_record(args, run)['loss'][-1]:.4f}"
+
+
+def _remarks(args: argparse.Namespace, runs: Runs, cost: Mapping[str, float]) -> str:
+    run = next(iter(runs["AdamW"].values()))[0]
+    at = equal_time(run.steps, cost) / cost["Muon, bf16"]
+    records = [_record(args, run) for run in next(iter(runs["Muon"].values()))]
+    slow = np.mean([np.interp(at, record["steps"], record["loss"]) for record in records])
     return (
         f"{run.steps} steps with {run.batch} rows, constant learning rate after a warm-up, averaged weights,"
         f" {args.seeds} seeds, 95% t intervals. Equal time is {equal_time(run.steps, cost):.0f} CPU seconds. Seconds are"
         f" means of steps in turns, with Newton–Schulz in float32; as torch computes it, in bfloat16, which this CPU has"
-        f" no instructions for, a step of Muon takes {cost['Muon, bf16']:.2f} s."
+        f" no instructions for, a step of Muon takes {cost['Muon, bf16']:.2f} s, and its loss at equal time is {slow:.4f}."
     )
 
 
