@@ -94,8 +94,8 @@ def test_drop_muon_drops_layers_in_all_scripts(whole: Any, name: str) -> None:
     every, some = weights(whole(name, "muon")), weights(whole(name, "drop_muon"))
     moved = [changed(a, b) for a, b in itertools.pairwise(some)]
     assert all(moved)
-    # Seed 0 drops layers in these steps.
-    assert all(len(step) < len(changed(every[0], every[1])) for step in moved[:2])
+    # Some draws drop nothing; the stages of A-SDM have seeds of their own.
+    assert any(len(step) < len(changed(every[0], every[1])) for step in moved)
 
 
 @pytest.mark.parametrize("name", TRAINED)

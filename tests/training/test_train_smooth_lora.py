@@ -102,7 +102,10 @@ def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path
 )
 def test_other_ways(extra: tuple[str, ...], trained: Path, base: Path, tmp_path: Path) -> None:
     launch(command(base, tmp_path, *extra))
-    same = all(torch.equal(value, weights(tmp_path)[name]) for name, value in weights(trained).items())
+    found = weights(tmp_path)
+    # Encodings that are cached were made in other batches, which rounds differently.
+    limit = 1e-3 * max(float(value.abs().max()) for value in found.values())
+    same = all(float((value - found[name]).abs().max()) < limit for name, value in weights(trained).items())
     assert same == (extra == ("--cache_latents",))
 
 

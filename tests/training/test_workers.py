@@ -13,7 +13,8 @@ from tests.training.launching import ROOT, TWO_PROCESSES, kill_after, launch, wr
 from tests.training.scripts import CAPTIONED, TRAINED, Scripts, arguments, prepare, run, steps
 
 # One worker runs them all: they share the models and the trained weights.
-pytestmark = [pytest.mark.slow]
+# Every test starts processes that import everything, some of them several times.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COUNTS = ("1", "2")
 
