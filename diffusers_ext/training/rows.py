@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +96,20 @@ def _context() -> str | None:
     return "forkserver"
 
 
+def _end_with_parent(number: int) -> None:
+    """Ends worker `number` when the process that trains is gone, also if that was killed.
+
+    torch's workers watch the process that forked them. That is the fork server, which lives as long as a worker does.
+    """
+    parent: Any = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def batches(
     accelerator: Accelerator,
     args: argparse.Namespace,
@@ -119,6 +135,7 @@ def batches(
         collate_fn=_unchanged,
         num_workers=workers,
         multiprocessing_context=_context() if workers else None,
+        worker_init_fn=_end_with_parent,
         pin_memory=accelerator.device.type == "cuda",
         # It draws a number; without a generator of its own, from the global one.
         generator=torch.Generator(),

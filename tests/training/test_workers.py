@@ -1,15 +1,26 @@
 """Workers that read ahead: the same weights with any number of them, after a kill, and in two processes."""
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffusers_ext.training.checkpoints import list_checkpoints
-from tests.training.launching import ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
+from tests.training.launching import (
+    PLAIN,
+    ROOT,
+    TWO_PROCESSES,
+    environment,
+    kill_after,
+    launch,
+    write_pictures,
+)
 from tests.training.scripts import CAPTIONED, TRAINED, Scripts, arguments, prepare, run, steps
 
 # One worker runs them all: they share the models and the trained weights.
@@ -70,6 +81,22 @@ def test_workers_change_nothing(
 ) -> None:
     run(script, command(scripts, script, tmp_path, "--dataloader_num_workers", count))
     assert_equal(alone(script), tmp_path)
+
+
+def test_no_worker_outlives_a_killed_run(scripts: Scripts, tmp_path: Path) -> None:
+    path = str(ROOT / "training" / "train_base.py")
+    argv = [path, *command(scripts, "train_base", tmp_path, "--dataloader_num_workers", "2")]
+    argv += ["--checkpointing_steps", "1", "--max_train_steps", "10000"]
+    output = (tmp_path / "log").open("wb")
+    started = subprocess.Popen([*PLAIN, *argv], env=environment(), stdout=output, stderr=output)
+    while not list_checkpoints(tmp_path) and started.poll() is None:
+        time.sleep(0.1)
+    children = psutil.Process(started.pid).children(recursive=True)
+    assert len(children) >= 3  # two workers and their server
+    started.kill()
+    started.wait()
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert not left
 
 
 @pytest.mark.parametrize("script", TRAINED)
