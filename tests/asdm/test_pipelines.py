@@ -50,6 +50,7 @@ def load(path: Path) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_loads_a_pruned_unet(tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path)
     argv = [sys.executable, "-c", LOADS, str(tmp_path), FOLDER]

@@ -175,6 +175,7 @@ def test_parts_add_up_and_times_are_measured() -> None:
 # --- the search ---
 
 
+@pytest.mark.slow
 def test_sensitivity_is_the_output_change(analysis: PruningProfile) -> None:
     unet = network()
     given = probes(unet)
@@ -263,6 +264,7 @@ def test_targets_out_of_reach(analysis: PruningProfile) -> None:
         dx.plan_pruning(network(), [], 0.5)
 
 
+@pytest.mark.slow
 def test_plan_pruning_is_both_steps(analysis: PruningProfile) -> None:
     unet = network()
     plan = dx.plan_pruning(unet, probes(unet), 0.7, num_stages=2)
@@ -272,6 +274,7 @@ def test_plan_pruning_is_both_steps(analysis: PruningProfile) -> None:
 # --- presets and files ---
 
 
+@pytest.mark.slow
 def test_presets() -> None:
     small, sdxl, thin = network(), network(SDXL), tiny.unet()
     assert preset_plan("bk-base", small).stages == (("layer.0", "layer.1", "layer.2"),)
@@ -337,6 +340,7 @@ def test_tables_and_plot(analysis: PruningProfile, tmp_path: Path) -> None:
 # --- the command, and probes of a pipeline ---
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     pipe = tiny.build("sd")
     pipe.save_pretrained(tmp_path / "sd")

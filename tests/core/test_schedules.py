@@ -153,6 +153,7 @@ def remade(scheduler: Any, folder: Path) -> list[Any]:
     return [kind.from_config(scheduler.config), again, kind.from_config(again.config), explicit, used]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_counterparts_depend_on_values_alone(name: str, number: int, tmp_path: Path) -> None:
     # Else, its set_timesteps sets this value in its config.

@@ -79,6 +79,7 @@ def test_ddim_inversion_is_the_inverse_schedulers_run(pipe: Any, scenes: Any, la
     assert error(again, latents) < 0.25 * error(other, latents)
 
 
+@pytest.mark.slow
 def test_null_text_inversion_redraws_under_guidance(pipe: Any, scenes: Any, latents: torch.Tensor) -> None:
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "progress": False}
     found = null_text_invert(pipe, latents, scenes[1], **options)
