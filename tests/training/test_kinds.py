@@ -22,24 +22,10 @@ from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR, load_garments
 from diffusers_ext.training import arguments as shared
 from diffusers_ext.training import loop, optimizers
 from tests.training.launching import environment, write_pictures
-from tests.training.scripts import ALL, CAPTIONED, TRAINED, arguments, parse, prepare, run, steps
+from tests.training.scripts import ALL, CAPTIONED, TRAINED, arguments, parse, run, steps
 
 # One worker runs them all: they share the models and the pairs.
 pytestmark = [pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [])
-        return prepare(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(sys, "argv", [])
 
 
 # --- arguments ---

@@ -1,7 +1,6 @@
 """Every training script with Muon and Drop-Muon: resumed runs, and two processes."""
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,11 @@ from torch import Tensor
 
 from diffusers_ext.training import loop
 from tests.training.launching import ROOT, TWO_PROCESSES, launch
-from tests.training.scripts import TRAINED, arguments, prepare, run, steps
+from tests.training.scripts import TRAINED, arguments, run, steps
 
 pytestmark = [pytest.mark.slow]
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [])
-        yield prepare(tmp_path_factory.mktemp("scripts"))
 
 
 def command(name: str, base: Path, output: Path, *extra: str) -> list[str]:

@@ -21,26 +21,12 @@ from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.sharding import settle_sharding
 from tests.asdm.networks import SMALL, network
 from tests.training.launching import ROOT, TWO_PROCESSES, kill_after, launch
-from tests.training.scripts import TRAINED, arguments, prepare, run, steps
+from tests.training.scripts import TRAINED, arguments, run, steps
 from tests.training.test_loop import TwoLines
 from tests.training.test_loop import arguments as loop_arguments
 
 # One worker runs them all: they share the models and the pairs.
 pytestmark = [pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [])
-        return prepare(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: Any) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(sys, "argv", ["test"])
 
 
 class Stop(BaseException):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from tests.training.scripts import (
     arguments,
     dtypes_of,
     edit_json,
-    prepare,
     run,
     scale_weights,
     scenes,
@@ -30,14 +28,6 @@ pytestmark = [pytest.mark.slow]
 
 # Those of which every stage has its number of steps are left out.
 ONE_RUN = [name for name in FROM_PIPELINE if name != "train_asdm"]
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [])
-        yield Scripts(prepare(tmp_path_factory.mktemp("scripts")))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -1,7 +1,6 @@
 """Workers that read ahead: the same weights with any number of them, after a kill, and in two processes."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,13 @@ from tests.training.launching import (
     launch,
     write_pictures,
 )
-from tests.training.scripts import CAPTIONED, TRAINED, Scripts, arguments, prepare, run, steps
+from tests.training.scripts import CAPTIONED, TRAINED, Scripts, arguments, run, steps
 
 # One worker runs them all: they share the models and the trained weights.
 # Every test starts processes that import everything, some of them several times.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COUNTS = ("1", "2")
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [])
-        yield Scripts(prepare(tmp_path_factory.mktemp("scripts")))
 
 
 def augmented(script: str) -> list[str]:
