@@ -219,6 +219,11 @@ def transparent(mode: str) -> Image.Image:
         palette.putpixel((1, 0), 1)
         palette.info["transparency"] = 0
         return palette
+    if mode == "PA":  # older versions of Pillow convert without the transparency
+        image = Image.new("PA", (2, 1))
+        image.putpalette([0, 0, 0])
+        image.putpixel((1, 0), (0, 255))
+        return image
     return image.convert(mode)
 
 

@@ -6,7 +6,7 @@ python -m tests.training.kills --only NAME  # one row
 
 A run is killed with SIGKILL, with its workers and all its processes, at a moment that is uniform over the duration of an
 uninterrupted run, and started again, until it ends. Then the next run begins, until there were enough kills. The
-weights, or the pairs, have to be the same bytes.
+weights, or the pairs, have to be the same bits.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from diffusers_ext.core.storage import read_tensors, tensors_digest
 from tests.training.launching import PLAIN, ROOT, TWO_PROCESSES, environment, kill_all
 from tests.training.scripts import CAPTIONED, TRAINED, arguments, prepare, steps
 
@@ -82,8 +83,12 @@ def fingerprint(folder: Path) -> str:
     """A digest of all weights or pairs in a folder of results."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        if not any(part.startswith("checkpoint") for part in path.relative_to(folder).parts):
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        if any(part.startswith("checkpoint") for part in path.relative_to(folder).parts):
+            continue
+        # Not of the file: safetensors writes its metadata in any order.
+        tensors, metadata = read_tensors(path)
+        described = [str(path.relative_to(folder)), sorted(metadata.items()), tensors_digest(tensors)]
+        found.update(json.dumps(described).encode())
     return found.hexdigest()
 
 
