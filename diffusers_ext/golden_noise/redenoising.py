@@ -75,17 +75,17 @@ def redenoise(
         Golden noise in the shape of `noise`, float32.
 
     Raises:
-        ValueError: noise that does not have the shape of the pipeline's, an unknown noise schedule, too few steps, fewer than one round, a pipeline that does not
-            start from noise or has no guidance (see `guided_call`), or a result that is not finite.
+        ValueError: noise that does not have the shape of the pipeline's, an unknown noise schedule, too few steps,
+            fewer than one round, a pipeline that does not start from noise or has no guidance (see `guided_call`), or a
+            result that is not finite.
     """
     check_counts(num_rounds=num_rounds, num_inference_steps=num_inference_steps)
     check_latents(noise, "noise")
     check_starts_from_noise(pipe)
     call = {**call_kwargs, "num_inference_steps": num_inference_steps}
-    down, up = (
-        with_latents(pipe, noise, guided_call(pipe, call, w))
-        for w in (guidance_scale, inversion_guidance_scale)
-    )
+    down, up = (guided_call(pipe, call, w) for w in (guidance_scale, inversion_guidance_scale))
+    down = with_latents(pipe, noise, down)  # encodes the prompt, so once for both
+    up |= {name: down[name] for name in ("height", "width", "use_resolution_binning") if name in down}
     scheduler = first_order_scheduler(pipe.scheduler)
     x = noise.float()
     with scheduler_of(pipe, scheduler):
