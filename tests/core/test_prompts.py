@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -298,27 +299,26 @@ def test_two_threads_on_two_pipelines_with_the_same_networks() -> None:
     pipes = [first, type(first)(**copy.copy(first.components), requires_safety_checker=False)]
     for pipe in pipes:
         pipe.scheduler = copy.deepcopy(first.scheduler)
+        # A tokenizer of transformers cannot be used by two threads: it sets its padding on itself at each call and
+        # raises "Already borrowed" or pads as the other thread asked.
+        pipe.tokenizer = copy.deepcopy(first.tokenizer)
         pipe.set_progress_bar_config(disable=True)
         PromptReader(pipe).attach()
     texts, scales = [["a", "b"], ["c", "d"]], [2.0, 3.0]
     expected = [prompt_embeddings(first, text) for text in texts]
-    barrier, found = threading.Barrier(2), [[], []]
+    barrier = threading.Barrier(2)
 
-    def work(i: int) -> None:
+    def work(i: int) -> list[tuple[Tensor, float]]:
         barrier.wait()
+        found = []
         for _ in range(3):
-            call = call_of("sd", prompt=texts[i], guidance_scale=scales[i])
-            run(pipes[i], call)
+            run(pipes[i], call_of("sd", prompt=texts[i], guidance_scale=scales[i]))
             reader = reader_of(pipes[i])
             assert reader.prompt is not None
-            found[i].append((reader.prompt.embeds, reader.arguments["guidance_scale"]))
+            found.append((reader.prompt.embeds, reader.arguments["guidance_scale"]))
+        return found
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert len(found[i]) == 3
-        assert all(torch.allclose(x, expected[i].embeds, atol=1e-6) for x, _ in found[i])
-        assert {scale for _, scale in found[i]} == {scales[i]}
+    with ThreadPoolExecutor(2) as threads:
+        for i, found in enumerate(threads.map(work, range(2))):
+            assert all(torch.allclose(x, expected[i].embeds, atol=1e-6) for x, _ in found)
+            assert {scale for _, scale in found} == {scales[i]}
