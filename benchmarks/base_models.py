@@ -1,107 +1,100 @@
-"""The embedded base models: prompt alignment beside its ceilings, and Fréchet distances beside their floors.
+"""The embedded base models: prompt accuracy beside its ceilings, and distances beside their floors."""
 
-    python benchmarks/base_models.py --train_data_dir DIR
+from __future__ import annotations
 
-DIR holds Fashion-MNIST's four idx files; without it the embedded sample of garments is used for the ceilings.
-Writes base_models.md and base_models.png into --output_dir.
-"""
-
-import argparse
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
-from tqdm.auto import tqdm
 
 from diffusers_ext.core.images import as_tensor, save_grid
-from diffusers_ext.metrics.comparison import frechet_interval, markdown_table, proportion
-from diffusers_ext.metrics.frechet import frechet_distance
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct
 from diffusers_ext.testbed.embedded import card_dir
-from diffusers_ext.testbed.grader import grade, load_grader, scene_features
-from diffusers_ext.testbed.runs import held_out_prompts, load_reference, run_garments, run_scenes
+from diffusers_ext.testbed.runs import held_out_prompts, run_garments, run_scenes
+
+from .framework.bench import Bench
+from .framework.cells import Cell
+from .framework.samples import graded
+from .framework.tables import Row, comparison, quality
+
+WRITES = ("base_models.md", "base_models.png", "fashion_ddpm.png")
+SCENES, DDPM, GRADER = card_dir("fashion-scenes"), card_dir("fashion-ddpm"), card_dir("fashion-grader")
+READS = (SCENES / "unet", SCENES / "vae", SCENES / "text_encoder", GRADER)
+GRID = 48
 
 
-def main() -> None:
-    """Reads the arguments, runs both models and writes the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train_data_dir", default=str(fashion_scenes.SAMPLE_DIR))
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 5.0])
-    parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_grad_enabled(False)
-    text = f"## Fashion Scenes\n\n{scenes(args)}\n\n## Fashion DDPM\n\n{garments(args)}\n"
-    (args.output_dir / "base_models.md").write_text(text)
-    print(text)
+@dataclass(frozen=True)
+class Settings:
+    """How large the benchmark is."""
+
+    images: int = 1000
+    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
+    steps: int = 20
+    ddpm_steps: tuple[int, ...] = (10, 20, 50)
+    seed: int = 0
 
 
-def _load(name: str) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(card_dir(name), dtype=torch.float32)
+@lru_cache(maxsize=1)
+def load(folder: Path) -> Any:
+    """A base model with the solver of the page."""
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def scenes(args: argparse.Namespace) -> str:
-    """The table of the text-to-image model: two ceilings, then the model by guidance scale."""
-    pipe, reference, n = _load("fashion-scenes"), load_reference("scenes-test"), args.num_images
-    real, prompts = fashion_scenes.scene_arrays(args.train_data_dir, "test", n, seed=args.seed)
-    decoded = reconstruct(pipe.vae, as_tensor(real))  # type: ignore[attr-defined]
-    results = {
-        "real test scenes": (scene_features(load_grader(), real), grade(load_grader(), real, prompts)),
-        "the same through the autoencoder": (
-            scene_features(load_grader(), decoded),
-            grade(load_grader(), decoded, prompts),
-        ),
+def scenes(guidance: float, settings: Settings) -> dict[str, Any]:
+    """Images of held-out prompts, graded."""
+    prompts = held_out_prompts(settings.images, settings.seed)
+    options: dict[str, Any] = {"num_inference_steps": settings.steps, "guidance_scale": guidance}
+    return kept(run_scenes(load(SCENES), prompts, seed=settings.seed, **options), prompts)
+
+
+def garments(steps: int, settings: Settings) -> dict[str, Any]:
+    """Garments of the pixel model."""
+    return kept(run_garments(load(DDPM), settings.images, seed=settings.seed, num_inference_steps=steps))
+
+
+def kept(run: Any, prompts: list[str] | None = None) -> dict[str, Any]:
+    """Grades, features, and a grid of images."""
+    found = graded(run.images, prompts, calls=run.calls)
+    return found | {"pictures": run.images[:GRID].astype("float16")}
+
+
+@torch.no_grad()
+def real(data_dir: Path, decoded: bool, settings: Settings) -> dict[str, Any]:
+    """Real test scenes, as they are or through the autoencoder."""
+    drawn, prompts = fashion_scenes.scene_arrays(data_dir, "test", settings.images, seed=settings.seed)
+    pictures = as_tensor(drawn)
+    if decoded:
+        pictures = reconstruct(load(SCENES).vae, pictures)
+    return graded(pictures.movedim(1, -1).numpy(), prompts)
+
+
+def main(bench: Bench) -> None:
+    """Makes the images that are missing, and writes the page."""
+    s = bench.pick(Settings(), Settings(8, (1.0, 2.0), 4, (4,)))
+    rows = {
+        "real test scenes": Cell(real, (bench.data_dir, False, s), READS),
+        "the same through the autoencoder": Cell(real, (bench.data_dir, True, s), READS),
     }
-    for w in tqdm(args.guidance_scales, desc="guidance scales"):
-        run = run_scenes(
-            pipe,
-            held_out_prompts(n, args.seed),
-            seed=args.seed,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=w,
-        )
-        results[f"guidance {w:g}"] = (run.features, run.grades)
-        if w == 2:
-            save_grid(as_tensor(run.images[:48]), 8, args.output_dir / "base_models.png")
-    rows = [
-        [
-            name,
-            *(proportion(grades[k]).format(1, 100) for k in ("aligned", "item", "color")),
-            frechet_interval(features, reference, 50).format(2),
-        ]
-        for name, (features, grades) in results.items()
-    ]
-    floor = frechet_distance(load_reference("scenes-train"), reference)
-    header = ["", "prompt accuracy, %", "items, %", "colours, %", "Fréchet distance"]
-    return (
-        markdown_table(header, rows) + f"\n\n{n} images a row, held-out prompts, DPM++ 2M,"
-        f" {args.num_inference_steps} steps; 95% intervals; floor (8,000 real train against test scenes) {floor:.2f}."
+    rows |= {f"guidance {g:g}": Cell(scenes, (g, s), READS) for g in s.guidances}
+    pixel = {f"DPM++ 2M, {n} steps": Cell(garments, (n, s), (DDPM / "unet", GRADER)) for n in s.ddpm_steps}
+    found = bench.samples({name: [cell] for name, cell in (rows | pixel).items()})
+    parts = []
+    for title, kind, names in (("Fashion Scenes", "scenes", rows), ("Fashion DDPM", "garments", pixel)):
+        statistics = bench.statistics(kind)
+        shown = [Row((name,), found[name]) for name in names]
+        parts += [f"## {title}", comparison([""], shown, quality(statistics))]
+        parts += [f"Floor (8,000 real train against test images) {statistics.floor('grader'):.3f}."]
+    bench.write(
+        "base_models.md",
+        *parts,
+        f"{s.images} images a row, held-out prompts, DPM++ 2M, for scenes {s.steps} steps; 95% intervals over prompts.",
     )
-
-
-def garments(args: argparse.Namespace) -> str:
-    """The table of the pixel model."""
-    pipe, reference = _load("fashion-ddpm"), load_reference("garments-test")
-    rows = []
-    for steps in (10, 20, 50):
-        run = run_garments(pipe, args.num_images, seed=args.seed, num_inference_steps=steps)
-        rows.append([f"DPM++ 2M, {steps} steps", frechet_interval(run.features, reference, 50).format(3)])
-    floor = frechet_distance(load_reference("garments-train"), reference)
-    rows.append(["floor: real train against test garments", f"{floor:.3f}"])
-    save_grid(as_tensor(run.images[:64]), 16, args.output_dir / "fashion_ddpm.png")
-    return (
-        markdown_table(["", "Fréchet distance"], rows) + f"\n\n{args.num_images} images a row; 95% intervals."
-    )
-
-
-if __name__ == "__main__":
-    main()
+    for name, row in (("base_models.png", "guidance 2"), ("fashion_ddpm.png", next(reversed(pixel)))):
+        save_grid(as_tensor(found[row].pictures), 8 if row == "guidance 2" else 16, bench.path(name))

@@ -1,68 +1,52 @@
-"""Teleportation against its controls on the embedded models, at the same seeds.
+"""Teleportation against its controls on the embedded models, at the same seeds."""
 
-    python benchmarks/teleport.py ddpm   --output_dir benchmarks/results
-    python benchmarks/teleport.py scenes --output_dir benchmarks/results
+from __future__ import annotations
 
-Every run is kept in `--cache_dir`, so an interrupted benchmark goes on where it stopped. Writes a Markdown
-table and a plot per model. Fréchet distances are on the small grader's features and are not FID.
-"""
-
-import argparse
 import dataclasses
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import diffusers
-import kept
-import matplotlib
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from pixel_pipeline import PixelPipeline
-from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from diffusers_ext.metrics.comparison import (
-    frechet_interval,
-    markdown_table,
-    paired_difference,
-    paired_frechet_difference,
-    proportion,
-)
-from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
 from diffusers_ext.testbed.embedded import card_dir
-from diffusers_ext.testbed.runs import Run, held_out_prompts, load_reference, run_garments, run_scenes
+from diffusers_ext.testbed.runs import Run, held_out_prompts, run_garments, run_scenes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from .framework.bench import Bench
+from .framework.cells import Cell
+from .framework.plots import Panel, Series, draw
+from .framework.samples import Samples, graded
+from .framework.statistics import Statistics
+from .framework.tables import Row, comparison, quality
+from .pixel_pipeline import PixelPipeline
 
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
+WRITES = ("ddpm.md", "ddpm.png", "scenes.md", "scenes.png")
+SOLVERS = {
+    "DPM++ 2M": "DPMSolverMultistepScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+    "DDIM": "DDIMScheduler",
+    "Heun": "HeunDiscreteScheduler",
 }
+GUIDANCE = 2.0
 
 
-# Colour and marker of each variant.
-STYLES = {
-    "plain": ("k", "o"),
-    "teleport": ("tab:red", "s"),
-    "auto": ("tab:purple", "D"),
-    "unconditional": ("tab:brown", "p"),
-    "implied mean": ("tab:blue", "^"),
-    "first call": ("tab:green", "v"),
-    "isotropic": ("tab:orange", "x"),
-    "noise": ("tab:gray", "+"),
-}
+@dataclass(frozen=True)
+class Settings:
+    """How large one model's part is. The skips were chosen on other seeds."""
+
+    images: int
+    seeds: tuple[int, ...]
+    solvers: tuple[str, ...]
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Point:
-    """One cell of the benchmark: a solver, its steps, and what replaces the first of them.
+    """A solver, its steps, and what replaces the first of them.
 
     `variant` is "plain" (the solver at `steps`), "teleport" (the map; with prompts: with the mean that the prompt
     map gives, along the guided flow), "auto" (the same, as far as `skip="auto"` goes), "unconditional" (the
@@ -78,311 +62,204 @@ class Point:
     guidance: float = 1.0
 
 
-def main() -> None:
-    """Runs what is missing in the cache and writes table and plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", choices=["ddpm", "scenes"])
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/teleport"))
-    parser.add_argument("--num_images", type=int, default=500, help="per seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--skips", type=float, nargs="+", default=None, help="ddpm: fractions of the steps")
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    args.cache_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_grad_enabled(False)
-    points = ddpm_points(args) if args.model == "ddpm" else scene_points(args)
-    bench = Bench(args)
-    runs = {point: bench.run(point) for point in tqdm(points, desc=args.model)}
-    report(args, runs)
-
-
-def ddpm_points(args: argparse.Namespace) -> list[Point]:
+def ddpm_points(settings: Settings) -> list[Point]:
+    """All rows of the pixel model."""
     points = []
-    for solver in args.solvers:
+    for solver in settings.solvers:
         # Heun calls the model twice a step.
         steps = 10 if solver == "Heun" else 20
-        skips = sorted({round(s * steps) for s in args.skips or (0.2, 0.25, 0.3)})
+        skips = sorted({round(share * steps) for share in (0.2, 0.25, 0.3)})
         points += [Point(solver, steps), Point(solver, steps, "auto")]
         for skip in skips:
             points += [Point(solver, steps - skip), Point(solver, steps, "teleport", skip)]
-        points += [Point(solver, steps, v, skips[-1]) for v in ("isotropic", "noise")]
+        points += [Point(solver, steps, variant, skips[-1]) for variant in ("isotropic", "noise")]
     return list(dict.fromkeys(points))
 
 
-def scene_points(args: argparse.Namespace) -> list[Point]:
-    w = args.guidance_scale
-    points = []
+def scenes_points(settings: Settings) -> list[Point]:
+    """All rows of the text-to-image model."""
+    w, points = GUIDANCE, []
     for steps, skips in ((6, (1, 2)), (10, (2, 3)), (20, (3, 5)), (30, (5,))):
-        for solver in args.solvers:
+        for solver in settings.solvers if steps in settings.steps else ():
             points += [Point(solver, steps, guidance=w), Point(solver, steps, "auto", guidance=w)]
             for skip in skips:
                 points += [Point(solver, steps - skip, guidance=w), Point(solver, steps, "teleport", skip, w)]
             if solver == "DPM++ 2M" and steps < 20:
                 # More guidance also raises alignment: the plain solver may have it too.
                 points += [Point(solver, steps - k, guidance=g) for k in skips for g in (w + 0.5, w + 1)]
-                points += [Point(solver, steps, "unconditional", k, w) for k in skips[:1]]
+                points += [Point(solver, steps, "unconditional", skips[0], w)]
             if solver == "DPM++ 2M" and steps == 6:
                 for skip in skips:
-                    points += [
-                        Point(solver, steps, "implied mean", skip, w),
-                        Point(solver, steps, "first call", skip + 1, w),
-                    ]
+                    points += [Point(solver, steps, "implied mean", skip, w)]
+                    points += [Point(solver, steps, "first call", skip + 1, w)]
     return list(dict.fromkeys(points))
 
 
-class Bench:
-    """The model of a benchmark, its statistics, and the cache of its runs."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.folder = card_dir(f"fashion-{args.model}")
-        self.pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32)
-        if args.model == "ddpm":
-            self.pipe = PixelPipeline(self.pipe.unet, self.pipe.scheduler)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.base = self.pipe.scheduler
-        self.stats = dx.GaussianStats.from_pretrained(self.folder / "gaussian")
-        self.within = dataclasses.replace(self.stats, prompt_map=None)
-        self.prompt_mean_cache: dict[str, torch.Tensor] = {}
-        # Runs of other weights or statistics must not be taken for these.
-        files = [
-            self.folder / "unet/diffusion_pytorch_model.safetensors",
-            *sorted((self.folder / "gaussian").glob("*.safetensors")),
-        ]
-        self.fingerprint = kept.digest(files)
-
-    def run(self, point: Point) -> list[Run]:
-        """One run per seed."""
-        return [self._cached(point, seed) for seed in self.args.seeds]
-
-    def _cached(self, point: Point, seed: int) -> Run:
-        identity = {**asdict(point), "seed": seed, "n": self.args.num_images, "weights": self.fingerprint}
-        name = kept.name_of(json.dumps(identity, sort_keys=True), 16)
-        path = self.args.cache_dir / f"{name}.npz"
-        if not path.is_file():
-            run = self._sample(point, seed)
-            arrays: dict[str, Any] = {f"grade_{k}": v for k, v in run.grades.items()}
-            arrays |= {"pictures": np.rint(run.images[:64] * 255).astype(np.uint8)}
-            arrays |= {"features": run.features, "calls": run.calls, "seconds": run.seconds}
-            kept.write(path, arrays)
-        saved = np.load(path)
-        grades = {k.removeprefix("grade_"): saved[k] for k in saved.files if k.startswith("grade_")}
-        return Run(
-            saved["pictures"], saved["features"], grades, float(saved["calls"]), float(saved["seconds"])
-        )
-
-    def _sample(self, point: Point, seed: int) -> Run:
-        name, options = SOLVERS[point.solver]
-        self.pipe.scheduler = getattr(diffusers, name).from_config(self.base.config, **options)
-        stats = self._stats(point)
-        if stats is not None:
-            mean_from = "first_call" if point.variant == "first call" else "stats"
-            skip = "auto" if point.variant == "auto" else (point.skip + 0.5) / point.steps
-            dx.apply_teleport(self.pipe, stats, skip=skip, mean_from=mean_from)
-        try:
-            if self.args.model == "ddpm":
-                return run_garments(
-                    self.pipe, self.args.num_images, seed=seed, num_inference_steps=point.steps
-                )
-            return self._sample_scenes(point, seed)
-        finally:
-            dx.remove_teleport(self.pipe)
-
-    def _stats(self, point: Point) -> dx.GaussianStats | None:
-        if point.variant == "plain":
-            return None
-        if point.variant in ("implied mean", "first call"):
-            return self.within
-        if point.variant == "isotropic":
-            return self.stats.isotropic()
-        if point.variant == "noise":
-            return _white(self.stats)
-        return self.stats.unconditional if point.variant == "unconditional" else self.stats
-
-    def _sample_scenes(self, point: Point, seed: int) -> Run:
-        prompts = held_out_prompts(self.args.num_images, seed)
-        kwargs = {"num_inference_steps": point.steps, "guidance_scale": point.guidance}
-        if point.variant != "implied mean":
-            return run_scenes(self.pipe, prompts, seed=seed, **kwargs)
-        teleport, size, parts = self.pipe.scheduler, 64, []
-        for low in range(0, len(prompts), size):
-            chunk = prompts[low : low + size]
-            dx.remove_teleport(self.pipe)
-            means = self._prompt_means(chunk)
-            self.pipe.scheduler = teleport
-            teleport.set_mean(means, point.guidance)
-            part = run_scenes(self.pipe, chunk, seed=seed, offset=low, **kwargs)
-            parts.append(part)
-        # The mean's own call is without guidance, so it costs half a guided step.
-        extra = 1.0 if point.guidance <= 1 else 0.5
-        return Run.join(parts, extra_calls=extra)
-
-    def _prompt_means(self, prompts: list[str]) -> torch.Tensor:
-        missing = sorted(set(prompts) - set(self.prompt_mean_cache))
-        if missing:
-            means = dx.prompt_means(self.pipe, self.within, missing, height=32, width=64)
-            self.prompt_mean_cache |= dict(zip(missing, means))
-        return torch.stack([self.prompt_mean_cache[p] for p in prompts])
+@lru_cache(maxsize=1)
+def load(model: str) -> tuple[Any, Any, dx.GaussianStats]:
+    """The pipeline, its own scheduler, and its statistics."""
+    folder = card_dir(f"fashion-{model}")
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    if model == "ddpm":
+        pipe = PixelPipeline(pipe.unet, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pipe.scheduler, dx.GaussianStats.from_pretrained(folder / "gaussian")
 
 
-def _white(stats: dx.GaussianStats) -> dx.GaussianStats:
-    """Statistics whose map only rescales the noise: nothing of the data but pure noise at the new level."""
-    r = torch.zeros(stats.mean.numel(), 0)
-    return dx.GaussianStats(torch.zeros_like(stats.mean), r, torch.zeros(0), 0.0, stats.num_samples)
+@torch.no_grad()
+def images(model: str, point: Point, seed: int, count: int) -> dict[str, Any]:
+    """One seed's images, graded."""
+    pipe, base, whole = load(model)
+    pipe.scheduler = getattr(diffusers, SOLVERS[point.solver]).from_config(base.config)
+    stats = statistics_of(point, whole)
+    if stats is not None:
+        mean_from = "first_call" if point.variant == "first call" else "stats"
+        skip = "auto" if point.variant == "auto" else (point.skip + 0.5) / point.steps
+        dx.apply_teleport(pipe, stats, skip=skip, mean_from=mean_from)
+    try:
+        if model == "ddpm":
+            run = run_garments(pipe, count, seed=seed, num_inference_steps=point.steps)
+            return graded(run.images, calls=run.calls)
+        prompts = held_out_prompts(count, seed)
+        run = scenes_run(pipe, point, stats, prompts, seed)
+        return graded(run.images, prompts, calls=run.calls)
+    finally:
+        dx.remove_teleport(pipe)
+        pipe.scheduler = base
 
 
-def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
-    """Writes `<model>.md` and `<model>.png`."""
-    reference = load_reference("garments-test" if args.model == "ddpm" else "scenes-test")
-    kind = "garments" if args.model == "ddpm" else "scenes"
-    floor = frechet_distance(load_reference(f"{kind}-train"), reference)
-    features = {p: np.concatenate([run.features for run in r]) for p, r in runs.items()}
-    calls = {p: float(np.mean([run.calls for run in r])) for p, r in runs.items()}
-    distances = {p: frechet_interval(f, reference) for p, f in features.items()}
-    header = [
-        "solver",
-        "steps",
-        "variant",
-        "NFE",
-        "Fréchet distance",
-        "less the solver's at no fewer calls",
-    ]
-    header += ["prompt accuracy, %", "less the solver's at no fewer calls"] if args.model == "scenes" else []
-    rows = []
-    for p in runs:
-        variant = p.variant if p.guidance in (1.0, args.guidance_scale) else f"plain, guidance {p.guidance:g}"
-        row = [p.solver, str(p.steps), variant, f"{calls[p]:.3g}", distances[p].format(2)]
-        control = _respaced(p, runs, calls)
-        row.append(_difference(features[p], features[control], reference) if control else "")
-        if args.model == "scenes":
-            right = _aligned(runs[p])
-            row.append(proportion(right).format(1, 100))
-            row.append(
-                paired_difference(right.astype(float), _aligned(runs[control]).astype(float)).format(1, 100)
-                if control
-                else ""
-            )
-        rows.append(row)
-    n = args.num_images * len(args.seeds)
-    note = (
-        f"\n\n{n} images a row ({len(args.seeds)} seeds), the same noise"
-        f"{' and prompts' if args.model == 'scenes' else ''} in every row; 95% bootstrap intervals;"
-        f" floor (real train against real test images) {floor:.2f}."
+def statistics_of(point: Point, whole: dx.GaussianStats) -> dx.GaussianStats | None:
+    """What a point teleports with."""
+    if point.variant == "plain":
+        return None
+    if point.variant in ("implied mean", "first call"):
+        return dataclasses.replace(whole, prompt_map=None)
+    if point.variant == "isotropic":
+        return whole.isotropic()
+    if point.variant == "noise":
+        # The map only rescales the noise: nothing of the data but pure noise at the new level.
+        r = torch.zeros(whole.mean.numel(), 0)
+        return dx.GaussianStats(torch.zeros_like(whole.mean), r, torch.zeros(0), 0.0, whole.num_samples)
+    return whole.unconditional if point.variant == "unconditional" else whole
+
+
+def scenes_run(pipe: Any, point: Point, stats: Any, prompts: list[str], seed: int) -> Run:
+    """The images of prompts; the implied mean is asked for before every batch."""
+    options: dict[str, Any] = {"num_inference_steps": point.steps, "guidance_scale": point.guidance}
+    if point.variant != "implied mean":
+        return run_scenes(pipe, prompts, seed=seed, **options)
+    teleport, size, parts = pipe.scheduler, 64, []
+    for low in range(0, len(prompts), size):
+        chunk = prompts[low : low + size]
+        dx.remove_teleport(pipe)
+        means = dx.prompt_means(pipe, stats, chunk, height=32, width=64)
+        pipe.scheduler = teleport
+        teleport.set_mean(means, point.guidance)
+        parts.append(run_scenes(pipe, chunk, seed=seed, offset=low, **options))
+    # The mean's own call is without guidance, so it costs half a guided step.
+    return Run.join(parts, extra_calls=1.0 if point.guidance <= 1 else 0.5)
+
+
+def main(bench: Bench) -> None:
+    """Makes the images that are missing, and writes both pages."""
+    ddpm = bench.pick(
+        Settings(110, (1, 2, 3), ("DPM++ 2M", "UniPC", "DDIM", "Heun")), Settings(4, (1,), ("DDIM",))
     )
-    table = markdown_table(header, rows) + note + "\n"
-    if args.model == "scenes":
-        table += "\n" + guidance_table(runs, calls, features, reference) + "\n"
-    (args.output_dir / f"{args.model}.md").write_text(table)
-    print(table)
-    plot(args, runs, calls, distances, floor)
+    scenes = bench.pick(
+        Settings(96, (11, 12, 13), ("DPM++ 2M", "DDIM"), (6, 10, 20, 30)),
+        Settings(4, (11,), ("DPM++ 2M",), (6,)),
+    )
+    page(bench, "ddpm", ddpm, ddpm_points(ddpm))
+    page(bench, "scenes", scenes, scenes_points(scenes))
 
 
-def guidance_table(
-    runs: dict[Point, list[Run]],
-    calls: dict[Point, float],
-    features: dict[Point, np.ndarray],
-    reference: FeatureStats,
-) -> str:
-    """Teleportation against the plain solver at equal calls and the best of three guidance scales for it."""
-    header = ["steps", "NFE", "plain's best guidance", "prompt accuracy, less plain's, %"]
-    rows = []
-    for p in runs:
-        if p.variant == "teleport" and p.solver == "DPM++ 2M" and p.steps < 20:
-            best = _most_aligned(p, runs, calls)
-            right = paired_difference(_aligned(runs[p]).astype(float), _aligned(runs[best]).astype(float))
-            distance = _difference(features[p], features[best], reference)
-            rows.append(
-                [str(p.steps), f"{calls[p]:.3g}", f"{best.guidance:g}", right.format(1, 100), distance]
-            )
-    return markdown_table([*header, "Fréchet distance, less plain's"], rows)
+def page(bench: Bench, model: str, settings: Settings, points: list[Point]) -> None:
+    """One model's page and plot."""
+    folder = card_dir(f"fashion-{model}")
+    parts = ("unet", "gaussian") if model == "ddpm" else ("unet", "vae", "text_encoder", "gaussian")
+    reads = (*(folder / part for part in parts), card_dir("fashion-grader"))
+    cells = {
+        p: [Cell(images, (model, p, seed, settings.images), reads) for seed in settings.seeds] for p in points
+    }
+    found = bench.samples(cells)
+    statistics = bench.statistics("garments" if model == "ddpm" else "scenes")
+    measures = quality(statistics)
+    rows = [Row((*labels(p), f"{found[p].calls:.3g}"), found[p], respaced(p, found)) for p in points]
+    tables = [
+        comparison(["solver", "steps", "variant", "NFE"], rows, measures, "the solver's at no fewer calls")
+    ]
+    if model == "ddpm":
+        pairs = [Row((p.solver, f"{found[p].calls:.3g}"), found[p], isotropic(p, found)) for p in points]
+        pairs = [row for row in pairs if row.control is not None]
+        tables += ["Teleportation against the isotropic map, in pairs:"]
+        tables += [comparison(["solver", "NFE"], pairs, measures, "the isotropic map's")]
+    else:
+        header = ["steps", "NFE", "plain's best guidance"]
+        tables += ["Against the plain solver at equal calls and the best of three guidance scales for it:"]
+        tables += [comparison(header, guided_rows(found), measures, "plain's")]
+    count = settings.images * len(settings.seeds)
+    floor = statistics.floor("grader")
+    bench.write(
+        f"{model}.md",
+        tables[0],
+        f"{count} images a row ({len(settings.seeds)} seeds), the same noise{' and prompts' * (model == 'scenes')} in every"
+        f" row; floor (real train against real test images) {floor:.2f}.",
+        *tables[1:],
+    )
+    panels = [p for kind in ("accuracy", "distance") for p in panels_of(found, statistics, kind, floor)]
+    draw(bench.path(f"{model}.png"), panels=panels, columns=len(settings.solvers))
 
 
-def _aligned(runs: list[Run]) -> np.ndarray:
-    return np.concatenate([run.grades["aligned"] for run in runs])
+def labels(point: Point) -> tuple[str, str, str]:
+    """Of a row."""
+    own = point.guidance in (1.0, GUIDANCE)
+    return point.solver, str(point.steps), point.variant if own else f"plain, guidance {point.guidance:g}"
 
 
-def _respaced(point: Point, runs: dict[Point, list[Run]], calls: dict[Point, float]) -> Point | None:
+def respaced(point: Point, found: dict[Point, Samples]) -> Samples | None:
     """The plain solver that spends the same calls, or the next it can spend; half a guided step rounds up."""
-    plain = [
-        p
-        for p in runs
-        if (p.solver, p.variant, p.guidance) == (point.solver, "plain", point.guidance)
-        and calls[p] >= calls[point] - 0.01
-    ]
-    control = min(plain, key=calls.__getitem__, default=None)
-    return None if point.variant == "plain" or control is None else control
+    calls, plain = found[point].calls, replace(point, variant="plain", skip=0)
+    others = [p for p in found if replace(p, steps=point.steps) == plain and found[p].calls >= calls - 0.01]
+    control = min(others, key=lambda p: found[p].calls, default=None)
+    return None if point.variant == "plain" or control is None else found[control]
 
 
-def _most_aligned(point: Point, runs: dict[Point, list[Run]], calls: dict[Point, float]) -> Point:
-    """The plain solver at the same calls and the guidance that puts most words right."""
-    needed = math.ceil(calls[point] - 0.01)
-    plain = [p for p in runs if (p.solver, p.variant, calls[p]) == (point.solver, "plain", needed)]
-    return max(plain, key=lambda p: _aligned(runs[p]).mean())
+def isotropic(point: Point, found: dict[Point, Samples]) -> Samples | None:
+    """The isotropic map instead of the whole one."""
+    return found.get(replace(point, variant="isotropic")) if point.variant == "teleport" else None
 
 
-def _difference(ours: np.ndarray, control: np.ndarray, reference: FeatureStats) -> str:
-    return paired_frechet_difference(ours, control, reference).marked()
+def guided_rows(found: dict[Point, Samples]) -> list[Row]:
+    """Teleportation against the plain solver at equal calls and the guidance that puts most words right."""
+    rows = []
+    for point, ours in found.items():
+        if point.variant == "teleport" and point.solver == "DPM++ 2M" and point.steps < 20:
+            calls = math.ceil(ours.calls - 0.01)
+            plain = [p for p in found if (p.solver, p.variant, p.steps) == (point.solver, "plain", calls)]
+            best = max(plain, key=lambda p: found[p].aligned().mean())
+            rows.append(Row((str(point.steps), f"{ours.calls:.3g}", f"{best.guidance:g}"), ours, found[best]))
+    return rows
 
 
-def plot(
-    args: argparse.Namespace,
-    runs: dict[Point, list[Run]],
-    calls: dict[Point, float],
-    distances: dict[Point, Any],
-    floor: float,
-) -> None:
-    """One column per solver, one row per measure against the calls, one colour per variant."""
-    solvers = list(dict.fromkeys(p.solver for p in runs))
-    measures: list[tuple[str, dict[Point, Any]]] = [("small-feature Fréchet distance", distances)]
-    if args.model == "scenes":
-        measures.insert(0, ("prompt accuracy", {p: proportion(_aligned(r)) for p, r in runs.items()}))
-    figure, axes = plt.subplots(
-        len(measures),
-        len(solvers),
-        figsize=(4 * len(solvers), 3.4 * len(measures)),
-        sharey="row",
-        squeeze=False,
-    )
-    for row, (label, values) in zip(axes, measures):
-        for axis, solver in zip(row, solvers):
-            for variant, (color, marker) in STYLES.items():
-                chosen = [p for p in runs if (p.solver, p.variant) == (solver, variant)]
-                chosen = [p for p in chosen if p.guidance in (1.0, args.guidance_scale)]
-                if not chosen:
-                    continue
-                chosen.sort(key=calls.__getitem__)
-                y = [values[p].value for p in chosen]
-                error = [
-                    [values[p].value - values[p].low for p in chosen],
-                    [values[p].high - values[p].value for p in chosen],
-                ]
-                line = "-" if variant == "plain" else "none"
-                axis.errorbar(
-                    [calls[p] for p in chosen],
-                    y,
-                    error,
-                    color=color,
-                    marker=marker,
-                    linestyle=line,
-                    label=variant,
-                    capsize=2,
-                    alpha=0.8,
-                )
-            if values is distances:
-                axis.axhline(floor, color="0.7", linestyle=":", label="floor")
-                axis.set(yscale="log", xlabel="NFE")
-            axis.set_title(solver)
-            axis.grid(alpha=0.3)
-        row[0].set_ylabel(label)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.output_dir / f"{args.model}.png", dpi=110)
-
-
-if __name__ == "__main__":
-    main()
+def panels_of(found: dict[Point, Samples], statistics: Statistics, kind: str, floor: float) -> list[Panel]:
+    """A panel for each solver: a measure against the calls."""
+    if kind == "accuracy" and statistics.kind == "garments":
+        return []
+    accuracy = kind == "accuracy"
+    measure = statistics.accuracy if accuracy else statistics.distance
+    name = "prompt accuracy" if accuracy else "Fréchet distance, small features"
+    panels = []
+    for solver in dict.fromkeys(p.solver for p in found):
+        series: dict[str, Series] = {}
+        for variant in dict.fromkeys(p.variant for p in found):
+            chosen = [p for p in found if (p.solver, p.variant) == (solver, variant)]
+            chosen = sorted(
+                (p for p in chosen if p.guidance in (1.0, GUIDANCE)), key=lambda p: found[p].calls
+            )
+            if chosen:
+                ys = [measure(found[p], "grader") for p in chosen]
+                xs = [found[p].calls for p in chosen]
+                series[variant] = Series(xs, ys, "-" if variant == "plain" else "")
+        options = {} if accuracy else {"yscale": "log"}
+        panels.append(Panel(solver, "NFE", name, series, options, None if accuracy else floor))
+    return panels

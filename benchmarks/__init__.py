@@ -1,0 +1,19 @@
+"""The benchmarks: every page of figures is made by one command, `python -m benchmarks NAME`."""
+
+# What `python -m benchmarks` lists, in the order of the documentation. Each is a module with `WRITES`, the files that it
+# makes, and `main(bench)`, which makes them.
+NAMES = (
+    "base_models",
+    "teleport",
+    "cost",
+    "golden_noise",
+    "golden_noise_cost",
+    "smooth_lora",
+    "smooth_lora_cost",
+    "sign",
+    "asdm",
+    "unet_speed",
+    "optimizers",
+    "training_memory",
+    "training_throughput",
+)

@@ -1,0 +1,1 @@
+"""What the benchmarks share: cells that are kept, trained controls, statistics, tables and plots."""
