@@ -1,16 +1,15 @@
-"""The measurements of benchmarks/asdm.py: images, latencies and sizes of pruned students, kept in a folder."""
+"""The measurements of `asdm`: images, latencies and sizes of pruned students."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kept
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from turns import take_turns
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.apply import gri_attention_of
@@ -24,11 +23,13 @@ from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
+from .framework.samples import graded
+from .framework.timing import take_turns
+
 TEACHER = card_dir("fashion-scenes")
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 LATENT = (8, 16)
 BATCHES = (8, 1)
-SHOWN = 10
 # How a UNet is run: as it was saved, with GRI attention put on or taken off, with its CLME-CondConv layers folded.
 AS_IS, GRI_ON, GRI_OFF, FOLDED = "as is", "GRI on", "GRI off", "folded"
 
@@ -77,15 +78,10 @@ def variants(folder: Path) -> list[str]:
 def pictures(
     folder: Path, variant: str, seed: int, num_images: int, steps: int, guidance: float
 ) -> dict[str, Any]:
-    """Which images show every word of their held-out prompt, features, and the first few."""
+    """One seed's images, graded."""
     texts = held_out_prompts(num_images, seed)
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    found = run_scenes(variant_of(folder, variant), texts, seed=seed, **options)
-    return {
-        "aligned": found.grades["aligned"],
-        "features": found.features,
-        "pictures": found.images[:SHOWN].astype(np.float16),
-    }
+    return graded(run_scenes(variant_of(folder, variant), texts, seed=seed, **options).images, texts)
 
 
 @torch.no_grad()
@@ -126,23 +122,3 @@ def plan(folder: Path) -> dict[str, Any]:
 def training(folder: Path) -> dict[str, Any]:
     """What its training script noted."""
     return json.loads((folder / "training.json").read_text(encoding="utf-8"))
-
-
-def run(kind: str, path: Path, arguments: tuple[Any, ...]) -> Path:
-    """Makes one measurement and writes it, unless it is there."""
-    measures: dict[str, Callable[..., dict[str, Any]]] = {
-        "pictures": pictures,
-        "latency": latency,
-        "size": size,
-        "plan": plan,
-    }
-    return kept.measure(path, measures[kind], *arguments)
-
-
-def kept_at(kind: str, cache_dir: Path, arguments: tuple[Any, ...]) -> Path:
-    """Where a measurement is kept: under everything that it depends on but the code."""
-    folder: Path = arguments[0]
-    names = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")
-    files = [model / name for model in (TEACHER, folder) for name in names]
-    files += [folder / "plan.json"] if kind == "plan" else []
-    return kept.place(cache_dir, kind, arguments[1:], files)

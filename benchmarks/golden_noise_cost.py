@@ -1,23 +1,22 @@
 """What a noise network costs beside one denoiser call at SDXL's shape, in multiply-adds.
 
-    python benchmarks/golden_noise_cost.py --output_dir benchmarks/results
-
 Nothing is computed: shapes alone are counted. With a CUDA device milliseconds are measured too, in float16.
 """
 
-import argparse
-import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers_ext as dx
 from diffusers_ext.metrics.comparison import markdown_table
 
+from .framework.bench import Bench
+from .framework.timing import multiply_adds, take_turns
+
+WRITES = ("golden_noise_cost.md",)
 TOKENS, TEXT, POOLED = 77, 2048, 1280
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -34,19 +33,11 @@ SDXL: dict[str, Any] = {
 }
 
 
-def main() -> None:
+def main(bench: Bench) -> None:
     """Counts, measures where it can, and writes golden_noise_cost.md."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
     with torch.no_grad(), torch.device("cuda" if gpu else "meta"):
-        text = table(gpu)
-    (args.output_dir / "golden_noise_cost.md").write_text(text + "\n")
-    print(text)
+        bench.write("golden_noise_cost.md", table(gpu))
 
 
 def table(measure: bool) -> str:
@@ -60,19 +51,19 @@ def table(measure: bool) -> str:
     models: list[Any] = [UNet2DConditionModel(**SDXL), dx.NPNetModel(), dx.NPNetModel(legacy=True)]
     unet, compact, released = (model.to(dtype).eval() for model in models)
     step = torch.tensor(900)
-    work: dict[str, tuple[Any, Callable[[], Any]]] = {
-        "SDXL's UNet, one row": (
-            unet,
-            lambda: unet(noise, step, encoder_hidden_states=text, added_cond_kwargs=extra),
+    work: dict[str, Callable[[], Any]] = {
+        "SDXL's UNet, one row": lambda: unet(
+            noise, step, encoder_hidden_states=text, added_cond_kwargs=extra
         ),
-        "NPNet, ours": (compact, lambda: compact(noise, text)),
-        "NPNet, released": (released, lambda: released(noise, text)),
+        "NPNet, ours": lambda: compact(noise, text),
+        "NPNet, released": lambda: released(noise, text),
     }
+    times = take_turns(work, 20, 3, noise.device, "calls in turns") if measure else {}
     rows, base = [], None
-    for name, (model, function) in work.items():
-        with FlopCounterMode(display=False) as counter:
-            function()
-        figures = [counter.get_total_flops() / 2e9] + ([milliseconds(function)] if measure else [])
+    for model, (name, function) in zip((unet, compact, released), work.items()):
+        figures = [multiply_adds(function) / 1e9]
+        if measure:
+            figures.append(1e3 * float(np.median(times[name])))
         base = base or figures
         cells = [name, f"{model.num_parameters() / 1e6:.2f}"]
         for figure, reference in zip(figures, base):
@@ -84,21 +75,3 @@ def table(measure: bool) -> str:
         " not the released network's singular value decomposition of one 256 × 256 matrix."
     )
     return f"{markdown_table(header, rows)}\n\n{note}"
-
-
-def milliseconds(function: Callable[[], Any], repeats: int = 20) -> float:
-    """Median on the GPU, after three calls to warm up."""
-    times = []
-    for number in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,12 @@
-"""The runs of benchmarks/optimizers.py: one task, one optimizer, one learning rate, one seed, kept in a folder."""
+"""The runs of `optimizers`: one task, one optimizer, one learning rate, one seed."""
 
-import json
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,11 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.logging import disable_progress_bar
-from pixel_pipeline import PixelPipeline
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffusers_ext as dx
 from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.core.schedules import levels_at, noising_scheduler
-from diffusers_ext.core.storage import whole_file, write_json
 from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss, double_differentiable
 from diffusers_ext.testbed import base_models, fashion_scenes
@@ -37,6 +35,10 @@ from diffusers_ext.training.optimizers import (
     layers_of,
     make_optimizer,
 )
+
+from .framework.samples import graded
+from .framework.timing import take_turns
+from .pixel_pipeline import PixelPipeline
 
 WARMUP, EMA_DECAY, VALIDATION_ROWS, SNR_GAMMA = 10, 0.95, 64, 5.0
 SCENES, RANK, VARIATION_WEIGHT = 2000, 8, 1.0
@@ -53,7 +55,7 @@ ARMS: dict[str, tuple[str, str, bool]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """One training run; `sampled` are the steps after which images are made."""
 
     task: str
     arm: str
@@ -62,12 +64,7 @@ class Run:
     steps: int
     batch: int
     bf16: bool = False
-
-    def path(self, folder: Path, ending: str = "json") -> Path:
-        """Where its result is kept."""
-        arm = self.arm.replace(", ", "-").replace(" ", "-")
-        name = f"{self.task}-{arm}-{self.rate:g}-{self.seed}-{self.steps}x{self.batch}{'-bf16' * self.bf16}"
-        return folder / f"{name}.{ending}"
+    sampled: tuple[int, ...] = ()
 
     def evaluated(self) -> list[int]:
         """The steps after which the validation loss is measured."""
@@ -100,12 +97,12 @@ def newton_schulz(bf16: bool) -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _garments(data_dir: str) -> Tensor:
+def _garments(data_dir: Path) -> Tensor:
     return torch.from_numpy(fashion_scenes.load_garments(data_dir, "train")[0])
 
 
 @lru_cache(maxsize=1)
-def _held_out_garments(data_dir: str) -> tuple[Tensor, Tensor, Tensor]:
+def _held_out_garments(data_dir: Path) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
     images = torch.from_numpy(fashion_scenes.load_garments(data_dir, "test")[0])
     chosen = images[torch.randperm(len(images), generator=draw)[:VALIDATION_ROWS], None] / 127.5 - 1
@@ -116,7 +113,7 @@ def _timesteps() -> Tensor:
     return torch.linspace(0, 999, VALIDATION_ROWS).round().long()
 
 
-def pixel_task(data_dir: str, seed: int) -> Task:
+def pixel_task(data_dir: Path, seed: int) -> Task:
     """The pixel model of model_cards/fashion-ddpm from scratch, trained as by training/train_base.py."""
     images = _garments(data_dir)
     torch.manual_seed(seed)
@@ -145,7 +142,7 @@ def _base() -> Any:
 
 @lru_cache(maxsize=1)
 @torch.no_grad()
-def _scenes(data_dir: str) -> dict[str, Any]:
+def _scenes(data_dir: Path) -> dict[str, Any]:
     pipe = _base()
     found: dict[str, Any] = {}
     for split, number in (("train", SCENES), ("test", VALIDATION_ROWS)):
@@ -158,7 +155,7 @@ def _scenes(data_dir: str) -> dict[str, Any]:
     return found
 
 
-def lora_task(data_dir: str, seed: int) -> Task:
+def lora_task(data_dir: Path, seed: int) -> Task:
     """A Smooth-LoRA on model_cards/fashion-scenes, trained as by training/train_smooth_lora.py."""
     latents, embeds = _scenes(data_dir)["train"]
     pipe = _base()
@@ -249,10 +246,12 @@ def one_step(
     optimizer.zero_grad()
 
 
-def train(run: Run, data_dir: str, folder: Path) -> dict[str, Any]:
-    """Trains, unless the result is kept, and returns the validation losses of the averaged weights."""
-    if run.path(folder).is_file():
-        return json.loads(run.path(folder).read_text())
+def train(run: Run, data_dir: Path, images: int, inference_steps: int) -> dict[str, Any]:
+    """Trains, and returns the validation losses of the averaged weights.
+
+    With the steps `run.sampled`, of a pixel model also the graded images of the averaged weights after them, named
+    "STEP NAME".
+    """
     task = TASKS[run.task](data_dir, run.seed)
     layers = layers_of(task.objective)
     optimizer = optimizer_of(run.arm, task, run.rate)
@@ -276,52 +275,49 @@ def train(run: Run, data_dir: str, folder: Path) -> dict[str, Any]:
             found["steps"].append(step + 1)
             for name, value in task.validate().items():
                 found.setdefault(name, []).append(value)
+            if step + 1 in run.sampled:
+                kept = sample(task.network, images, inference_steps)
+                found |= {f"{step + 1} {name}": value for name, value in kept.items()}
             task.objective.train()
-            if run.task == "pixel" and step + 1 >= run.steps / 2:
-                save_file(task.network.state_dict(), run.path(folder, f"{step + 1}.safetensors"))
             ema.restore(trained)
-    write_json(run.path(folder), found)
     return found
 
 
-def features(run: Run, step: int, images: int, inference_steps: int, folder: Path) -> np.ndarray:
-    """Features (images, d) of samples of a pixel model after `step` steps of its run."""
-    path = run.path(folder, f"{step}-{images}x{inference_steps}.npy")
-    if not path.is_file():
-        unet = base_models.build_pixel_unet()
-        unet.load_state_dict(load_file(run.path(folder, f"{step}.safetensors")))
-        scheduler: Any = DPMSolverMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
-        pipe = PixelPipeline(unet.eval(), scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        found = run_garments(pipe, images, seed=0, batch_size=50, num_inference_steps=inference_steps)
-        with whole_file(path) as partial, open(partial, "wb") as file:
-            np.save(file, found.features)
-    return np.load(path)
+def sample(unet: nn.Module, images: int, steps: int) -> dict[str, Any]:
+    """Images of a pixel model, graded."""
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+    pipe = PixelPipeline(unet, scheduler)  # type: ignore[arg-type]
+    pipe.set_progress_bar_config(disable=True)
+    return graded(run_garments(pipe, images, seed=0, batch_size=50, num_inference_steps=steps).images)
 
 
 def seconds_per_step(
-    task_name: str, arms: Sequence[str], batch: int, rounds: int, data_dir: str
-) -> dict[str, float]:
-    """Mean CPU seconds of a step of every arm, measured in turns; "… bf16" is Muon with torch's own iteration."""
-    tasks = {}
+    task_name: str, arms: Sequence[str], batch: int, rounds: int, data_dir: Path
+) -> dict[str, Any]:
+    """Mean CPU seconds of a step of every arm, measured in turns; "Muon, bf16" has torch's own iteration."""
+    torch.set_num_threads(1)
+    work: dict[str, Callable[[], None]] = {}
     for arm in arms:
         task = TASKS[task_name](data_dir, 0)
-        tasks[arm] = (task, layers_of(task.objective), optimizer_of(arm, task, 1e-4), arm, False)
-    tasks["Muon, bf16"] = (*tasks["Muon"][:4], True)
-    found: dict[str, list[float]] = {name: [] for name in tasks}
-    order = np.random.default_rng(0)
-    for number in range(-2, rounds):
-        for name in order.permutation(list(tasks)):
-            task, layers, optimizer, arm, bf16 = tasks[name]
-            draw = torch.Generator().manual_seed(number + 2)
-            rows = task.batch(torch.randint(task.rows, (batch,), generator=draw), draw)
-            # Every layer is the first that is updated equally often.
-            first = ARMS[arm][1] == "suffix"
-            dropped = [p for layer in layers[: number % len(layers)] for p in layer] if first else []
-            if ARMS[arm][1] == "subset":
-                dropped = dropped_parameters(arm, layers, 0, number + 2)
-            start = time.process_time()
-            one_step(task, optimizer, rows, dropped, bf16)
-            if number >= 0:
-                found[name].append(time.process_time() - start)
+        call = partial(
+            _timed_step, task, layers_of(task.objective), optimizer_of(arm, task, 1e-4), arm, batch
+        )
+        work[arm] = partial(call, iter(range(rounds + 2)), False)
+        if arm == "Muon":
+            work["Muon, bf16"] = partial(call, iter(range(rounds + 2)), True)
+    found = take_turns(work, rounds, 2, torch.device("cpu"), f"{task_name}, steps", time.process_time)
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _timed_step(
+    task: Task, layers: Any, optimizer: Any, arm: str, batch: int, rounds: Iterator[int], bf16: bool
+) -> None:
+    number = next(rounds)
+    draw = torch.Generator().manual_seed(number)
+    rows = task.batch(torch.randint(task.rows, (batch,), generator=draw), draw)
+    # Every layer is the first that is updated equally often.
+    first = ARMS[arm][1] == "suffix"
+    dropped = [p for layer in layers[: number % len(layers)] for p in layer] if first else []
+    if ARMS[arm][1] == "subset":
+        dropped = dropped_parameters(arm, layers, 0, number)
+    one_step(task, optimizer, rows, dropped, bf16)

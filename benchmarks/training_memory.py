@@ -1,7 +1,5 @@
 """Memory of weights, gradients, optimizer states and averages in training, from the shapes of the networks.
 
-    python -m benchmarks.training_memory
-
 Activations, the images of a step and the buffers of the libraries come on top. The networks are those of the papers,
 with the configs written out and without weights, and nothing is downloaded. `measured` counts the tensors of a small
 model that is trained for one step.
@@ -15,6 +13,12 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+
+from diffusers_ext.metrics.comparison import markdown_table
+
+from .framework.bench import Bench
+
+WRITES = ("training_memory.md",)
 
 _BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
@@ -103,17 +107,17 @@ def table() -> str:
             rows.append((f"SIGN, {name}", Case(2 * count, count), Case(2 * count, count, half)))
     flux = parameters(FluxTransformer2DModel, guidance_embeds=True)
     rows.append(("*full training, Flux*", Case(flux), Case(flux)))
-    lines = [
-        "| Run | float32 | `bf16` | `bf16`, 4 shards | `bf16`, 8 shards |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for name, full, half_frozen in rows:
-        figures = (full.bytes(), half_frozen.bytes(), half_frozen.bytes(4), half_frozen.bytes(8))
-        lines.append(f"| {name} | " + " | ".join(f"{value / 1e9:.1f}" for value in figures) + " |")
-    return "\n".join(lines)
+        # Not tested in shards.
+        shards = () if name.startswith("SIGN") else (half_frozen.bytes(4), half_frozen.bytes(8))
+        figures = [f"{value / 1e9:.1f}" for value in (full.bytes(), half_frozen.bytes(), *shards)]
+        lines.append([name, *figures, *["–"] * (4 - len(figures))])
+    return markdown_table(["Run", "float32", "`bf16`", "`bf16`, 4 shards", "`bf16`, 8 shards"], lines)
 
 
-if __name__ == "__main__":
-    print(table())
+def main(bench: Bench) -> None:
+    """Writes training_memory.md, and prints how the count agrees with a small model."""
+    bench.write("training_memory.md", table())
     for dtype in _BYTES:
         print(dtype, "counted {:,}, computed {:,}".format(*measured(dtype)))

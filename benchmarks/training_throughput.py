@@ -1,30 +1,36 @@
 """Images per second of the trainers: reading in the step, in workers, and from cached encodings.
 
-    git worktree add ../before 45ec133
-    python benchmarks/training_throughput.py --baseline ../before
-
 Trains the models of the testbed on a folder of JPEGs of 512 × 512 for a few steps. The network has one CPU thread, as if
-a device computed beside the CPU; workers have the other cores. The baseline and this checkout take turns. Images per
-second are those of the steps after the first few, without the start of the workers and the encoding of the cache. The CPU
-time of the process that trains, without that of its workers, depends less on what else the machine does.
+a device computed beside the CPU; workers have the other cores. The baseline, the version without workers, and this checkout
+take turns. Images per second are those of the steps after the first few, without the start of the workers and the encoding
+of the cache. The CPU time of the process that trains, without that of its workers, depends less on what else the machine does.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from diffusers_ext.core.storage import whole_folder, write_json
 from diffusers_ext.metrics.comparison import markdown_table
 from diffusers_ext.testbed import fashion_scenes
 
+from .framework.bench import Bench
+from .framework.cells import Cell
+
+WRITES = ("training_throughput.md", "training_throughput.json")
+# The last commit that reads images in the step.
+BASELINE = "45ec133"
 ROOT = Path(__file__).parents[1]
 # Runs several trainings in one process, since importing takes longer than training. Both checkouts have `_Clock.tick`.
 RUNNER = """
@@ -48,20 +54,17 @@ for name, argv in runs.items():
 """
 
 
-def parse_args() -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--baseline", type=Path, required=True, help="checkout to compare with")
-    add("--num_images", type=int, default=512)
-    add("--batch_size", type=int, default=8)
-    add("--steps", type=int, default=12)
-    add("--warmup", type=int, default=5, help="steps before those that count")
-    add("--repetitions", type=int, default=3)
-    add("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Settings:
+    """How large the benchmark is; `warmup` steps come before those that count."""
+
+    num_images: int = 512
+    batch_size: int = 8
+    steps: int = 12
+    warmup: int = 5
+    repetitions: int = 3
+    trainers: tuple[str, ...] = ("Smooth-LoRA", "A-SDM", "SIGN")
+    workers: tuple[int, ...] = (0, 1, 2)
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -76,7 +79,7 @@ def write_images(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def commands(args: argparse.Namespace, root: Path, images: Path, output: Path) -> dict[str, list[str]]:
+def commands(args: Settings, root: Path, before: bool, images: Path, output: Path) -> dict[str, list[str]]:
     """{"trainer|variant": arguments of its run}."""
     cards = ROOT / "model_cards"
     scenes = ["--pretrained_model_name_or_path", str(cards / "fashion-scenes"), "--resolution", "32"]
@@ -96,12 +99,14 @@ def commands(args: argparse.Namespace, root: Path, images: Path, output: Path) -
             ],
         ),
     }
-    before = root != ROOT
     variants = (
-        {"before": []} if before else {f"{n} workers": ["--dataloader_num_workers", str(n)] for n in range(3)}
+        {"before": []}
+        if before
+        else {f"{n} workers": ["--dataloader_num_workers", str(n)] for n in args.workers}
     )
     found = {}
-    for trainer, (script, own) in trainers.items():
+    for trainer in args.trainers:
+        script, own = trainers[trainer]
         more: dict[str, list[str]] = dict(variants)
         if trainer == "SIGN" and not before:
             more |= {f"{name}, mirrored": [*extra, "--random_flip"] for name, extra in variants.items()}
@@ -116,17 +121,27 @@ def commands(args: argparse.Namespace, root: Path, images: Path, output: Path) -
     return found
 
 
-def measure(
-    args: argparse.Namespace, root: Path, images: Path, output: Path
-) -> dict[str, tuple[float, float, float]]:
-    """{"trainer|variant": images per second, CPU ms per image, seconds to the end of the first step} of a checkout."""
+def in_turn(before: bool, root: str, repetition: int, args: Settings) -> dict[str, Any]:
+    """Of every "trainer|variant": images per second, CPU ms per image, seconds to the end of the first step.
+
+    `before` says whether `root` is the baseline's checkout; `repetition` only tells the cells apart.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        images.mkdir()
+        write_images(images, args.num_images)
+        return measure(args, Path(root), before, images, Path(folder))
+
+
+def measure(args: Settings, root: Path, before: bool, images: Path, output: Path) -> dict[str, Any]:
+    """`in_turn` on images that are there."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    argv = [sys.executable, "-c", RUNNER, json.dumps(commands(args, root, images, output))]
+    argv = [sys.executable, "-c", RUNNER, json.dumps(commands(args, root, before, images, output))]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, cwd=output)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -135,33 +150,42 @@ def measure(
         if line.startswith("TIMES "):
             name, first, ticks = json.loads(line[6:])
             counted = ticks[args.warmup - 1 :]
-            images = args.batch_size * (len(counted) - 1)
+            count = args.batch_size * (len(counted) - 1)
             wall, own = (counted[-1][i] - counted[0][i] for i in (0, 1))
-            found[name] = images / wall, 1000 * own / images, first
+            found[name] = np.array([count / wall, 1000 * own / count, first])
     return found
 
 
-def main() -> None:
+def main(bench: Bench) -> None:
     """Measures in turns and writes the table."""
-    args = parse_args()
-    args.baseline = args.baseline.resolve()
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "images"
-        images.mkdir()
-        write_images(images, args.num_images)
-        for repetition in range(args.repetitions):
-            roots = [args.baseline, ROOT]
-            for root in roots if repetition % 2 == 0 else reversed(roots):
-                output = Path(folder) / f"{repetition}-{root.name}"
-                output.mkdir()
-                for name, times in measure(args, root, images, output).items():
-                    found.setdefault(name, []).append(times)
-                    print(f"{name}: {times[0]:.1f} images/s, {times[1]:.1f} ms, {times[2]:.1f} s", flush=True)
-    write(args, found)
+    s = bench.pick(Settings(), Settings(8, 2, 3, 2, 1, ("Smooth-LoRA",), (0,)))
+    # For a quick run this checkout stands for the baseline's.
+    roots = {True: ROOT if bench.quick else checkout(bench.cache_dir / f"before-{BASELINE}"), False: ROOT}
+    cells: list[tuple[bool, Cell]] = []
+    for repetition in range(s.repetitions):
+        for before in (True, False) if repetition % 2 == 0 else (False, True):
+            # The folders themselves, as texts: what is measured is their code.
+            cells.append((before, Cell(in_turn, (before, str(roots[before]), repetition, s), alone=True)))
+    measured = bench.run(cell for _, cell in cells)
+    found: dict[str, list[np.ndarray]] = {}
+    for _, cell in cells:
+        for name, values in measured[cell].items():
+            found.setdefault(name, []).append(values)
+    write(bench, s, found)
 
 
-def write(args: argparse.Namespace, found: dict[str, list[tuple[float, float, float]]]) -> None:
+def checkout(folder: Path) -> Path:
+    """The baseline's files, taken from this repository's history."""
+    if not folder.is_dir():
+        with whole_folder(folder) as partial:
+            archive = subprocess.run(
+                ["git", "-C", str(ROOT), "archive", BASELINE], check=True, stdout=subprocess.PIPE
+            )
+            subprocess.run(["tar", "-x", "-C", str(partial)], input=archive.stdout, check=True)
+    return folder
+
+
+def write(bench: Bench, args: Settings, found: dict[str, list[np.ndarray]]) -> None:
     """Writes the measurements as JSON and as a table."""
     record: dict[str, Any] = {
         "settings": {k: v for k, v in vars(args).items() if isinstance(v, int)},
@@ -170,9 +194,9 @@ def write(args: argparse.Namespace, found: dict[str, list[tuple[float, float, fl
     lines = []
     for name, times in found.items():
         trainer, variant = name.split("|")
-        rates, own, starts = ([values[i] for values in times] for i in range(3))
+        rates, own, starts = ([float(values[i]) for values in times] for i in range(3))
         rate = statistics.median(rates)
-        ratio = rate / statistics.median(values[0] for values in found[f"{trainer}|before"])
+        ratio = rate / statistics.median(float(values[0]) for values in found[f"{trainer}|before"])
         record["runs"][name] = {
             "images per second": rates,
             "CPU ms per image": own,
@@ -182,7 +206,7 @@ def write(args: argparse.Namespace, found: dict[str, list[tuple[float, float, fl
         rest = [f"{ratio:.2f}", f"{statistics.median(own):.1f}", f"{statistics.median(starts):.1f}"]
         lines.append([trainer, variant, spread, *rest])
     lines.sort(key=lambda line: line[0])
-    (args.output_dir / "training_throughput.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(bench.path("training_throughput.json"), record)
     head = [
         "trainer",
         "variant",
@@ -191,10 +215,4 @@ def write(args: argparse.Namespace, found: dict[str, list[tuple[float, float, fl
         "CPU ms per image",
         "s to the first step",
     ]
-    table = markdown_table(head, lines)
-    (args.output_dir / "training_throughput.md").write_text(table + "\n")
-    print(table)
-
-
-if __name__ == "__main__":
-    main()
+    bench.write("training_throughput.md", markdown_table(head, lines))

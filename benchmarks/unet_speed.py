@@ -1,31 +1,33 @@
 """What pruned and patched UNets cost at Stable Diffusion 1.5's and SDXL's shape: MACs, latency, memory; random weights.
 
-    python benchmarks/unet_speed.py --shape sd15
-    python benchmarks/unet_speed.py --shape sd15 sdxl --compile        # on a GPU
-
 A-SDM as rebuilt here, part by part, beside BK-SDM, ToMe and DeepCache (pip install "diffusers-ext[bench]"). Nothing is
 said of quality. The variants take turns in every round, so that a change of the machine's speed meets them all; each
 one's peak memory is that of a process of its own. They share the original's weights, which are not trained: some 7 GB in
-float32 for Stable Diffusion's shape and 13 for SDXL's. With --compile a CPU takes minutes for every variant's first call.
+float32 for Stable Diffusion's shape and 13 for SDXL's. A GPU measures both shapes, compiled too; a CPU the first, eager.
 """
 
-import argparse
+from __future__ import annotations
+
 import gc
-import json
-import resource
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from turns import take_turns, wait
-from unet_speed_attention import attention_table, layers_of, paired_ratio
-from unet_speed_runs import (
+
+from diffusers_ext.asdm.cost import example_inputs
+from diffusers_ext.core.extras import MissingExtraError
+from diffusers_ext.metrics.comparison import Estimate, markdown_table
+
+from .framework.bench import Bench
+from .framework.cells import Cell
+from .framework.plots import plt
+from .framework.statistics import paired_ratio
+from .framework.timing import device_name, peak_memory, take_turns, wait
+from .unet_speed_attention import attention_table, layers_of
+from .unet_speed_runs import (
     ORIGINAL,
     SHAPES,
     TIMESTEPS,
@@ -39,38 +41,56 @@ from unet_speed_runs import (
     shape_config,
 )
 
-from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.core.extras import MissingExtraError
-from diffusers_ext.metrics.comparison import Estimate, markdown_table
-
-matplotlib.use("Agg")
+WRITES = ("unet_speed.md", "unet_speed.png")
 EAGER, COMPILED = "eager", "compiled"
 
 
-def parse_args() -> argparse.Namespace:
-    """The arguments."""
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--shape", nargs="+", choices=list(SHAPES), default=["sd15"])
-    add("--sample_size", type=int, default=None, help="side of the latents; default: 64, for SDXL 128")
-    add("--batch_size", type=int, default=1)
-    add("--width", type=int, default=320, help="of the first resolution, a multiple of 64")
-    add("--device", default="cuda" if gpu else "cpu")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], default=None, help="default: float16 on a GPU")
-    add("--repetitions", type=int, default=None, help="rounds; default: 30 on a GPU, 5 on a CPU")
-    add("--warmup", type=int, default=1, help="rounds that don't count")
-    add("--compile", action="store_true", help="also measure every UNet compiled")
-    add("--variant", choices=list(VARIANTS), default=None, help="one alone: prints its peak memory as JSON")
-    add("--output_dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    args.device = torch.device(args.device)
-    on_cpu = args.device.type == "cpu"
-    args.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "float16"))
-    args.repetitions = args.repetitions or (5 if on_cpu else 30)
-    return args
+@dataclass(frozen=True)
+class Settings:
+    """How large the benchmark is, and where it runs.
+
+    Attributes:
+        shapes: keys of `SHAPES`.
+        device, dtype: of the UNets.
+        repetitions: rounds, after `warmup` that do not count.
+        compile: whether every UNet is measured compiled too.
+        sample_size: side of the latents; None: 64, for SDXL 128.
+        width: channels of the first resolution, a multiple of 64.
+        variants: of `VARIANTS`.
+    """
+
+    shapes: tuple[str, ...]
+    device: str
+    dtype: str
+    repetitions: int
+    compile: bool = False
+    sample_size: int | None = None
+    width: int = 320
+    warmup: int = 1
+    batch_size: int = 1
+    variants: tuple[str, ...] = tuple(VARIANTS)
+
+    def config(self, shape: str) -> dict[str, Any]:
+        """Of the original UNet."""
+        return shape_config(shape, self.sample_size, self.width)
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and data type."""
+        return torch.device(self.device), getattr(torch, self.dtype)
+
+
+CPU = Settings(("sd15",), "cpu", "float32", 7)
+GPU = Settings(tuple(SHAPES), "cuda", "float16", 30, compile=True)
+QUICK = Settings(
+    ("sd15",),
+    "cpu",
+    "float32",
+    2,
+    sample_size=16,
+    width=64,
+    variants=(ORIGINAL, "BK-SDM Small", "pruned + GRI + CondConv, folded"),
+)
 
 
 @dataclass
@@ -94,67 +114,73 @@ class Found:
         return paired_ratio(self.seconds[mode][name], self.seconds[mode][ORIGINAL])
 
 
-def count_all(config: dict[str, Any]) -> Found:
+def count_all(s: Settings, shape: str) -> Found:
     """Parameters and multiply-accumulates of every variant that there is at this shape."""
     found = Found()
-    for name, variant in VARIANTS.items():
+    for name in s.variants:
         try:
-            found.costs[name] = count(variant, config)
+            found.costs[name] = count(VARIANTS[name], s.config(shape))
         except (ValueError, MissingExtraError) as error:
             found.notes.append(f"{name} is left out. {error}")
     return found
 
 
-def peak_memory(args: argparse.Namespace, config: dict[str, Any]) -> float:
-    """GiB that this process takes for `args.variant`'s UNet, weights included, at the peak of its call."""
-    variant = VARIANTS[args.variant]
-    unet = make(variant, on_meta(config, args.dtype))
-    inputs = example_inputs(unet.config, args.batch_size, device=args.device, dtype=args.dtype)
-    gpu = args.device.type == "cuda"
-    before = 0.0 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    for parameter in unet.to_empty(device=args.device).parameters():
+@torch.no_grad()
+def peak(name: str, shape: str, s: Settings) -> dict[str, Any]:
+    """GiB that this process takes for a variant's UNet, weights included, at the peak of its call."""
+    (device, dtype), variant = s.place, VARIANTS[name]
+    unet = make(variant, on_meta(s.config(shape), dtype))
+    inputs = example_inputs(unet.config, s.batch_size, device=device, dtype=dtype)
+    before = 0.0 if device.type == "cuda" else peak_memory(device)
+    for parameter in unet.to_empty(device=device).parameters():
         parameter.fill_(0.001)  # Memory counts once it is written to.
     Runner(variant, unet, inputs)()
-    wait(args.device)
-    if gpu:
-        return torch.cuda.max_memory_allocated(args.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    wait(device)
+    return {"GiB": peak_memory(device) - before}
 
 
-def peak_of(variant: str, shape: str) -> float:
-    """Of a fresh process with these arguments."""
-    command = [sys.executable, *sys.argv, "--shape", shape, "--variant", variant]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(done.stdout))
-
-
-def measure_latency(args: argparse.Namespace, config: dict[str, Any], found: Found) -> None:
-    """Adds the seconds of all variants, and notes what could not be compiled."""
-    if args.compile:
+@torch.no_grad()
+def latency(shape: str, s: Settings) -> dict[str, Any]:
+    """Seconds of all variants by "mode/variant", (rounds,), and notes on what could not be compiled."""
+    if s.compile:
         # All variants run the same code; past its limit the compiler would silently leave them as they are.
         torch._dynamo.config.recompile_limit = 16 * len(VARIANTS)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(0)
-    original = materialise(on_meta(config, args.dtype), args.device)
-    inputs = example_inputs(original.config, args.batch_size, device=args.device, dtype=args.dtype)
+    (device, dtype), found = s.place, count_all(s, shape)
+    notes = len(found.notes)
+    original = materialise(on_meta(s.config(shape), dtype), device)
+    inputs = example_inputs(original.config, s.batch_size, device=device, dtype=dtype)
     work: dict[tuple[str, str], Any] = {}
     for name in found.costs:
         variant = VARIANTS[name]
         work[EAGER, name] = Runner(variant, make(variant, original), inputs)
-    for name in tqdm(list(found.costs) if args.compile else [], desc="compiling", dynamic_ncols=True):
+    for name in tqdm(list(found.costs) if s.compile else [], desc="compiling", dynamic_ncols=True):
         # Not compiled at first: ToMe sets its generator up.
         work[EAGER, name]()
         _compile(work, name, found)
     seconds = take_turns(
         {f"{mode}/{name}": run for (mode, name), run in work.items()},
-        args.repetitions,
-        args.warmup,
-        args.device,
-        f"{args.repetitions} rounds after {args.warmup}",
+        s.repetitions,
+        s.warmup,
+        device,
+        f"{s.repetitions} rounds after {s.warmup}",
     )
-    for mode, name in work:
-        per_call = seconds[f"{mode}/{name}"] / VARIANTS[name].calls
-        found.seconds.setdefault(mode, {})[name] = per_call
+    gc.collect()
+    torch._dynamo.reset()
+    made = {key: seconds[key] / VARIANTS[key.split("/")[1]].calls for key in seconds}
+    return {**made, "notes": np.array(found.notes[notes:], dtype=str)}
+
+
+def attention(s: Settings) -> dict[str, Any]:
+    """The table of single attention layers, and what it was measured on."""
+    device, dtype = s.place
+    layers = []
+    for shape in s.shapes:
+        layers += layers_of(shape, s.config(shape)["sample_size"], s.width)
+    with torch.no_grad():
+        table = attention_table(layers, s.batch_size, s.repetitions, s.warmup, device, dtype)
+    return {"table": np.array(table), "device": np.array(device_name(device))}
 
 
 def _compile(work: dict[tuple[str, str], Any], name: str, found: Found) -> None:
@@ -200,15 +226,9 @@ def _latency(found: Found, name: str, mode: str) -> list[str]:
     return [f"{middle:.1f} [{low:.1f}, {high:.1f}]", ratio]
 
 
-def about(args: argparse.Namespace) -> str:
+def about(args: Settings, device: str) -> str:
     """How to read the tables, and on what they were measured."""
-    gpu = args.device.type == "cuda"
-    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
-    name = (
-        torch.cuda.get_device_name(args.device)
-        if gpu
-        else f"CPU ({torch.backends.cpu.get_cpu_capability()}), {threads}"
-    )
+    gpu = args.device == "cuda"
     memory = (
         "the most that PyTorch had allocated, weights included, in a process of its own"
         if gpu
@@ -220,7 +240,7 @@ def about(args: argparse.Namespace) -> str:
         else ""
     )
     return (
-        f"{name}; {str(args.dtype).removeprefix('torch.')}; PyTorch {torch.__version__}; random weights, so"
+        f"{device}; {args.dtype}; PyTorch {torch.__version__}; random weights, so"
         " that nothing is said of images.\n\n"
         f"Milliseconds are of one UNet call: median and quartiles of {args.repetitions} rounds, in each of which all"
         f" variants take their turn in one process{compiled}. A ratio of times is the median of the rounds' own, with a 95%"
@@ -238,8 +258,6 @@ def about(args: argparse.Namespace) -> str:
 
 def draw(everything: dict[str, Found], path: Path) -> None:
     """Latency of every variant as a share of the original's, with its interval, beside the share of MACs."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(
         1, len(everything), figsize=(7.2 * len(everything), 5.2), squeeze=False, layout="constrained"
     )
@@ -271,40 +289,32 @@ def draw(everything: dict[str, Found], path: Path) -> None:
     plt.close(figure)
 
 
-@torch.no_grad()
-def main() -> None:
-    """Measures and writes the page and the image."""
-    args = parse_args()
-    configs = {shape: shape_config(shape, args.sample_size, args.width) for shape in args.shape}
-    if args.variant is not None:
-        print(json.dumps(peak_memory(args, configs[args.shape[0]])))
-        return
-    everything = {shape: count_all(config) for shape, config in configs.items()}
-    # Before this process grows: on Linux a child's peak starts at its parent's.
+def main(bench: Bench) -> None:
+    """Measures and writes the page and the picture."""
+    s = bench.pick(GPU if torch.cuda.is_available() else CPU, QUICK)
+    everything = {shape: count_all(s, shape) for shape in s.shapes}
+    peaks = {
+        (shape, name): Cell(peak, (name, shape, s), alone=True)
+        for shape, found in everything.items()
+        for name in found.costs
+    }
+    timed = {shape: Cell(latency, (shape, s), alone=True) for shape in s.shapes}
+    layers = Cell(attention, (s,), alone=True)
+    measured = bench.run([*peaks.values(), *timed.values(), layers])
+    parts = []
     for shape, found in everything.items():
-        for name in tqdm(list(found.costs), desc=f"{SHAPES[shape]}: peak memory", dynamic_ncols=True):
-            found.peaks[name] = peak_of(name, shape)
-    parts, layers = [], []
-    for shape, found in everything.items():
-        config = configs[shape]
-        measure_latency(args, config, found)
-        side = config["sample_size"]
-        layers += layers_of(shape, side, args.width)
+        found.peaks = {name: float(measured[peaks[shape, name]]["GiB"]) for name in found.costs}
+        times = dict(measured[timed[shape]])
+        found.notes += [str(note) for note in times.pop("notes")]
+        for key, seconds in times.items():
+            mode, name = key.split("/")
+            found.seconds.setdefault(mode, {})[name] = seconds
+        side = s.config(shape)["sample_size"]
         title = (
-            f"{SHAPES[shape]}'s shape, latents {args.batch_size} × 4 × {side} × {side}, prompts of 77 tokens:"
+            f"{SHAPES[shape]}'s shape, latents {s.batch_size} × 4 × {side} × {side}, prompts of 77 tokens:"
         )
         parts += [title, table(found), *found.notes]
-        gc.collect()
-        torch._dynamo.reset()
-    parts.append(about(args))
-    common = args.batch_size, args.repetitions, args.warmup, args.device, args.dtype
-    parts += ["Single self-attention layers, eager:", attention_table(layers, *common)]
-    page = "\n\n".join(parts) + "\n"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "unet_speed.md").write_text(page)
-    draw(everything, args.output_dir / "unet_speed.png")
-    print(page)
-
-
-if __name__ == "__main__":
-    main()
+    on = measured[layers]
+    parts += [about(s, str(on["device"])), "Single self-attention layers, eager:", str(on["table"])]
+    bench.write("unet_speed.md", *parts)
+    draw(everything, bench.path("unet_speed.png"))

@@ -1,4 +1,4 @@
-"""GRI attention against full attention on single attention layers, for `unet_speed.py`."""
+"""GRI attention against full attention on single attention layers, for `unet_speed`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from turns import take_turns
 
 from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, gri_attention
-from diffusers_ext.metrics.comparison import Estimate, bootstrap, markdown_table
+from diffusers_ext.metrics.comparison import markdown_table
+
+from .framework.statistics import paired_ratio
+from .framework.timing import take_turns
 
 WINDOW, POOL = 8, 4
 BACKENDS = {
@@ -33,12 +35,6 @@ HEADER = [
     "layer, GRI, ms",
     "layer, GRI ÷ full",
 ]
-
-
-def paired_ratio(ours: np.ndarray, control: np.ndarray) -> Estimate:
-    """Median over rounds of `ours ÷ control`, seconds (rounds,), with a bootstrap interval over the rounds."""
-    ratios = ours / control
-    return bootstrap(lambda rows: float(np.median(ratios[rows])), len(ratios))
 
 
 def layers_of(shape: str, sample_size: int, width: int) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""The UNets that `unet_speed.py` compares, built with random weights, and how each is called, counted and timed."""
+"""The UNets that `unet_speed` compares, built with random weights, and how each is called, counted and timed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class LossWeights:
     """The weight of every loss. A loss with weight 0 is not computed.
 
     The defaults are our recommendation. In our ablation at equal training time the score loss (`dmd`), which
-    gives the paper its name, changed nothing, and it needs two more networks in memory (benchmarks/sign.py).
+    gives the paper its name, changed nothing, and it needs two more networks in memory (`python -m benchmarks sign`).
     The identity minimizes `rec` and `idem`, so at least one other loss is required.
 
     Raises:

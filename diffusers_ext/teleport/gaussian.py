@@ -140,7 +140,7 @@ class GaussianStats(PushToHubMixin):
         range finder would be more accurate at the same size, but it needs several passes, and a generator of
         batches allows only one.) The truncation makes the eigenvalues slightly too small: with a spectrum as
         flat as 1/k, D = 65,536 and rank 256, by 0.06% for the first half and by 0.25% for the last
-        (`benchmarks/cost.py`). tr Σ is exact in either case, and the difference is added to the residual.
+        (`python -m benchmarks cost`). tr Σ is exact in either case, and the difference is added to the residual.
 
         Args:
             batches: tensors (b, *shape) in the scale that the model denoises, or pairs (tensor, b names). Any

@@ -217,9 +217,7 @@ def _print_smoothness(console: Console, strips: dict[str, np.ndarray]) -> None:
     for name, frames in strips.items():
         steps = 2 * np.linalg.norm(np.diff(frames, axis=0).reshape(len(frames) - 1, -1), axis=1)
         table.add_row(name, f"{steps.mean():.2f}", f"{steps.std():.2f}")
-    table.caption = (
-        "Distances between neighbouring images of one path; benchmarks/smooth_lora.py measures 200 paths."
-    )
+    table.caption = "Distances between neighbouring images of one path; python -m benchmarks smooth_lora measures 200 paths."
     console.print(table)
 
 

@@ -1,32 +1,26 @@
 """The benchmark of the UNets' cost: its variants are what they are called, and it writes its page."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import unet_speed, unet_speed_runs
+from benchmarks.framework.bench import Bench
 from diffusers_ext.asdm.apply import gri_attention_of
 from diffusers_ext.asdm.condconv import CLMECondConv2d
 from diffusers_ext.asdm.cost import count_macs, example_inputs
 from diffusers_ext.asdm.unet import unet_config
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import unet_speed
-
-    return unet_speed
-
-
-@pytest.fixture
-def runs(speed: Any) -> Any:
-    return sys.modules["unet_speed_runs"]
+def runs() -> Any:
+    return unet_speed_runs
 
 
 @pytest.fixture
@@ -150,37 +144,25 @@ def test_tome_merges_at_the_finest_attention_only(runs: Any, shape: str) -> None
     assert tokens["mid_block.attentions.0.transformer_blocks.0.attn1"] == (16 if shape == "sd15" else 64)
 
 
-@pytest.mark.slow
-def test_what_is_left_out_is_named(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("original", "BK-SDM Tiny", "ToMe, ratio 0.5")
-    monkeypatch.setattr(speed, "VARIANTS", {name: speed.VARIANTS[name] for name in few})
     monkeypatch.setitem(sys.modules, "tomesd", None)
-    found = speed.count_all(speed.shape_config("sdxl", 16, 64))
+    found = unet_speed.count_all(replace(unet_speed.QUICK, variants=few), "sdxl")
     assert list(found.costs) == ["original"]
     assert any("BK-SDM Tiny is left out" in note for note in found.notes)
     assert any("ToMe" in note and "diffusers-ext[bench]" in note for note in found.notes)
 
 
-@pytest.mark.slow
-def test_page_and_picture(speed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    few = ("original", "BK-SDM Small", "pruned + GRI + CondConv, folded")
-    monkeypatch.setattr(speed, "VARIANTS", {name: speed.VARIANTS[name] for name in few})
-    # Each would be a process of its own.
-    monkeypatch.setattr(speed, "peak_of", lambda variant, shape: 2.0)
-    argv = "unet_speed.py --device cpu --sample_size 16 --width 64 --repetitions 2 --output_dir"
-    monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path)])
-    speed.main()
+def test_page_says_what_was_measured(tmp_path: Path) -> None:
+    unet_speed.main(Bench(tmp_path, tmp_path, tmp_path, workers=0, quick=True))
     page = (tmp_path / "unet_speed.md").read_text()
-    for said in (*few, "1 × 4 × 16 × 16", "float32", torch.__version__, "GRI against flash SDPA"):
+    for said in (
+        *unet_speed.QUICK.variants,
+        "1 × 4 × 16 × 16",
+        "float32",
+        torch.__version__,
+        "GRI against flash SDPA",
+    ):
         assert said in page
     assert (tmp_path / "unet_speed.png").stat().st_size > 10_000
     assert torch.is_grad_enabled()
-
-
-def test_peak_memory_of_one_variant(
-    speed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["unet_speed.py", "--device", "cpu", "--sample_size", "16", "--width", "64", "--variant", "pruned"]
-    monkeypatch.setattr(sys, "argv", argv)
-    speed.main()
-    assert float(capsys.readouterr().out) >= 0
