@@ -78,8 +78,8 @@ def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], promp
 
     def distance(drawn: np.ndarray) -> float:
         rows = np.concatenate([rows_of[prompt] for prompt in drawn])
-        stats = (FeatureStats.of(x["features"][rows]) for x in (ours, theirs))
-        return float(np.subtract(*(frechet_distance(x, reference) for x in stats)))
+        a, b = (FeatureStats.of(x["features"][rows]) for x in (ours, theirs))
+        return frechet_distance(a, reference) - frechet_distance(b, reference)
 
     far = bootstrap(distance, len(rows_of), 200)
     half = (far.high - far.low) / 2

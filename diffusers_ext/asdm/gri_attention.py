@@ -191,16 +191,16 @@ def gri_attention(
         return dispatch_attention_fn(query, key, value, scale=scale, backend=backend)
     rows, columns = _Side(height, min(window, height)), _Side(width, min(window, width))
     dim = query.shape[-1]
-    scale = dim**-0.5 if scale is None else scale
+    factor: float = dim**-0.5 if scale is None else scale
     # 1 in the dimension of the biases and 0 in those that only pad.
     one = (torch.arange(padded_width(dim) - dim, device=query.device) == 0).to(query.dtype)
     queries = _windows(query, rows, columns)
     queries = torch.cat([queries, one.expand(*queries.shape[:-1], -1)], -1).flatten(3, 4).flatten(0, 2)
     keys, values = (_keys(x, rows, columns, pool) for x in (key, value))
-    bias = _bias(rows, columns, pool, query) / scale
+    bias = _bias(rows, columns, pool, query) / factor
     keys[:, :, -bias.shape[1] :, :, dim] = bias[:, :, None]
     out = dispatch_attention_fn(
-        queries, keys.flatten(0, 1), values.flatten(0, 1), scale=scale, backend=backend
+        queries, keys.flatten(0, 1), values.flatten(0, 1), scale=factor, backend=backend
     )
     return _from_windows(out[..., :dim], len(query), rows, columns)
 
