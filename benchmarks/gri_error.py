@@ -52,7 +52,8 @@ def parse_args() -> argparse.Namespace:
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of (b, n, heads, d)."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def counted_once(
