@@ -134,7 +134,7 @@ def test_a_rung_continues_the_one_before(searched: tuple[Path, str], base: Path,
     torch.set_num_threads(1)
     at_once = search_plans(
         str(base / "sd"), tmp_path, 0.8, num_candidates=3, halving=dx.Halving(4, 1),
-        **FEW, train_data_dir=str(base / "pictures"), 
+        **FEW, train_data_dir=str(base / "pictures"),
     )  # fmt: skip
     steps = json.loads((searched[0] / "candidates" / "plan-01" / "rung-2.json").read_text())
     assert at_once.rungs[0].losses["plan-01"] == steps["loss"]
