@@ -34,7 +34,9 @@ class FeatureStats:
             ValueError: fewer than two rows, or a value that is not finite.
         """
         features = check_features(features)
-        return cls(features.mean(0), np.cov(features, rowvar=False), len(features))
+        size = features.shape[1]
+        covariance = np.cov(features, rowvar=False).reshape(size, size)
+        return cls(features.mean(0), covariance, len(features))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""

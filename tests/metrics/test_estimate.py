@@ -51,11 +51,11 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-@given(st.floats(-4, 4).filter(lambda value: abs(abs(value) - 1.98) > 0.1))
-@settings(max_examples=10, deadline=None)  # statsmodels collects garbage in every call
-def test_holm_of_one_estimate_is_its_interval(value):
+@pytest.mark.parametrize(("value", "differs"), [(1.97, False), (1.99, True), (-1.99, True)])
+def test_holm_of_one_estimate_is_its_interval(value, differs):
+    # The 97.5% quantile at 100 degrees of freedom is 1.984.
     result = Estimate.of_error(value, 1.0, 100)
-    assert holm([result]) == [result.excludes(0)]
+    assert holm([result]) == [result.excludes(0)] == [differs]
 
 
 def test_holm_needs_p_values_a_level_and_statsmodels(monkeypatch):
@@ -63,8 +63,7 @@ def test_holm_needs_p_values_a_level_and_statsmodels(monkeypatch):
         holm(_with(0.1, None))
     with pytest.raises(ValueError, match="between 0 and 1, got 5"):
         holm(_with(0.1), level=5)
-    monkeypatch.setitem(sys.modules, "statsmodels", None)
-    monkeypatch.delitem(sys.modules, "statsmodels.stats.multitest", raising=False)
+    monkeypatch.setitem(sys.modules, "statsmodels.stats.multitest", None)
     with pytest.raises(MissingExtraError, match=r"diffusers-ext\[bench\]"):
         holm(_with(0.1))
 
