@@ -123,7 +123,7 @@ def frechet_interval(features: np.ndarray, reference: FeatureStats, groups: Grou
     """FD∞ of features (n, d) to a reference, with the cluster-robust t interval.
 
     See `frechet_infinity` for the arguments and the errors. Where the true distance is 0, the interval is too
-    wide (it covers 0 in more than 99% of samples). The distance cannot be below 0, so what it then says is
+    wide and almost always contains 0. The distance cannot be below 0, so what it then says is
     one-sided: the distance is at most `high`.
     """
     found = frechet_infinity(features, reference, groups)
