@@ -99,15 +99,24 @@ def gathered(found: Found, args: argparse.Namespace, row: Row, name: str) -> np.
     return np.concatenate([found[pictures_of(row, seed, args)][name] for seed in args.seeds])
 
 
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """The prompts of the gathered images."""
+    return [prompt for seed in args.seeds for prompt in held_out_prompts(args.num_images, seed)]
+
+
 def quality_cells(found: Found, args: argparse.Namespace, row: Row, control: Row) -> list[str]:
     """Alignment and Fréchet distance, and what they are less another row's."""
     reference = load_reference("scenes-test")
     aligned, features = (gathered(found, args, row, name) for name in ("aligned", "features"))
-    cells = [proportion(aligned).format(1, 100), "", frechet_interval(features, reference).format(), ""]
+    prompts = prompts_of(args)
+    cells = [proportion(aligned, prompts).format(1, 100), ""]
+    cells += [frechet_interval(features, reference, prompts).format(), ""]
     if row != control:
-        cells[1] = paired_difference(aligned, gathered(found, args, control, "aligned")).marked(1, 100)
+        cells[1] = paired_difference(aligned, gathered(found, args, control, "aligned"), prompts).marked(
+            1, 100
+        )
         theirs = gathered(found, args, control, "features")
-        cells[3] = paired_frechet_difference(features, theirs, reference).marked()
+        cells[3] = paired_frechet_difference(features, theirs, reference, prompts).marked()
     return cells
 
 
@@ -163,10 +172,11 @@ def table_of_plans(found: Found, args: argparse.Namespace, controls: dict[str, P
     for label, folder in controls.items():
         of = found["plan", (folder,)]
         cuts = ", ".join(f"`{cut}`" for cut in of["cuts"])
-        aligned = proportion(gathered(found, args, (folder, AS_IS), "aligned")).format(1, 100)
+        aligned = gathered(found, args, (folder, AS_IS), "aligned")
+        share = proportion(aligned, prompts_of(args)).format(1, 100)
         # Several students have the same cuts: the first is the plan's.
         rows.setdefault(
-            cuts, [label, cuts, f"{of['alone'].sum():.3f}", f"{float(of['together']):.3f}", aligned]
+            cuts, [label, cuts, f"{of['alone'].sum():.3f}", f"{float(of['together']):.3f}", share]
         )
     header = ["", "cuts", "each alone, summed", "all together", "prompt accuracy after training, %"]
     return markdown_table(header, list(rows.values()))
@@ -216,7 +226,7 @@ def main() -> None:
     count = args.num_images * len(args.seeds)
     parts = [
         f"{args.num_inference_steps} steps of DPM++ 2M at guidance {args.guidance_scale:g}, {count} held-out prompts a row"
-        f" ({len(args.seeds)} seeds), 95% intervals; bold where they exclude 0. Time: one thread, {args.rounds} calls in"
+        f" ({len(args.seeds)} seeds), 95% intervals over prompts; bold where they exclude 0. Time: one thread, {args.rounds} calls in"
         " turns with the teacher's, median and quartiles of the ratio.",
         table_of_student(found, args, rows),
     ]

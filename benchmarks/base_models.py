@@ -76,7 +76,7 @@ def scenes(args: argparse.Namespace) -> str:
         [
             name,
             *(proportion(grades[k]).format(1, 100) for k in ("aligned", "item", "color")),
-            frechet_interval(features, reference, 50).format(2),
+            frechet_interval(features, reference).format(2),
         ]
         for name, (features, grades) in results.items()
     ]
@@ -94,7 +94,7 @@ def garments(args: argparse.Namespace) -> str:
     rows = []
     for steps in (10, 20, 50):
         run = run_garments(pipe, args.num_images, seed=args.seed, num_inference_steps=steps)
-        rows.append([f"DPM++ 2M, {steps} steps", frechet_interval(run.features, reference, 50).format(3)])
+        rows.append([f"DPM++ 2M, {steps} steps", frechet_interval(run.features, reference).format(3)])
     floor = frechet_distance(load_reference("garments-train"), reference)
     rows.append(["floor: real train against test garments", f"{floor:.3f}"])
     save_grid(as_tensor(run.images[:64]), 16, args.output_dir / "fashion_ddpm.png")

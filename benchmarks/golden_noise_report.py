@@ -16,6 +16,7 @@ from diffusers_ext.metrics.comparison import (
     markdown_table,
     paired_difference,
     paired_frechet_difference,
+    proportion,
 )
 from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
 from diffusers_ext.testbed.runs import load_reference
@@ -104,11 +105,11 @@ def _row(
     seeds: int,
 ) -> list[str]:
     ours, plain = found[key], found["plain", guidance]
-    distance = frechet_interval(ours.features, reference, group_size=seeds)
+    distance = frechet_interval(ours.features, reference, prompts_of(ours, seeds))
     cells = [f"{guidance:g}", name, f"{cost:g}", share(ours.aligned, seeds).format(1, 100)]
     if key[0] == "plain":
         return [*cells, "", distance.format(), "", "", ""]
-    change = paired_frechet_difference(ours.features, plain.features, reference, group_size=seeds)
+    change = paired_frechet_difference(ours.features, plain.features, reference, prompts_of(ours, seeds))
     return [
         *cells,
         paired(ours.aligned, plain.aligned, seeds).marked(1, 100),
@@ -119,15 +120,19 @@ def _row(
     ]
 
 
+def prompts_of(outcome: Outcome, seeds: int) -> np.ndarray:
+    """Number of every image's prompt: the images of one prompt follow each other."""
+    return np.arange(len(outcome.features)) // seeds
+
+
 def share(right: np.ndarray, seeds: int) -> Estimate:
     """Mean with an interval over prompts."""
-    by_prompt = right.reshape(-1, seeds).mean(1)
-    return bootstrap(lambda rows: float(by_prompt[rows].mean()), len(by_prompt))
+    return proportion(right, np.arange(len(right)) // seeds)
 
 
 def paired(ours: np.ndarray, control: np.ndarray, seeds: int) -> Estimate:
     """Mean difference on the same prompts and seeds, with an interval over prompts."""
-    return paired_difference(ours.reshape(-1, seeds).mean(1), control.reshape(-1, seeds).mean(1))
+    return paired_difference(ours, control, np.arange(len(ours)) // seeds)
 
 
 def diversity_change(ours: Outcome, plain: Outcome, seeds: int, right_only: bool = False) -> Estimate:
@@ -160,7 +165,7 @@ def _note(num_prompts: int, seeds: int, reference: FeatureStats) -> str:
     floor = frechet_distance(load_reference("scenes-train"), reference)
     return (
         f"{num_prompts * seeds:,} images a row: {num_prompts} held-out prompts, {seeds} seeds each, the same in every"
-        " row; 95% bootstrap intervals over prompts, bold where they exclude 0. A row is one evaluation of the denoiser"
+        " row; 95% intervals over prompts, bold where they exclude 0. A row is one evaluation of the denoiser"
         " for one image; guided steps take two. *Best of N* is chosen by the grader that the table is made with, the"
         f" most that choosing can give. Fréchet floor (real train against real test images) {floor:.2f}."
     )
@@ -179,7 +184,9 @@ def _more(
             f"{job.rows:g}",
             share(ours.aligned, seeds).format(1, 100),
             paired(ours.aligned, control.aligned, seeds).marked(1, 100),
-            paired_frechet_difference(ours.features, control.features, reference, group_size=seeds).marked(),
+            paired_frechet_difference(
+                ours.features, control.features, reference, prompts_of(ours, seeds)
+            ).marked(),
             diversity_change(ours, control, seeds).marked(1, 100),
         ]
 

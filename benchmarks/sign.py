@@ -4,8 +4,9 @@
 
 The projector of --sign is compared with the teacher, and its projections are measured; the controls, trained as long as each
 other, are compared with the first of them. Every measurement is kept in
---cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a image. Intervals are by
-bootstrap over images, from the same noise in every row. The Fréchet distance is on the small grader's features and is not FID.
+--cache_dir, so an interrupted benchmark goes on where it stopped. Writes a Markdown page and a image. Intervals are
+over images, from the same noise in every row. The Fréchet distances are FD∞ on the small
+grader's features and are not FID.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The tables of benchmarks/smooth_lora.py."""
 
 import numpy as np
-from smooth_lora_runs import GUIDANCE, INVERSION_STEPS, RECONSTRUCTION_GUIDANCES, STEPS
+from smooth_lora_runs import GUIDANCE, INVERSION_STEPS, PICTURES_SEED, RECONSTRUCTION_GUIDANCES, STEPS
 
 from diffusers_ext.metrics.comparison import (
     bootstrap,
@@ -13,7 +13,7 @@ from diffusers_ext.metrics.comparison import (
 )
 from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
 from diffusers_ext.metrics.ssim import ssim
-from diffusers_ext.testbed.runs import load_reference
+from diffusers_ext.testbed.runs import held_out_prompts, load_reference
 
 Found = dict[str, np.ndarray]
 SEED = ", seed "
@@ -69,16 +69,17 @@ def smoothness(models: dict[str, Found], control: str) -> str:
 def quality(models: dict[str, Found], control: str) -> str:
     """Alignment and Fréchet distance."""
     reference, theirs = load_reference("scenes-test"), models[control]
+    prompts = held_out_prompts(len(theirs["aligned"]), PICTURES_SEED)
     rows = []
     for name, ours in models.items():
         gain = farther = ""
         if name != control:
-            gain = paired_difference(ours["aligned"].astype(float), theirs["aligned"].astype(float)).format(
-                1, 100
-            )
-            farther = paired_frechet_difference(ours["features"], theirs["features"], reference).format()
-        aligned = proportion(ours["aligned"]).format(1, 100)
-        rows.append([name, aligned, gain, frechet_interval(ours["features"], reference).format(), farther])
+            gain = paired_difference(ours["aligned"], theirs["aligned"], prompts).format(1, 100)
+            change = paired_frechet_difference(ours["features"], theirs["features"], reference, prompts)
+            farther = change.format()
+        aligned = proportion(ours["aligned"], prompts).format(1, 100)
+        distance = frechet_interval(ours["features"], reference, prompts).format()
+        rows.append([name, aligned, gain, distance, farther])
     compared = f"less {control}'s"
     return markdown_table(["model", "prompt accuracy, %", compared, "Fréchet distance", compared], rows)
 
@@ -120,9 +121,7 @@ def reconstruction(models: dict[str, Found], control: str) -> str:
 def _share(ours: np.ndarray, theirs: np.ndarray) -> str:
     """The change of a mean as a share of the control's, by bootstrap over the pairs."""
     return (
-        bootstrap(lambda rows: float(ours[rows].mean() / theirs[rows].mean() - 1), len(ours), 2000).format(
-            0, 100
-        )
+        bootstrap(lambda rows: float(ours[rows].mean() / theirs[rows].mean() - 1), len(ours)).format(0, 100)
         + "%"
     )
 

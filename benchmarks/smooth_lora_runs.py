@@ -24,6 +24,7 @@ GUIDANCE, STEPS = 2.0, 10
 INVERSION_STEPS = 20
 RECONSTRUCTION_GUIDANCES = (1.0, 2.0, 5.0)
 FRAMES = 12
+PICTURES_SEED = 22  # of the held-out prompts and their noise
 # Prompts and seeds of the two ends.
 STRIPS = (("a green bag", (4, 5)), ("a red sandal left of a blue dress", (1, 2)))
 # An item in another colour: what a image shows, and what it shall show.
@@ -77,7 +78,9 @@ def measure_strip(lora: Path | None) -> dict[str, np.ndarray]:
 def measure_quality(lora: Path | None, counts: Counts) -> dict[str, np.ndarray]:
     """Which images show every word of their prompt, and their features."""
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    result = run_scenes(load(lora), held_out_prompts(counts.pictures, seed=22), seed=22, **options)
+    result = run_scenes(
+        load(lora), held_out_prompts(counts.pictures, PICTURES_SEED), seed=PICTURES_SEED, **options
+    )
     return {"aligned": result.grades["aligned"], "features": result.features}
 
 

@@ -243,7 +243,9 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
     floor = frechet_distance(load_reference(f"{kind}-train"), reference)
     features = {p: np.concatenate([run.features for run in r]) for p, r in runs.items()}
     calls = {p: float(np.mean([run.calls for run in r])) for p, r in runs.items()}
-    distances = {p: frechet_interval(f, reference) for p, f in features.items()}
+    prompts = [p for seed in args.seeds for p in held_out_prompts(args.num_images, seed)]
+    groups = prompts if args.model == "scenes" else None
+    distances = {p: frechet_interval(f, reference, groups) for p, f in features.items()}
     header = [
         "solver",
         "steps",
@@ -258,28 +260,26 @@ def report(args: argparse.Namespace, runs: dict[Point, list[Run]]) -> None:
         variant = p.variant if p.guidance in (1.0, args.guidance_scale) else f"plain, guidance {p.guidance:g}"
         row = [p.solver, str(p.steps), variant, f"{calls[p]:.3g}", distances[p].format(2)]
         control = _respaced(p, runs, calls)
-        row.append(_difference(features[p], features[control], reference) if control else "")
+        row.append(_difference(features[p], features[control], reference, groups) if control else "")
         if args.model == "scenes":
             right = _aligned(runs[p])
-            row.append(proportion(right).format(1, 100))
+            row.append(proportion(right, groups).format(1, 100))
             row.append(
-                paired_difference(right.astype(float), _aligned(runs[control]).astype(float)).format(1, 100)
-                if control
-                else ""
+                paired_difference(right, _aligned(runs[control]), groups).format(1, 100) if control else ""
             )
         rows.append(row)
     n = args.num_images * len(args.seeds)
     note = (
         f"\n\n{n} images a row ({len(args.seeds)} seeds), the same noise"
-        f"{' and prompts' if args.model == 'scenes' else ''} in every row; 95% bootstrap intervals;"
+        f"{' and prompts' if args.model == 'scenes' else ''} in every row; 95% intervals{' over prompts' if groups else ''};"
         f" floor (real train against real test images) {floor:.2f}."
     )
     table = markdown_table(header, rows) + note + "\n"
     if args.model == "scenes":
-        table += "\n" + guidance_table(runs, calls, features, reference) + "\n"
+        table += "\n" + guidance_table(runs, calls, features, reference, prompts) + "\n"
     (args.output_dir / f"{args.model}.md").write_text(table)
     print(table)
-    plot(args, runs, calls, distances, floor)
+    plot(args, runs, calls, distances, floor, groups)
 
 
 def guidance_table(
@@ -287,6 +287,7 @@ def guidance_table(
     calls: dict[Point, float],
     features: dict[Point, np.ndarray],
     reference: FeatureStats,
+    prompts: list[str],
 ) -> str:
     """Teleportation against the plain solver at equal calls and the best of three guidance scales for it."""
     header = ["steps", "NFE", "plain's best guidance", "prompt accuracy, less plain's, %"]
@@ -294,8 +295,8 @@ def guidance_table(
     for p in runs:
         if p.variant == "teleport" and p.solver == "DPM++ 2M" and p.steps < 20:
             best = _most_aligned(p, runs, calls)
-            right = paired_difference(_aligned(runs[p]).astype(float), _aligned(runs[best]).astype(float))
-            distance = _difference(features[p], features[best], reference)
+            right = paired_difference(_aligned(runs[p]), _aligned(runs[best]), prompts)
+            distance = _difference(features[p], features[best], reference, prompts)
             rows.append(
                 [str(p.steps), f"{calls[p]:.3g}", f"{best.guidance:g}", right.format(1, 100), distance]
             )
@@ -325,8 +326,10 @@ def _most_aligned(point: Point, runs: dict[Point, list[Run]], calls: dict[Point,
     return max(plain, key=lambda p: _aligned(runs[p]).mean())
 
 
-def _difference(ours: np.ndarray, control: np.ndarray, reference: FeatureStats) -> str:
-    return paired_frechet_difference(ours, control, reference).marked()
+def _difference(
+    ours: np.ndarray, control: np.ndarray, reference: FeatureStats, groups: list[str] | None
+) -> str:
+    return paired_frechet_difference(ours, control, reference, groups).marked()
 
 
 def plot(
@@ -335,12 +338,13 @@ def plot(
     calls: dict[Point, float],
     distances: dict[Point, Any],
     floor: float,
+    groups: list[str] | None,
 ) -> None:
     """One column per solver, one row per measure against the calls, one colour per variant."""
     solvers = list(dict.fromkeys(p.solver for p in runs))
     measures: list[tuple[str, dict[Point, Any]]] = [("small-feature Fréchet distance", distances)]
     if args.model == "scenes":
-        measures.insert(0, ("prompt accuracy", {p: proportion(_aligned(r)) for p, r in runs.items()}))
+        measures.insert(0, ("prompt accuracy", {p: proportion(_aligned(r), groups) for p, r in runs.items()}))
     figure, axes = plt.subplots(
         len(measures),
         len(solvers),
