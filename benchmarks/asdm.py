@@ -17,13 +17,13 @@ from .asdm_runs import AS_IS, BATCHES, FOLDED, TEACHER, latency, pictures, plan,
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
 from .framework.plots import draw
-from .framework.samples import Samples
+from .framework.samples import CARDS, Samples
 from .framework.tables import Measure, Row, comparison, quality
 from .framework.trainings import Training
 
 WRITES = ("asdm.md", "asdm.png")
-STUDENT, GRADER = card_dir("asdm-fashion-scenes"), card_dir("fashion-grader")
-READS = (TEACHER / "unet", TEACHER / "vae", TEACHER / "text_encoder", GRADER)
+STUDENT = card_dir("asdm-fashion-scenes")
+READS = (TEACHER / "unet", TEACHER / "vae", TEACHER / "text_encoder", *CARDS.values())
 SHOWN = 10
 ONE_GO = "in one go"
 MAIN = "A-SDM: three stages, 300, 300, 900"

@@ -18,12 +18,12 @@ from diffusers_ext.testbed.runs import held_out_prompts, run_garments, run_scene
 
 from .framework.bench import Bench
 from .framework.cells import Cell
-from .framework.samples import graded
+from .framework.samples import CARDS, graded
 from .framework.tables import Row, comparison, quality
 
 WRITES = ("base_models.md", "base_models.png", "fashion_ddpm.png")
-SCENES, DDPM, GRADER = card_dir("fashion-scenes"), card_dir("fashion-ddpm"), card_dir("fashion-grader")
-READS = (SCENES / "unet", SCENES / "vae", SCENES / "text_encoder", GRADER)
+SCENES, DDPM = card_dir("fashion-scenes"), card_dir("fashion-ddpm")
+READS = (SCENES / "unet", SCENES / "vae", SCENES / "text_encoder", *CARDS.values())
 GRID = 48
 
 
@@ -83,7 +83,9 @@ def main(bench: Bench) -> None:
         "the same through the autoencoder": Cell(real, (bench.data_dir, True, s), READS),
     }
     rows |= {f"guidance {g:g}": Cell(scenes, (g, s), READS) for g in s.guidances}
-    pixel = {f"DPM++ 2M, {n} steps": Cell(garments, (n, s), (DDPM / "unet", GRADER)) for n in s.ddpm_steps}
+    pixel = {
+        f"DPM++ 2M, {n} steps": Cell(garments, (n, s), (DDPM / "unet", *CARDS.values())) for n in s.ddpm_steps
+    }
     found = bench.samples({name: [cell] for name, cell in (rows | pixel).items()})
     parts = []
     for title, kind, names in (("Fashion Scenes", "scenes", rows), ("Fashion DDPM", "garments", pixel)):

@@ -26,13 +26,13 @@ from diffusers_ext.testbed.grader import confidence, load_grader
 from .framework.bench import Bench
 from .framework.cells import Cell
 from .framework.plots import Panel, Series, draw
-from .framework.samples import Samples, graded
+from .framework.samples import CARDS, Samples, graded
 from .framework.statistics import Statistics
 from .framework.tables import Measure, Row, comparison, quality
 
 WRITES = ("golden_noise.md", "golden_noise.png", "golden_noise_pictures.png")
 BASE, NPNET = card_dir("fashion-scenes"), card_dir("npnet-fashion-scenes")
-READS = (BASE / "unet", BASE / "vae", BASE / "text_encoder", card_dir("fashion-grader"))
+READS = (BASE / "unet", BASE / "vae", BASE / "text_encoder", *CARDS.values())
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 # Of training/collect_noise_pairs.py, for the true re-denoised noise.
 PAIRS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.5}

@@ -22,14 +22,14 @@ from diffusers_ext.testbed.embedded import card_dir
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
 from .framework.plots import Panel, Series, draw
-from .framework.samples import Samples, graded, reference
+from .framework.samples import CARDS, Samples, graded, reference
 from .framework.tables import Measure, Row, comparison
 from .optimizers_runs import ARMS, Run, seconds_per_step, train
 
 WRITES = ("optimizers.md", "optimizers.png")
 TITLES = {"pixel": "Pixel DDPM from scratch", "lora": "Smooth-LoRA on Fashion Scenes"}
 BASE = card_dir("fashion-scenes")
-READS = (BASE / "unet", BASE / "vae", BASE / "text_encoder", card_dir("fashion-grader"))
+READS = (BASE / "unet", BASE / "vae", BASE / "text_encoder", *CARDS.values())
 RATES: dict[str, tuple[float, ...]] = {
     "pixel": (1e-3, 2.5e-3, 6.3e-3, 1.6e-2),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),

@@ -26,14 +26,14 @@ from diffusers_ext.testbed.runs import run_garments
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
 from .framework.plots import draw
-from .framework.samples import Samples, graded
+from .framework.samples import CARDS, Samples, graded
 from .framework.statistics import Statistics
 from .framework.tables import Measure, Row, comparison, quality
 from .framework.trainings import Training
 from .pixel_pipeline import PixelPipeline
 
 WRITES = ("sign.md", "sign.png")
-TEACHER, SIGN, GRADER = (card_dir(n) for n in ("fashion-ddpm", "sign-fashion-ddpm", "fashion-grader"))
+TEACHER, SIGN = card_dir("fashion-ddpm"), card_dir("sign-fashion-ddpm")
 # Larger ones leave the processor's cache.
 BATCH = 64
 SOLVERS: dict[str, Any] = {
@@ -259,7 +259,7 @@ def drawn_of(s: Settings, controls: Mapping[str, Path]) -> dict[tuple[str, int],
 
 def reads(folder: Path | None) -> tuple[Path, ...]:
     """What a measurement of a projector depends on beside it."""
-    return (TEACHER / "unet", GRADER, *([folder] if folder else []))
+    return (TEACHER / "unet", *CARDS.values(), *([folder] if folder else []))
 
 
 def main(bench: Bench) -> None:

@@ -24,7 +24,7 @@ from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
 from .framework.plots import Panel, Series, draw
-from .framework.samples import Samples, graded
+from .framework.samples import CARDS, Samples, graded
 from .framework.statistics import Statistics
 from .framework.tables import Measure, Row, comparison, quality
 from .framework.trainings import Training
@@ -192,12 +192,11 @@ def main(bench: Bench) -> None:
 
 def measured(bench: Bench, s: Settings, loras: dict[str, Path | None]) -> dict[str, Model]:
     """All measurements of all models."""
-    grader = card_dir("fashion-grader")
     cells = {
         name: (
             Cell(paths, (lora, s.paths), READS),
             Cell(strips, (lora,), READS),
-            Cell(images, (lora, s.images), (*READS, grader)),
+            Cell(images, (lora, s.images), (*READS, *CARDS.values())),
             Cell(inversion, (lora, s.inversions, bench.data_dir), READS),
         )
         for name, lora in loras.items()

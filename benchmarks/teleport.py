@@ -19,7 +19,7 @@ from diffusers_ext.testbed.runs import Run, held_out_prompts, run_garments, run_
 from .framework.bench import Bench
 from .framework.cells import Cell
 from .framework.plots import Panel, Series, draw
-from .framework.samples import Samples, graded
+from .framework.samples import CARDS, Samples, graded
 from .framework.statistics import Statistics
 from .framework.tables import Row, comparison, quality
 from .pixel_pipeline import PixelPipeline
@@ -177,7 +177,7 @@ def page(bench: Bench, model: str, settings: Settings, points: list[Point]) -> N
     """One model's page and plot."""
     folder = card_dir(f"fashion-{model}")
     parts = ("unet", "gaussian") if model == "ddpm" else ("unet", "vae", "text_encoder", "gaussian")
-    reads = (*(folder / part for part in parts), card_dir("fashion-grader"))
+    reads = (*(folder / part for part in parts), *CARDS.values())
     cells = {
         p: [Cell(images, (model, p, seed, settings.images), reads) for seed in settings.seeds] for p in points
     }

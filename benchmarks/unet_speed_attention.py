@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, gri_attention
+from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, gri_attention, padded_width
 from diffusers_ext.metrics.comparison import markdown_table
 
 from .framework.statistics import paired_ratio
@@ -124,9 +124,12 @@ def _chosen(
         window = min(WINDOW, side)
         queries, keys = window**2, window**2 + (-(-side // POOL)) ** 2
         windows = batch_size * (-(-side // window)) ** 2
-        for batch, n, m in ((batch_size, side**2, side**2), (windows, queries, keys)):
-            query = _empty(batch, heads, n, width, device, dtype)
-            key = _empty(batch, heads, m, width, device, dtype)
+        for batch, n, m, dim in (
+            (batch_size, side**2, side**2, width),
+            (windows, queries, keys, padded_width(width)),
+        ):
+            query = _empty(batch, heads, n, dim, device, dtype)
+            key = _empty(batch, heads, m, dim, device, dtype)
             # The one place where PyTorch tells; private, but what its own dispatch calls.
             choice = SDPBackend(torch._fused_sdp_choice(query, key, key))
             found.add(next((name for name, backend in BACKENDS.items() if backend == choice), choice.name))

@@ -83,7 +83,15 @@ def _commands(group: Any, path: tuple[str, ...] = ()) -> Any:
 
 def test_every_command_and_option_has_help() -> None:
     found = dict(_commands(typer.main.get_command(cli.app)))
-    expected = {("fit-gaussian",), ("istd",), ("convert", "npnet"), ("asdm", "plan"), ("demo",), ("version",)}
+    expected = {
+        ("fit-gaussian",),
+        ("istd",),
+        ("convert", "npnet"),
+        ("asdm", "plan"),
+        ("asdm", "search"),
+        ("demo",),
+        ("version",),
+    }
     assert expected <= set(found)
     for path, command in found.items():
         assert command.help, path

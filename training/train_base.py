@@ -1,6 +1,7 @@
-"""Trains the testbed's models: the grader, the autoencoder, the text-to-image model and the pixel model.
+"""Trains the testbed's models: the two graders, the autoencoder, the text-to-image model and the pixel model.
 
     accelerate launch training/train_base.py --model grader --train_data_dir DIR --output_dir runs/grader
+    accelerate launch training/train_base.py --model judge --train_data_dir DIR --output_dir runs/judge --seed 1
     accelerate launch training/train_base.py --model vae --train_data_dir DIR --output_dir runs/vae --use_ema
     accelerate launch training/train_base.py --model scenes --train_data_dir DIR --vae runs/vae/model ...
     accelerate launch training/train_base.py --model ddpm --train_data_dir DIR --output_dir runs/ddpm ...
@@ -30,6 +31,7 @@ from diffusers_ext.training.loop import make_accelerator
 
 TRAINERS = {
     "grader": base_training.train_grader,
+    "judge": base_training.train_judge,
     "vae": base_training.train_vae,
     "scenes": base_training.train_scenes,
     "ddpm": base_training.train_ddpm,
@@ -45,6 +47,20 @@ A small classifier of Fashion-MNIST garments, which checks whether a scene shows
 from diffusers_ext.testbed.grader import GarmentClassifier
 
 grader = GarmentClassifier.from_pretrained("FOLDER").eval()
+```""",
+        ["image-classification"],
+    ),
+    "judge": (
+        "Garment judge",
+        """\
+A second classifier of Fashion-MNIST garments, with which the results of the first one are checked. It was trained on
+the test images, which the base models and the first grader have not seen. No training, scorer or choice of settings
+uses it.
+
+```python
+from diffusers_ext.testbed.judge import GarmentJudge
+
+judge = GarmentJudge.from_pretrained("FOLDER").eval()
 ```""",
         ["image-classification"],
     ),
@@ -118,6 +134,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model == "scenes" and not args.vae:
         parser.error("--model scenes needs --vae, the folder of a trained autoencoder")
+    if args.model == "judge" and args.block_out_channels:
+        parser.error(
+            "--block_out_channels is not for --model judge, whose layers have one width: leave it out"
+        )
     return args
 
 

@@ -11,22 +11,29 @@ import numpy as np
 from torch import Tensor
 
 from diffusers_ext.metrics.frechet import FeatureStats
+from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.grader import garment_features, grade, load_grader, scene_features
-from diffusers_ext.testbed.runs import load_reference
+from diffusers_ext.testbed.judge import load_judge
+from diffusers_ext.testbed.runs import load_reference, load_rows
 
 from .cells import Arrays
 
-# Every judge grades every image. The first is the one that training and scorers may have seen.
-JUDGES: dict[str, Callable[[], Any]] = {"grader": load_grader}
+# Both grade every image. Scorers and choices of settings may use the first; nothing but benchmarks sees the judge.
+JUDGES: dict[str, Callable[[], Any]] = {"grader": load_grader, "judge": load_judge}
+CARDS = {name: card_dir(f"fashion-{name}") for name in JUDGES}
 SHOWN = 16
 
 
 @lru_cache
 def reference(kind: str, judge: str) -> FeatureStats:
     """Statistics of real images' features; `kind` is one of `testbed.runs.REFERENCES`."""
-    if judge != "grader":
-        raise ValueError(f"There are no reference statistics of {judge}; there are those of the grader.")
-    return load_reference(kind)
+    return load_reference(kind, CARDS[judge].name)
+
+
+@lru_cache
+def real_rows(kind: str, judge: str) -> np.ndarray:
+    """Features of 4,000 real test images of a kind, "scenes" or "garments"."""
+    return load_rows(f"{kind}-test", CARDS[judge].name)
 
 
 def graded(images: np.ndarray | Tensor, prompts: Sequence[str] | None = None, **more: Any) -> dict[str, Any]:

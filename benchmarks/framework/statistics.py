@@ -1,18 +1,28 @@
 """Estimates of rows and of their differences to a control: the one place that calls the library's statistics.
 
-Every interval is over prompts: the images of one prompt are resampled together.
+Every interval is over prompts: the images of one prompt count as one group.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from diffusers_ext.metrics.comparison import Estimate, bootstrap
-from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.metrics.comparison import (
+    Estimate,
+    bootstrap,
+    frechet_interval,
+    paired_difference,
+    paired_frechet_difference,
+    proportion,
+)
+from diffusers_ext.metrics.estimate import group_index, group_sums
+from diffusers_ext.metrics.frechet import frechet_distance
+from diffusers_ext.metrics.kid import kid
+from diffusers_ext.metrics.prdc import prdc
 
-from .samples import Samples, reference
+from .samples import Samples, real_rows, reference
+
+UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
@@ -29,28 +39,37 @@ class Statistics:
 
     def accuracy(self, ours: Samples, judge: str) -> Estimate:
         """Share of the images that show every word of their prompt."""
-        return self.mean(ours.aligned(judge), ours.prompts)
+        return proportion(ours.aligned(judge), ours.prompts)
 
     def accuracy_difference(self, ours: Samples, control: Samples, judge: str) -> Estimate:
         """`accuracy` less the control's, on the same prompts and noise."""
-        return self.difference(ours.aligned(judge), control.aligned(judge), ours.prompts)
+        return paired_difference(ours.aligned(judge), control.aligned(judge), ours.prompts)
 
     def distance(self, ours: Samples, judge: str) -> Estimate:
-        """Fréchet distance to real test images."""
-        features, real = ours.features(judge), reference(f"{self.kind}-test", judge)
-        return _centred(
-            self._grouped(lambda rows: frechet_distance(FeatureStats.of(features[rows]), real), ours.prompts)
-        )
+        """FD∞ to real test images, not known for fewer images than features, as in small runs."""
+        features = ours.features(judge)
+        if len(features) <= features.shape[1]:
+            return UNKNOWN
+        return frechet_interval(features, reference(f"{self.kind}-test", judge), ours.prompts)
 
     def distance_difference(self, ours: Samples, control: Samples, judge: str) -> Estimate:
         """`distance` less the control's, on the same prompts and noise."""
-        a, b, real = ours.features(judge), control.features(judge), reference(f"{self.kind}-test", judge)
+        a, b = ours.features(judge), control.features(judge)
+        if len(a) <= a.shape[1]:
+            return UNKNOWN
+        return paired_frechet_difference(a, b, reference(f"{self.kind}-test", judge), ours.prompts)
 
-        def less(rows: np.ndarray) -> float:
-            own, other = (frechet_distance(FeatureStats.of(x[rows]), real) for x in (a, b))
-            return own - other
+    def kernel_distance(self, ours: Samples, judge: str) -> Estimate:
+        """KID's arithmetic against real test images, times 1,000."""
+        found = kid(ours.features(judge), real_rows(self.kind, judge), ours.prompts)
+        return Estimate(*(1000 * x for x in (found.value, found.low, found.high)), found.p_value)
 
-        return _centred(self._grouped(less, ours.prompts))
+    def density_and_coverage(self, ours: Samples, judge: str) -> str:
+        """ "density / coverage" against as many real test images."""
+        rows = real_rows(self.kind, judge)
+        features = ours.features(judge)
+        found = prdc(features, rows[: len(features)], min(5, len(features) - 1))
+        return f"{found.density:.2f} / {found.coverage:.2f}"
 
     def diversity_change(
         self, ours: Samples, control: Samples, judge: str, right_only: bool = False
@@ -65,49 +84,40 @@ class Statistics:
             kept = right[first] & right[second]
             first, second, group = first[kept], second[kept], group[kept]
         if not len(first):
-            return Estimate(float("nan"), float("nan"), float("nan"))
+            return UNKNOWN
         a, b = (
             np.linalg.norm(x[first] - x[second], axis=-1)
             for x in (ours.features(judge), control.features(judge))
         )
-        return self._grouped(lambda rows: float(a[rows].mean() / b[rows].mean() - 1), group)
+        return self._ratio(a, b, group)
 
     def floor(self, judge: str) -> float:
-        """Fréchet distance of real training images to real test images."""
+        """Fréchet distance of 8,000 real training images to 8,000 real test images: the limit for a perfect model."""
         return frechet_distance(*(reference(f"{self.kind}-{split}", judge) for split in ("train", "test")))
 
     def mean(self, values: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
-        """Mean of values (n,), of which those of one group (n,) are resampled together."""
-        return self._grouped(lambda rows: float(values[rows].mean()), _groups(values, groups))
+        """Mean of values (n,), of which those of one group (n,) belong together."""
+        return paired_difference(values, np.zeros(len(values)), groups)
 
     def difference(self, ours: np.ndarray, control: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
         """Mean of the differences of two results (n,) on the same prompts and noise."""
-        return self.mean(ours.astype(np.float64) - control, groups)
+        return paired_difference(ours, control, groups)
 
     def ratio_change(
         self, ours: np.ndarray, control: np.ndarray, groups: np.ndarray | None = None
     ) -> Estimate:
         """Change of a mean as a share of the control's."""
-        return self._grouped(
-            lambda rows: float(ours[rows].mean() / control[rows].mean() - 1), _groups(ours, groups)
-        )
+        return self._ratio(ours, control, np.arange(len(ours)) if groups is None else groups)
 
-    def _grouped(self, statistic: Callable[[np.ndarray], float], groups: np.ndarray) -> Estimate:
-        order = np.argsort(groups, kind="stable")
-        _, starts = np.unique(groups[order], return_index=True)
-        members = np.split(order, starts[1:])
-        return bootstrap(
-            lambda drawn: statistic(np.concatenate([members[k] for k in drawn])), len(members), self.resamples
-        )
+    def _ratio(self, ours: np.ndarray, control: np.ndarray, groups: np.ndarray) -> Estimate:
+        # Sums over the groups, so that a resample is cheap.
+        index = group_index(groups, len(groups))
+        a, b = (group_sums(np.asarray(x, np.float64), index) for x in (ours, control))
 
+        def change(drawn: np.ndarray) -> float:
+            return float(a[drawn].sum() / b[drawn].sum() - 1)
 
-def _groups(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    return np.arange(len(values)) if groups is None else groups
-
-
-def _centred(estimate: Estimate) -> Estimate:
-    half = (estimate.high - estimate.low) / 2
-    return Estimate(estimate.value, estimate.value - half, estimate.value + half)
+        return bootstrap(change, len(a), self.resamples)
 
 
 def pairs_of(prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,21 +136,3 @@ def paired_ratio(ours: np.ndarray, control: np.ndarray) -> Estimate:
     """Median over rounds of `ours ÷ control`, seconds (rounds,), with a bootstrap interval over the rounds."""
     ratios = ours / control
     return bootstrap(lambda rows: float(np.median(ratios[rows])), len(ratios))
-
-
-def holm(estimates: Sequence[Estimate], level: float = 0.05) -> list[bool]:
-    """Which of several estimates differ from 0 when all are tested together (Holm 1979)."""
-    values = [_p_value(estimate) for estimate in estimates]
-    found = [False] * len(values)
-    for place, number in enumerate(np.argsort(values, kind="stable")):
-        if not values[number] <= level / (len(values) - place):
-            break
-        found[number] = True
-    return found
-
-
-def _p_value(estimate: Estimate) -> float:
-    error = (estimate.high - estimate.low) / (2 * 1.959964)
-    if not error > 0:
-        return 1.0 if estimate.value == 0 or math.isnan(error) else 0.0
-    return math.erfc(abs(estimate.value) / error / 2**0.5)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_ext.metrics.comparison import Estimate, markdown_table
+from diffusers_ext.metrics.comparison import Estimate, holm, markdown_table
 
 from .samples import JUDGES
-from .statistics import Statistics, holm
+from .statistics import Statistics
 
 Cells = str | float | Estimate
 
@@ -74,7 +74,7 @@ def comparison(
                 compared = there and row.control is not None
                 cells.append(_difference(measure, row) if compared else "")
     differences = [cell.estimate for cells in values for cell in cells if isinstance(cell, _Difference)]
-    marks = iter(holm(differences))
+    marks = iter(holm(differences) if differences else [])
     formats = [
         (m.digits, m.scale) for m in measures for part in (m.value, compared_at_all and m.difference) if part
     ]
@@ -109,12 +109,12 @@ def _text(cell: Any, digits: int, scale: float, marks: Any) -> str:
         text = cell.estimate.format(digits, scale)
         return f"**{text}**" if next(marks) else text
     if isinstance(cell, Estimate):
-        return cell.format(digits, scale)
+        return "–" if math.isnan(cell.value) else cell.format(digits, scale)
     return cell if isinstance(cell, str) else f"{scale * cell:.{digits}f}"
 
 
 def quality(statistics: Statistics, diversity: bool = False, values: bool = True) -> list[Measure]:
-    """The measures of samples: prompt accuracy and Fréchet distance by every judge, and diversity within a prompt.
+    """The measures of samples by both judges: prompt accuracy, FD∞, KID, density and coverage, diversity within a prompt.
 
     Args:
         statistics: of the kind of images; garments have no prompts.
@@ -127,6 +127,16 @@ def quality(statistics: Statistics, diversity: bool = False, values: bool = True
         if statistics.kind == "scenes":
             found.append(_accuracy(statistics, judge, who))
         found.append(_distance(statistics, judge, who, values))
+        if values:
+            found += [
+                Measure(
+                    f"KID · 1000{who}", lambda ours, judge=judge: statistics.kernel_distance(ours, judge)
+                ),
+                Measure(
+                    f"density / coverage{who}",
+                    lambda ours, judge=judge: statistics.density_and_coverage(ours, judge),
+                ),
+            ]
         if diversity:
             found += [_diversity(statistics, judge, who, right_only) for right_only in (False, True)]
     return found
@@ -144,10 +154,10 @@ def _accuracy(statistics: Statistics, judge: str, who: str) -> Measure:
 
 def _distance(statistics: Statistics, judge: str, who: str, value: bool) -> Measure:
     return Measure(
-        f"Fréchet distance{who}",
+        f"FD∞{who}",
         (lambda ours: statistics.distance(ours, judge)) if value else None,
         lambda ours, control: statistics.distance_difference(ours, control, judge),
-        header="less {}" if value else f"Fréchet distance{who}, less {{}}",
+        header="less {}" if value else f"FD∞{who}, less {{}}",
     )
 
 

@@ -1,8 +1,8 @@
 """A-SDM: block pruning of a UNet, with GRI attention, CLME-CondConv and progressive incubation.
 
 Zhu et al., *A-SDM*, arXiv:2312.15516, rebuilt from the paper's description: its code and the exact form of
-its attention are not public. `plan_pruning` and `prune_unet` prune a UNet; `apply_gri_attention` and
-`remove_gri_attention` add and remove the attention.
+its attention are not public. `plan_pruning` and `prune_unet` prune a UNet, and `search_plans`
+chooses among plans; `apply_gri_attention` and `remove_gri_attention` add and remove the attention.
 """
 
 from ..core.methods import register

@@ -1,8 +1,10 @@
 from .apply import apply_gri_attention as apply_gri_attention
 from .apply import remove_gri_attention as remove_gri_attention
 from .calibration import record_calibration_inputs as record_calibration_inputs
+from .halving import Halving as Halving
 from .plan import PruningPlan as PruningPlan
 from .plan import preset_plan as preset_plan
+from .plan_search import search_plans as search_plans
 from .prune import prune_unet as prune_unet
 from .search import plan_pruning as plan_pruning
 from .search import profile_unet as profile_unet

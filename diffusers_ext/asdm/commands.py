@@ -1,4 +1,4 @@
-"""The command `diffusers-ext asdm plan`."""
+"""The commands `diffusers-ext asdm plan` and `diffusers-ext asdm search`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..core.commands import (
     Dtype,
     Guidance,
     Height,
+    Model,
     Seed,
     Width,
     image_options,
@@ -36,6 +37,7 @@ def add_commands(app: typer.Typer) -> None:
         """Prunes a UNet: A-SDM (arXiv:2312.15516) as rebuilt here."""
 
     asdm.command("plan")(one_line_errors(plan))
+    asdm.command("search")(one_line_errors(search))
     app.add_typer(asdm, name="asdm")
 
 
@@ -101,6 +103,79 @@ def plan(
         if plot is not None:
             save_plot(profile, plot, found)
     _finish(found, output)
+
+
+def search(
+    model: Model,
+    target: Annotated[float, typer.Option(help="Share of the UNet's time that may remain: 0.6 saves 40%.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the search; an interrupted one continues.")],
+    batch_size: Annotated[
+        list[int],
+        typer.Option(min=1, help="Rows of a call that has to reach the target; repeat for several."),
+    ] = [8, 1],  # noqa: B006
+    dataset_name: Annotated[
+        str | None, typer.Option(help="Data set, as for --dataset_name of the training scripts.")
+    ] = None,
+    train_data_dir: Annotated[
+        str | None, typer.Option(help="Image folder with captions in metadata.jsonl.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Resize and crop images to this size.")
+    ] = None,
+    max_train_samples: Annotated[int | None, typer.Option(min=1, help="Use the first images only.")] = None,
+    num_validation_images: Annotated[
+        int, typer.Option(min=2, help="Images to keep from training, for the loss.")
+    ] = 256,
+    num_candidates: Annotated[int, typer.Option(min=1, help="Number of plans to train students of.")] = 12,
+    rungs: Annotated[int, typer.Option(min=1, help="Number of rungs of successive halving.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the first rung.")] = 100,
+    eta: Annotated[
+        int, typer.Option(min=2, help="The best 1/eta of a rung are trained to eta times as many steps.")
+    ] = 2,
+    train_batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate, constant after a warmup.")] = 1e-3,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
+    stock_only: Annotated[
+        bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the UNet.")
+    ] = False,
+    num_inference_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the sampling run that cuts are measured on.")
+    ] = 20,
+    guidance_scale: Guidance = 7.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of time measurements.")] = 10,
+    seed: Seed = 0,
+) -> None:
+    """Finds plans that reach a target of measured time, trains a student of each for a few steps, the better ones for longer, and writes the best plan."""
+    from .halving import Halving
+    from .plan_search import search_plans
+    from .report import comparison_text, search_table
+
+    result = search_plans(
+        model,
+        output_dir,
+        target,
+        batch_sizes=batch_size,
+        num_candidates=num_candidates,
+        halving=Halving(steps, rungs, eta),
+        stock_only=stock_only,
+        num_validation_images=num_validation_images,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        repeats=repeats,
+        dataset_name=dataset_name,
+        train_data_dir=train_data_dir,
+        resolution=resolution,
+        max_train_samples=max_train_samples,
+        train_batch_size=train_batch_size,
+        learning_rate=learning_rate,
+        mixed_precision=mixed_precision,
+        seed=seed,
+    )
+    Console().print(search_table(result))
+    if len(result.candidates) < num_candidates:
+        say(f"There are {len(result.candidates)} different plans, not {num_candidates}.")
+    say(comparison_text(result))
+    say(f"Written to {output_dir / 'plan.json'}")
 
 
 def _finish(found: PruningPlan, output: Path) -> None:

@@ -286,6 +286,31 @@ def measure_milliseconds(
     return {path: statistics.median(values) for path, values in found.items()}
 
 
+@torch.no_grad()
+def time_ratio(unet: nn.Module, other: nn.Module, inputs: Mapping[str, Any], repeats: int = 10) -> float:
+    """The time of one call of `unet` divided by that of `other`: median over calls in turns.
+
+    Args:
+        unet, other: UNets with the same inputs.
+        inputs: keyword arguments of the calls.
+        repeats: number of calls of each, 1 or more, after one warmup call.
+
+    Raises:
+        ValueError: `repeats` is below 1.
+    """
+    check_counts(repeats=repeats)
+    both = {"unet": unet, "other": other}
+    device, found = next(unet.parameters()).device.type, []
+    for number in range(repeats + 1):
+        marks: dict[str, list[Any]] = {name: [] for name in both}
+        with _stopwatches(both, marks, device):
+            for network in both.values():
+                network(**inputs)
+        if number:
+            found.append(_elapsed(*marks["unet"]) / _elapsed(*marks["other"]))
+    return statistics.median(found)
+
+
 @contextmanager
 def _stopwatches(modules: dict[str, nn.Module], marks: dict[str, list[Any]], device: str) -> Iterator[None]:
     """Records when each module starts and ends."""

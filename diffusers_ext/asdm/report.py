@@ -13,6 +13,7 @@ from ..core.extras import require
 if TYPE_CHECKING:
     from .cost import Cost
     from .plan import PruningPlan
+    from .plan_search import SearchResult
     from .search import PruningProfile
 
 _SIDES = {"down_blocks": "tab:blue", "mid_block": "tab:green", "up_blocks": "tab:orange"}
@@ -56,6 +57,36 @@ def plan_table(plan: PruningPlan) -> Table:
             loss = plan.predictions[index].loss
         table.add_row(name, *figures, _loss(loss), ", ".join(cuts))
     return table
+
+
+def search_table(result: SearchResult) -> Table:
+    """A table of the candidates of a search, best first: measured times, and losses by rung."""
+    from .halving import ranking
+
+    table = Table("rank", "plan", title="Students of the candidate plans")
+    for rows in result.candidates[result.control].times:
+        table.add_column(f"time, {rows} row{'s' if rows > 1 else ''}", justify="right")
+    for rung in result.rungs:
+        table.add_column(f"loss, {rung.steps} steps", justify="right")
+    for name in ("searched by", "cuts"):
+        table.add_column(name)
+    for rank, name in enumerate(ranking(result.rungs), 1):
+        candidate = result.candidates[name]
+        losses = [_loss(rung.losses.get(name)) for rung in result.rungs]
+        shown = f"{name} (control)" if name == result.control else name
+        times = [f"{time:.1%}" for time in candidate.times.values()]
+        table.add_row(str(rank), shown, *times, *losses, candidate.source, ", ".join(candidate.plan.cuts))
+    return table
+
+
+def comparison_text(result: SearchResult) -> str:
+    """One sentence about the best plan and the control."""
+    if result.comparison is None:
+        return f"The best plan is {result.control}, that of the plain search (the control)."
+    return (
+        f"The loss of the best plan less that of the control, {result.control}, after {result.rungs[-1].steps} steps,"
+        f" on other noise and timesteps: {result.comparison.format(4)} (95% interval)."
+    )
 
 
 def _table(first: str, *rest: str, title: str) -> Table:

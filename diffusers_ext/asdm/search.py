@@ -22,8 +22,8 @@ Cuts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Option:
-    """A set of cuts: their loss, and the cost that they save."""
+class Option:
+    """A set of cuts: the sum of their losses, and the cost that they save."""
 
     loss: float
     saved: float
@@ -63,9 +63,9 @@ class PruningProfile:
             ValueError: the target is out of range or cannot be reached, the cost was not measured, or
                 `num_stages` is below 1.
         """
-        _check_goal(target, by, num_stages)
+        check_goal(target, by, num_stages)
         total = self.costs.total.of(by)
-        found = self._front(by, stock_only)
+        found = self.front(by, stock_only)
         enough = [option for option in found if option.saved >= (1 - target) * total * (1 - 1e-12)]
         if not enough:
             best = 1 - max(option.saved for option in found) / total
@@ -75,7 +75,7 @@ class PruningProfile:
                 f"{', or allow more than a stock UNet' if stock_only else ''}."
             )
         chosen = min(enough, key=lambda option: (option.loss, -option.saved))
-        return self._staged(chosen.cuts, by, num_stages)
+        return self.staged(chosen.cuts, by, num_stages)
 
     def random_plan(
         self, target: float, by: str = "macs", seed: int = 0, stock_only: bool = False
@@ -89,7 +89,7 @@ class PruningProfile:
         Raises:
             ValueError: see `plan`; also if no draw reaches the target.
         """
-        _check_goal(target, by)
+        check_goal(target, by)
         total, draw = self.costs.total.of(by), random.Random(seed)
         allowed = self._allowed(by, stock_only)
         # Once per layer. If no layer is left, the loop below continues with the next cut.
@@ -118,8 +118,12 @@ class PruningProfile:
         cuts = possible_cuts(self.config, stock_only)
         return [c for c in cuts if (c,) in self.sensitivity.cuts and self._saved((c,), by) > 0]
 
-    def _front(self, by: str, stock_only: bool) -> list[_Option]:
-        """The sets of cuts for which no other set has a smaller loss and saves as much."""
+    def front(self, by: str, stock_only: bool) -> list[Option]:
+        """The sets of cuts for which no other set has a smaller loss and saves as much, sorted by loss.
+
+        Args:
+            by, stock_only: see `plan`.
+        """
         shape, last = UNetShape(self.config), len(self.config["layers_per_block"]) - 1
         allowed = self._allowed(by, stock_only)
         fronts = []
@@ -136,7 +140,7 @@ class PruningProfile:
             inner = _cross(inner, front)
         return inner
 
-    def _options(self, names: list[str], by: str) -> list[_Option]:
+    def _options(self, names: list[str], by: str) -> list[Option]:
         """All sets of cuts of one part of the UNet."""
         shape, total, found = UNetShape(self.config), self.costs.total.of(by), []
         layers = [c for c in names if c.startswith("layer.")]
@@ -152,11 +156,11 @@ class PruningProfile:
             if any(_emptied(after, cut) for cut in cuts):
                 continue
             loss = sum(self.sensitivity.cuts[part] for part in parts if part)
-            found.append(_Option(loss, total - self.costs.of_shape(after).of(by), cuts))
+            found.append(Option(loss, total - self.costs.of_shape(after).of(by), cuts))
         return found
 
-    def _staged(self, cuts: Cuts, by: str, num_stages: int) -> PruningPlan:
-        """Orders the cuts and divides them into stages."""
+    def staged(self, cuts: Cuts, by: str, num_stages: int) -> PruningPlan:
+        """A plan of these cuts, ordered and divided into stages; see `plan` for the arguments."""
         steps = []
         for name in dict.fromkeys(cuts):
             for times in range(1, cuts.count(name) + 1):
@@ -184,7 +188,8 @@ class PruningProfile:
         return self.costs.total.of(by) - self.costs.of_shape(shape).of(by)
 
 
-def _check_goal(target: float, by: str, num_stages: int = 1) -> None:
+def check_goal(target: float, by: str, num_stages: int = 1) -> None:
+    """Raises a ValueError unless this is a goal that `PruningProfile.plan` takes."""
     check_counts(num_stages=num_stages)
     check_measure(by)
     if not 0 < target < 1:
@@ -209,16 +214,16 @@ def _of_stage(shape: UNetShape, cuts: Sequence[str], stage: int) -> list[str]:
     return [cut for cut in cuts if cut in whole | single]
 
 
-def _pareto(options: Sequence[_Option]) -> list[_Option]:
+def _pareto(options: Sequence[Option]) -> list[Option]:
     """The options for which no other one has a smaller loss and saves as much, sorted by loss."""
-    found: list[_Option] = []
+    found: list[Option] = []
     for option in sorted(options, key=lambda o: (o.loss, -o.saved, len(o.cuts))):
         if not found or option.saved > found[-1].saved:
             found.append(option)
     return found
 
 
-def _cross(one: list[_Option], other: list[_Option]) -> list[_Option]:
+def _cross(one: list[Option], other: list[Option]) -> list[Option]:
     """The best combinations of two lists of options.
 
     The lists concern different parts of the UNet, so losses and savings add up.
@@ -230,8 +235,7 @@ def _cross(one: list[_Option], other: list[_Option]) -> list[_Option]:
     keep = order[np.concatenate([[True], best[1:] > best[:-1]])]
     pairs = [divmod(int(index), len(other)) for index in keep]
     return [
-        _Option(float(loss[i]), float(saved[i]), one[a].cuts + other[b].cuts)
-        for i, (a, b) in zip(keep, pairs)
+        Option(float(loss[i]), float(saved[i]), one[a].cuts + other[b].cuts) for i, (a, b) in zip(keep, pairs)
     ]
 
 
@@ -297,7 +301,7 @@ def plan_pruning(
     Raises:
         ValueError: see `profile_unet` and `PruningProfile.plan`.
     """
-    _check_goal(target, by, num_stages)  # before the measurements, which take long
+    check_goal(target, by, num_stages)  # before the measurements, which take long
     repeats = 10 if by == "milliseconds" else 0
     profile = profile_unet(unet, inputs, repeats=repeats, score=score)
     return profile.plan(target, by, num_stages, stock_only)

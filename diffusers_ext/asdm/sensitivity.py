@@ -59,6 +59,36 @@ def output_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Sequ
     return float(torch.cat(errors).double().mean())
 
 
+def guidance_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Sequence[Tensor]) -> float:
+    """Mean over inputs and pairs of rows of ‖δ − δ₀‖²/‖δ₀‖².
+
+    δ is the output with the prompt less that without it, and δ₀ that of the full UNet. This is what guidance
+    multiplies. Most of a UNet's output does not depend on the prompt, so `output_change` hardly shows whether
+    a part carries the prompt.
+
+    Args:
+        unet: the UNet to compare.
+        inputs: calibration inputs of a run with guidance: the rows without prompt, then those with prompt.
+        reference: the outputs of the full UNet, from `predict`.
+
+    Raises:
+        ValueError: the inputs have an odd number of rows, or the prompts do not change the output of the full
+            UNet.
+    """
+    errors = []
+    for found, wanted in zip(predict(unet, inputs), reference):
+        if len(wanted) % 2:
+            raise ValueError(
+                f"Expected rows with and without guidance, got {len(wanted)} rows: use guidance."
+            )
+        (without, given), (base, whole) = found.chunk(2), wanted.chunk(2)
+        size = (whole - base).flatten(1).square().sum(1)
+        if not size.all():
+            raise ValueError("The prompts do not change the output of the full UNet: use other prompts.")
+        errors.append((given - without - whole + base).flatten(1).square().sum(1) / size)
+    return float(torch.cat(errors).double().mean())
+
+
 def measure_sensitivity(
     unet: Any, inputs: Sequence[CalibrationInput], score: Score | None = None, progress: bool = False
 ) -> Sensitivity:

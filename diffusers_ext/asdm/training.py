@@ -49,7 +49,7 @@ class StageObjective(nn.Module):
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The loss of one batch; see `losses` for the arguments."""
-        return self.distill(**_conditioned(**batch))
+        return self.distill(**conditioned(**batch))
 
     def losses(self, **batch: Tensor) -> dict[str, Tensor]:
         """The losses by name, without weights.
@@ -58,10 +58,10 @@ class StageObjective(nn.Module):
             batch: latents and noise (b, C, H, W), timesteps (b,), prompt_embeds (b, tokens, width), and for
                 SDXL pooled_prompt_embeds (b, width) and time_ids (b, 6).
         """
-        return self.distill.losses(**_conditioned(**batch))
+        return self.distill.losses(**conditioned(**batch))
 
 
-def _conditioned(
+def conditioned(
     latents: Tensor,
     noise: Tensor,
     timesteps: Tensor,
@@ -69,6 +69,7 @@ def _conditioned(
     pooled_prompt_embeds: Tensor | None = None,
     time_ids: Tensor | None = None,
 ) -> dict[str, Any]:
+    """A batch with its conditions as arguments of the UNet; see `StageObjective.losses` for the arguments."""
     found: dict[str, Any] = {
         "latents": latents,
         "noise": noise,

@@ -1,133 +1,144 @@
-"""Confidence intervals, paired comparisons, and Markdown tables for them."""
+"""Confidence intervals, paired comparisons, and Markdown tables for them.
+
+Rows that are not independent, such as the images of one prompt, are named by `groups`: one label per row. The
+intervals are then over the groups.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from .frechet import FeatureStats, frechet_distance
+from .estimate import Estimate as Estimate
+from .estimate import Groups, Z, group_index, group_sums, t_of_normal
+from .estimate import holm as holm
+from .frechet import FeatureStats, frechet_infinity, frechet_infinity_difference
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95% confidence interval."""
+def proportion(right: np.ndarray, groups: Groups = None) -> Estimate:
+    """Share of True, with Wilson's score interval (Wilson 1927) at the effective sample size.
 
-    value: float
-    low: float
-    high: float
+    The effective sample size is n divided by the design effect: the cluster-robust variance of the share over
+    that of n independent rows, corrected for the number of groups as by Korn & Graubard (Survey Methodology
+    1998). Where all rows are equal the design effect is not known: the number of groups is used, as if the rows
+    of a group were always equal. Without groups it is the plain Wilson interval.
 
-    def excludes(self, number: float) -> bool:
-        """Whether `number` lies outside the interval."""
-        return not self.low <= number <= self.high
-
-    def format(self, digits: int = 2, scale: float = 1.0) -> str:
-        """Formats the estimate as "value [low, high]"."""
-        value, low, high = (f"{scale * x:.{digits}f}" for x in (self.value, self.low, self.high))
-        return f"{value} [{low}, {high}]"
-
-    def marked(self, digits: int = 2, scale: float = 1.0) -> str:
-        """Same as `format`, but bold in Markdown if the interval excludes 0."""
-        text = self.format(digits, scale)
-        return f"**{text}**" if self.excludes(0) else text
-
-
-def proportion(right: np.ndarray) -> Estimate:
-    """Share of True in a boolean array (n,), with Wilson's score interval (Wilson 1927).
+    Args:
+        right: booleans (n,).
+        groups: labels of the rows (n,), such as their prompts.
 
     Raises:
-        ValueError: the array is empty.
+        ValueError: the array is empty or no vector, another number of labels, or fewer than two groups.
     """
-    n, z = len(right), 1.959964
-    if n == 0:
-        raise ValueError("No results to average: give at least one image.")
+    n = len(right)
+    if n == 0 or np.ndim(right) != 1:
+        raise ValueError(
+            f"No results to average: give booleans (n,), at least one, got shape {np.shape(right)}."
+        )
     p = float(np.mean(right))
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    size = float(n) if groups is None else _effective_size(right, group_index(groups, n))
+    centre = (p + Z * Z / (2 * size)) / (1 + Z * Z / size)
+    half = Z / (1 + Z * Z / size) * math.sqrt(p * (1 - p) / size + Z * Z / (4 * size * size))
     return Estimate(p, min(p, centre - half), max(p, centre + half))
 
 
+def _effective_size(right: np.ndarray, index: np.ndarray) -> float:
+    n, count, p = len(right), int(index.max()) + 1, float(np.mean(right))
+    if p in (0.0, 1.0):
+        return float(count)
+    sums = group_sums(right - p, index)
+    variance = count / (count - 1) * float((sums**2).sum()) / n**2
+    few_groups = (t_of_normal(Z, count - 1) / t_of_normal(Z, n - 1)) ** 2
+    design_effect = few_groups * variance / (p * (1 - p) / (n - 1))
+    # Below 1 it is the noise of few groups.
+    return n / max(1.0, design_effect)
+
+
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], n: int, num_resamples: int = 1000, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    groups: Groups = None,
 ) -> Estimate:
-    """Percentile bootstrap of `statistic`, a function of row indices (n,)."""
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.integers(n, size=n)) for _ in range(num_resamples)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(statistic(np.arange(n)), float(low), float(high))
+    """Percentile bootstrap of a statistic that is no mean: a ratio, a median.
 
+    Whole groups are drawn with replacement. The p-value comes from the same resamples, so it is never below
+    2/(num_resamples + 1).
 
-def paired_difference(ours: np.ndarray, control: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of `ours − control`, two results (n,) for the same prompts and seeds, by bootstrap over the pairs.
+    Args:
+        statistic: function of row indices (m,).
+        n: number of rows.
+        num_resamples: how often to resample.
+        seed: seed of the resampling.
+        groups: labels of the rows (n,), such as their prompts.
 
     Raises:
-        ValueError: different shapes, or fewer than two results.
+        ValueError: another number of labels than rows, fewer than two groups, or a statistic that is not finite.
+    """
+    index = group_index(groups, n)
+    count = int(index.max()) + 1
+    members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    rng = np.random.default_rng(seed)
+    draws = np.empty(num_resamples)
+    for i in range(num_resamples):
+        chosen = rng.integers(count, size=count)
+        draws[i] = statistic(chosen if count == n else np.concatenate([members[g] for g in chosen]))
+    value = float(statistic(np.arange(n)))
+    bad = int((~np.isfinite(draws)).sum())
+    if bad or not math.isfinite(value):
+        raise ValueError(
+            f"The statistic of {n} rows is {value} and is not finite in {bad} of {num_resamples} resamples: give"
+            " more rows."
+        )
+    low, high = np.percentile(draws, [2.5, 97.5])
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    return Estimate(value, float(low), float(high), min(1.0, 2 * float(tail + 1) / (num_resamples + 1)))
+
+
+def paired_difference(ours: np.ndarray, control: np.ndarray, groups: Groups = None) -> Estimate:
+    """Mean of `ours − control`, with the cluster-robust t interval over the groups of pairs.
+
+    Args:
+        ours, control: results (n,) for the same prompts and seeds; booleans count as 0 and 1.
+        groups: labels of the rows (n,), such as their prompts.
+
+    Raises:
+        ValueError: different shapes, another number of labels, or fewer than two groups.
     """
     if ours.shape != control.shape or ours.ndim != 1 or len(ours) < 2:
         raise ValueError(
             f"A paired comparison needs two results of the same length, at least 2; got shapes {ours.shape}"
             f" and {control.shape}. Run both on the same prompts and seeds."
         )
-    difference = ours.astype(np.float64) - control
-    return bootstrap(lambda rows: float(difference[rows].mean()), len(difference), 2000, seed)
+    difference = ours.astype(np.float64) - control.astype(np.float64)
+    index = group_index(groups, len(difference))
+    value = float(difference.mean())
+    return Estimate.of_contributions(value, group_sums(difference - value, index) / len(difference))
+
+
+def frechet_interval(features: np.ndarray, reference: FeatureStats, groups: Groups = None) -> Estimate:
+    """FD∞ of features (n, d) to a reference, with the cluster-robust t interval.
+
+    See `frechet_infinity` for the arguments and the errors. Where the true distance is 0, the interval is too
+    wide and almost always contains 0. The distance cannot be below 0, so what it then says is
+    one-sided: the distance is at most `high`.
+    """
+    found = frechet_infinity(features, reference, groups)
+    return Estimate.of_contributions(found.value, found.contributions)
 
 
 def paired_frechet_difference(
-    ours: np.ndarray,
-    control: np.ndarray,
-    reference: FeatureStats,
-    num_resamples: int = 100,
-    seed: int = 0,
-    group_size: int = 1,
+    ours: np.ndarray, control: np.ndarray, reference: FeatureStats, groups: Groups = None
 ) -> Estimate:
-    """Fréchet distance of `ours` minus that of `control`, features (n, d) for the same seeds.
+    """FD∞ of `ours` minus that of `control`, with the cluster-robust t interval over the groups of pairs.
 
-    Both are distances to one reference. Consecutive rows in groups of `group_size`, such as the images of one
-    prompt, are resampled together.
-
-    Resampling increases both distances by a similar amount (repeated rows reduce the rank), so the
-    percentiles are centred on the difference of the full sets.
-
-    Raises:
-        ValueError: different shapes.
+    See `frechet_infinity_difference` for the arguments and the errors.
     """
-    if ours.shape != control.shape:
-        raise ValueError(f"A paired comparison needs equal shapes, got {ours.shape} and {control.shape}.")
-
-    def difference(groups: np.ndarray) -> float:
-        rows = _rows(groups, group_size)
-        a, b = FeatureStats.of(ours[rows]), FeatureStats.of(control[rows])
-        return frechet_distance(a, reference) - frechet_distance(b, reference)
-
-    return _centred(bootstrap(difference, len(ours) // group_size, num_resamples, seed))
-
-
-def _centred(estimate: Estimate) -> Estimate:
-    half = (estimate.high - estimate.low) / 2
-    return Estimate(estimate.value, estimate.value - half, estimate.value + half)
-
-
-def frechet_interval(
-    features: np.ndarray,
-    reference: FeatureStats,
-    num_resamples: int = 100,
-    seed: int = 0,
-    group_size: int = 1,
-) -> Estimate:
-    """Fréchet distance of features (n, d) to a reference, with a bootstrap interval centred on it.
-
-    `group_size`: see `paired_frechet_difference`.
-    """
-
-    def distance(groups: np.ndarray) -> float:
-        return frechet_distance(FeatureStats.of(features[_rows(groups, group_size)]), reference)
-
-    return _centred(bootstrap(distance, len(features) // group_size, num_resamples, seed))
-
-
-def _rows(groups: np.ndarray, group_size: int) -> np.ndarray:
-    return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    found = frechet_infinity_difference(ours, control, reference, groups)
+    return Estimate.of_contributions(found.value, found.contributions)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Training of the testbed's four models: the grader, the autoencoder, the scenes and the pixel model.
+"""Training of the testbed's models: the two graders, the autoencoder, the scenes and the pixel model.
 
 Each function trains one model. It returns the record for the model card and a function that writes the model
 into a folder. Code that draws from torch's global generator must keep its order, which determines the initial
@@ -38,7 +38,8 @@ from ..training.recipes import Recipe, run_recipe
 from ..training.rows import Batch, Rows
 from ..training.start import set_train_steps
 from . import base_models, fashion_scenes
-from .grader import GarmentClassifier, augment, grade
+from .grader import GarmentClassifier, Grader, augment, grade
+from .judge import GarmentJudge, warp
 
 # Arguments that only act on the validation images.
 VALIDATION = ("guidance_scale",)
@@ -49,7 +50,7 @@ Trained = tuple[dict[str, Any], Callable[[Path], Any]]
 class GarmentObjective(nn.Module):
     """Cross entropy of a classifier, with smoothed labels."""
 
-    def __init__(self, classifier: GarmentClassifier) -> None:
+    def __init__(self, classifier: Grader) -> None:
         super().__init__()
         self.classifier = classifier
 
@@ -59,18 +60,38 @@ class GarmentObjective(nn.Module):
 
 
 def train_grader(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
-    """Trains the garment classifier, which recognises the items of a scene."""
-    images, items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "train"))
-    test, test_items = map(torch.from_numpy, fashion_scenes.load_garments(args.train_data_dir, "test"))
-    set_train_steps(args, accelerator, len(images))
+    """Trains the first grader on the training garments."""
     classifier = GarmentClassifier(tuple(args.block_out_channels or (32, 64, 64)))
+    return _train_classifier(accelerator, args, classifier, _garment_rows)
+
+
+def train_judge(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
+    """Trains the second grader on the test garments, which no other model of the testbed has seen."""
+    return _train_classifier(accelerator, args, GarmentJudge(), _judge_rows)
+
+
+def _train_classifier(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    classifier: Grader,
+    rows: Callable[[Tensor, Tensor, Rows], Batch],
+) -> Trained:
+    """Trains on the garments of one split and validates on the other."""
+    own, other = (
+        fashion_scenes.load_garments(args.train_data_dir, s)
+        for s in (classifier.trained_on, classifier.unseen)
+    )
+    images, items = map(torch.from_numpy, own)
+    unseen, unseen_items = map(torch.from_numpy, other)
+    set_train_steps(args, accelerator, len(images))
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
-        logits = torch.cat([classifier(x[:, None] / 255) for x in test.to(accelerator.device).split(1000)])
-        return {"test_accuracy": float((logits.argmax(1).cpu() == test_items).float().mean())}
+        parts = unseen.to(accelerator.device).split(1000)
+        logits = torch.cat([classifier(x[:, None] / 255) for x in parts])
+        return {"accuracy on unseen garments": float((logits.argmax(1).cpu() == unseen_items).float().mean())}
 
     recipe = _recipe(accelerator, args, {"data": digest(images.numpy().tobytes() + items.numpy().tobytes())})
-    read = partial(_garment_rows, images, items)
+    read = partial(rows, images, items)
     record = train(accelerator, args, GarmentObjective(classifier), read, validate, recipe=recipe)
     return record, lambda folder: classifier.cpu().save_pretrained(folder)
 
@@ -205,6 +226,11 @@ def scene_latents(
 def _garment_rows(images: Tensor, items: Tensor, rows: Rows) -> Batch:
     index = rows.indices(len(images))
     return {"grey": augment(images[index, None] / 255, rows), "target": items[index]}
+
+
+def _judge_rows(images: Tensor, items: Tensor, rows: Rows) -> Batch:
+    index = rows.indices(len(images))
+    return {"grey": augment(warp(images[index, None] / 255, rows), rows), "target": items[index]}
 
 
 def _picture_rows(pictures: np.ndarray, rows: Rows) -> Batch:

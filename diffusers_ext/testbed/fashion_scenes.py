@@ -209,7 +209,13 @@ def scene_arrays(
 
     The split selects both the garments (Fashion-MNIST's train or test images) and the combinations.
     """
-    garments, items = load_garments(data_dir, split)
+    return compose(split, *load_garments(data_dir, split), num_scenes, seed)
+
+
+def compose(
+    split: Split, garments: np.ndarray, items: np.ndarray, num_scenes: int, seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """`scene_arrays` of a split's combinations, from given garments (n, 32, 32) and their items (n,)."""
     drawn = draw_scenes(split, num_scenes, seed)
     return np.stack(list(render(drawn, garments, items, seed))), [caption(s) for s in drawn]
 

@@ -1,14 +1,15 @@
 """The automatic grader of Fashion Scenes, which checks whether an image shows every word of its prompt.
 
 A small classifier recognises the item from the crop's channel maximum. The colour is the palette colour
-nearest to the crop's mean colour. The last hidden layer of the classifier gives the features of the Fréchet
-distance.
+nearest to the crop's mean colour. The last hidden layer of the classifier gives the features of the distances.
+All functions take this grader or the second one, `judge.GarmentJudge`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 
 from ..core.images import as_tensor
 from .embedded import card_dir
-from .fashion_scenes import COLORS, HEIGHT, ITEMS, SIZE, WIDTH, parse_caption
+from .fashion_scenes import COLORS, HEIGHT, ITEMS, SIZE, WIDTH, Split, parse_caption
+from .judge import GarmentJudge
 
 if TYPE_CHECKING:
     from ..training.rows import Rows
@@ -34,7 +36,13 @@ class GarmentClassifier(ModelMixin, ConfigMixin):
     Args:
         channels: width of each block; the last is the number of features.
         num_items: number of classes, in the order of `ITEMS`.
+
+    Attributes:
+        trained_on, unseen: the split of Fashion-MNIST that the embedded grader was trained on, and the other one.
     """
+
+    trained_on: Split = "train"
+    unseen: Split = "test"
 
     @register_to_config
     def __init__(self, channels: tuple[int, ...] = (32, 64, 64), num_items: int = len(ITEMS)) -> None:
@@ -61,6 +69,14 @@ class GarmentClassifier(ModelMixin, ConfigMixin):
         """Item logits (n, num_items) of grey images (n, 1, 32, 32) in [0, 1]."""
         return self.head(self.features(grey))
 
+    @staticmethod
+    def colors(crops: Tensor) -> Tensor:
+        """Colours of crops, see `color_indices`."""
+        return color_indices(crops)
+
+
+Grader = GarmentClassifier | GarmentJudge
+
 
 def _scene_tensor(pictures: np.ndarray | Tensor) -> Tensor:
     x = as_tensor(pictures)
@@ -83,7 +99,7 @@ def color_indices(crops: Tensor) -> Tensor:
 
 @torch.no_grad()
 def grade(
-    classifier: GarmentClassifier,
+    classifier: Grader,
     pictures: np.ndarray | Tensor,
     prompts: Sequence[str],
     batch_size: int = 512,
@@ -91,7 +107,7 @@ def grade(
     """Checks which words of the prompts the images show.
 
     Args:
-        classifier: the trained `GarmentClassifier`.
+        classifier: a trained grader.
         pictures: images (n, 32, 64, 3) uint8 or float in [0, 1], or a (n, 3, 32, 64) tensor.
         prompts: n captions of Fashion Scenes.
         batch_size: crops per call of the classifier.
@@ -106,7 +122,7 @@ def grade(
     crop, owner, want_item, want_color = _crops(pictures, prompts)
     logits = torch.cat([classifier(c.amax(1, keepdim=True)) for c in crop.split(batch_size)])
     item_right = (logits.argmax(1) == want_item).numpy()
-    color_right = (color_indices(crop) == want_color).numpy()
+    color_right = (classifier.colors(crop) == want_color).numpy()
     item, color = np.ones(len(prompts), bool), np.ones(len(prompts), bool)
     np.logical_and.at(item, owner, item_right)
     np.logical_and.at(color, owner, color_right)
@@ -114,16 +130,14 @@ def grade(
 
 
 @torch.no_grad()
-def confidence(
-    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, prompts: Sequence[str]
-) -> np.ndarray:
+def confidence(classifier: Grader, pictures: np.ndarray | Tensor, prompts: Sequence[str]) -> np.ndarray:
     """The classifier's probability of a prompt's items, float64 (n,) in [0, 1]; 0 if a colour is wrong.
 
     In a scene with two items, the less probable one counts. Arguments and errors are those of `grade`.
     """
     crop, owner, want_item, want_color = _crops(pictures, prompts)
     likely = classifier(crop.amax(1, keepdim=True)).softmax(1)[torch.arange(len(crop)), want_item]
-    sure = (likely * (color_indices(crop) == want_color)).double().numpy()
+    sure = (likely * (classifier.colors(crop) == want_color)).double().numpy()
     least = np.ones(len(prompts))
     np.minimum.at(least, owner, sure)
     return least
@@ -148,10 +162,8 @@ def _crops(pictures: np.ndarray | Tensor, prompts: Sequence[str]) -> tuple[Tenso
 
 
 @torch.no_grad()
-def scene_features(
-    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, batch_size: int = 512
-) -> np.ndarray:
-    """Features of scenes for the Fréchet distance, float64 (n, 2 · (channels[-1] + 3)).
+def scene_features(classifier: Grader, pictures: np.ndarray | Tensor, batch_size: int = 512) -> np.ndarray:
+    """Features of scenes for distances between samples, float64 (n, 2 · (d + 3)) for d features of a garment.
 
     For the left and the right half: the classifier's features of the channel maximum, and the mean colour,
     which the grey classifier does not use, times 4 to bring it to the scale of the other features.
@@ -166,10 +178,8 @@ def scene_features(
 
 
 @torch.no_grad()
-def garment_features(
-    classifier: GarmentClassifier, pictures: np.ndarray | Tensor, batch_size: int = 512
-) -> np.ndarray:
-    """Features of 32 × 32 grey garments for the Fréchet distance, float64 (n, channels[-1])."""
+def garment_features(classifier: Grader, pictures: np.ndarray | Tensor, batch_size: int = 512) -> np.ndarray:
+    """Features of 32 × 32 grey garments for distances between samples, float64 (n, d)."""
     x = as_tensor(pictures)
     if x.shape[1:] != (1, SIZE, SIZE):
         raise ValueError(f"Expected grey garments of {SIZE} × {SIZE}, got {tuple(x.shape[1:])} (C, H, W).")
@@ -188,6 +198,22 @@ def augment(grey: Tensor, draw: Rows) -> Tensor:
     x = x * (0.7 + 0.3 * draw.uniform(1, 1, 1))
     noise = 0.05 * draw.uniform(1, 1, 1) * draw.normal(1, SIZE, SIZE)
     return (x + noise).clamp(0, 1)
+
+
+def read_grader(folder: str | Path) -> Grader:
+    """A grader of either kind from its folder, in float32.
+
+    Raises:
+        ValueError: the folder holds no grader.
+    """
+    name = GarmentClassifier.load_config(folder).get("_class_name")
+    for kind in (GarmentClassifier, GarmentJudge):
+        if kind.__name__ == name:
+            return kind.from_pretrained(folder, torch_dtype=torch.float32).eval()  # type: ignore[return-value]
+    raise ValueError(
+        f"{folder} holds a {name}, expected GarmentClassifier or GarmentJudge: give a folder that"
+        " training/train_base.py --model grader or --model judge has written."
+    )
 
 
 @lru_cache(maxsize=1)

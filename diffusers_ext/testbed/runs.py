@@ -6,24 +6,61 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.numpy import load_file
+from torch import Tensor, nn
 
 from ..core.pipeline import call_pipeline
 from ..metrics.frechet import FeatureStats
 from . import fashion_scenes
 from .embedded import card_dir
 from .grader import garment_features, grade, load_grader, scene_features
+from .judge import load_judge
 
+GRADERS = ("fashion-grader", "fashion-judge")
 REFERENCES = ("scenes-train", "scenes-test", "garments-train", "garments-test")
 
 
-def load_reference(name: str) -> FeatureStats:
-    """Feature statistics of real images; `name` is one of `REFERENCES`."""
-    return FeatureStats.load(card_dir("fashion-grader") / f"{name}.safetensors")
+def load_reference(name: str, grader: str = "fashion-grader") -> FeatureStats:
+    """Feature statistics of real images.
+
+    Args:
+        name: one of `REFERENCES`: `-test` are held-out combinations and garments that the grader was not trained on,
+            `-train` training combinations and garments that it was trained on.
+        grader: whose features, one of `GRADERS`.
+
+    Raises:
+        ValueError: another grader, or no such reference.
+    """
+    return FeatureStats.load(_of_grader(grader) / f"{name}.safetensors")
+
+
+def load_rows(name: str, grader: str = "fashion-grader") -> np.ndarray:
+    """Features of 4,000 real images, float64 (4000, d), stored in half precision.
+
+    They are other draws than those of `load_reference`, but of the same garments.
+
+    Args:
+        name: `scenes-test` or `garments-test`, see `load_reference`.
+        grader: whose features, one of `GRADERS`.
+
+    Raises:
+        ValueError: another grader, or there are no such rows.
+    """
+    path = _of_grader(grader) / f"{name}-rows.safetensors"
+    if not path.is_file():
+        raise ValueError(f"There are no rows called {name!r}: expected scenes-test or garments-test.")
+    return load_file(path)["features"].astype(np.float64)
+
+
+def _of_grader(name: str) -> Path:
+    if name not in GRADERS:
+        raise ValueError(f"No grader is called {name!r}: expected {' or '.join(GRADERS)}.")
+    return card_dir(name)
 
 
 @dataclass
@@ -32,10 +69,11 @@ class Run:
 
     Attributes:
         images: float32 (n, h, w[, 3]) in [0, 1].
-        features: (n, d), for the Fréchet distance.
-        grades: boolean arrays (n,), see `grade`; empty without prompts.
+        features: (n, d) of the first grader, for distances between samples.
+        grades: boolean arrays (n,), see `grade`; those of the judge begin with `judge_`. Empty without prompts.
         calls: NFE: denoiser evaluations per image, where a guided step counts as one.
         seconds: wall-clock time of the sampling.
+        judge_features: (n, d) of the judge; (0, 0) if it has not seen the images.
     """
 
     images: np.ndarray
@@ -43,6 +81,7 @@ class Run:
     grades: dict[str, np.ndarray] = field(default_factory=dict)
     calls: float = 0.0
     seconds: float = 0.0
+    judge_features: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     @classmethod
     def join(cls, parts: Sequence[Run], extra_calls: float = 0.0) -> Run:
@@ -53,6 +92,7 @@ class Run:
             {k: np.concatenate([p.grades[k] for p in parts]) for k in parts[0].grades},
             float(np.mean([p.calls for p in parts])) + extra_calls,
             sum(p.seconds for p in parts),
+            np.concatenate([p.judge_features for p in parts]),
         )
 
 
@@ -92,15 +132,22 @@ def run_scenes(
             )
             parts.append(result.images)
     seconds = time.perf_counter() - start
-    stacked, grader = np.concatenate(parts).astype(np.float32), load_grader()
+    stacked = np.concatenate(parts).astype(np.float32)
     rows_per_step = 2 if call_kwargs.get("guidance_scale", 7.5) > 1 else 1
     return Run(
         stacked,
-        scene_features(grader, stacked),
-        grade(grader, stacked, prompts),
+        scene_features(load_grader(), stacked),
+        both_grades(stacked, prompts),
         sum(rows) / len(prompts) / rows_per_step,
         seconds,
+        scene_features(load_judge(), stacked),
     )
+
+
+def both_grades(pictures: np.ndarray | Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The results of `grade` by the first grader, and by the judge under names that begin with `judge_`."""
+    second = {f"judge_{name}": right for name, right in grade(load_judge(), pictures, prompts).items()}
+    return {**grade(load_grader(), pictures, prompts), **second}
 
 
 def run_garments(
@@ -118,4 +165,5 @@ def run_garments(
             parts.append(result.images)
     seconds = time.perf_counter() - start
     stacked = np.concatenate(parts).astype(np.float32)
-    return Run(stacked, garment_features(load_grader(), stacked), {}, sum(rows) / num_images, seconds)
+    first, second = (garment_features(grader, stacked) for grader in (load_grader(), load_judge()))
+    return Run(stacked, first, {}, sum(rows) / num_images, seconds, second)

@@ -1,10 +1,12 @@
 """GRI attention against a loop over queries: the function, its cost, the processor."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models import attention_processor as processors
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,25 +40,35 @@ def start_of_window(place: int, size: int, window: int) -> int:
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int, pool: int) -> Tensor:
-    """One query at a time."""
+    """One query at a time: its window's tokens, and n times the mean of every cell of n tokens outside."""
     if window >= height and window >= width:
         return full(q, k, v)
-    rows, columns = range(0, height, pool), range(0, width, pool)
+    grid = torch.arange(height * width).view(height, width)
 
-    def cells(x: Tensor) -> Tensor:
-        x = x.unflatten(1, (height, width))
-        means = [x[:, r : r + pool, c : c + pool].flatten(1, 2).mean(1) for r in rows for c in columns]
-        return torch.stack(means, 1)
+    def edges(size: int) -> list[int]:
+        starts = {start_of_window(i, size, window) for i in range(size)}
+        return sorted(starts | {min(start + window, size) for start in starts})
 
-    def own(x: Tensor, row: int, column: int) -> Tensor:
-        top, left = start_of_window(row, height, window), start_of_window(column, width, window)
-        return x.unflatten(1, (height, width))[:, top : top + window, left : left + window].flatten(1, 2)
+    def spans(size: int) -> list[tuple[int, int]]:
+        """Cells of one side, from every edge of a window on."""
+        cut = edges(size)
+        return [(i, min(i + pool, end)) for start, end in pairwise(cut) for i in range(start, end, pool)]
 
     out = []
     for i in range(height * width):
-        keys, values = (torch.cat([own(x, i // width, i % width), cells(x)], 1) for x in (k, v))
-        out.append(full(q[:, i : i + 1], keys, values))
-    return torch.cat(out, 1)
+        top, left = start_of_window(i // width, height, window), start_of_window(i % width, width, window)
+        groups = [[token] for row in grid[top : top + window, left : left + window].tolist() for token in row]
+        own = {token for group in groups for token in group}
+        for r, r_end in spans(height):
+            for c, c_end in spans(width):
+                cell = grid[r:r_end, c:c_end].flatten().tolist()
+                assert own.isdisjoint(cell) or own.issuperset(cell)
+                groups += [] if own & set(cell) else [cell]
+        keys, values = (torch.stack([x[:, group].mean(1) for group in groups], 1) for x in (k, v))
+        logits = torch.einsum("bhd,bkhd->bhk", q[:, i], keys) / q.shape[-1] ** 0.5
+        logits = logits + torch.tensor([float(len(group)) for group in groups]).double().log()
+        out.append(torch.einsum("bhk,bkhd->bhd", logits.softmax(-1), values))
+    return torch.stack(out, 1)
 
 
 def attention(processor: Any = None, **config: Any) -> Attention:
@@ -87,12 +99,91 @@ def test_a_window_over_all_is_full_attention(height: int, width: int, more: int,
     torch.testing.assert_close(found, full(q, k, v), **EXACT)
 
 
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, st.integers(1, 6), st.integers(1, 7))
+def test_equal_logits_give_every_token_the_same_weight(
+    height: int, width: int, window: int, pool: int
+) -> None:
+    tokens = height * width
+    q, k = draw(1, tokens, 1, tokens), torch.zeros(1, tokens, 1, tokens, dtype=torch.float64)
+    one_hot = torch.eye(tokens, dtype=torch.float64)[None, :, None]
+    weights = gri_attention(q, k, one_hot, height, width, window, pool)[0, :, 0]
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / tokens), **EXACT)
+
+
+def test_the_own_window_has_its_share_through_the_processor() -> None:
+    attn = attention(GRIAttnProcessor(8, 4, 64, 64), query_dim=1, heads=1, dim_head=1)
+    for layer, weight in ((attn.to_q, 0.0), (attn.to_k, 0.0), (attn.to_v, 1.0), (attn.to_out[0], 1.0)):
+        torch.nn.init.constant_(layer.weight, weight)
+    torch.nn.init.zeros_(attn.to_out[0].bias)
+    marked = torch.zeros(64, 64)
+    marked[24:32, 40:48] = 1
+    with torch.no_grad():
+        share = attn(marked.view(1, -1, 1)).view(64, 64)
+    # 64 of 4096 tokens, for the queries in the marked window and for all others.
+    torch.testing.assert_close(share, torch.full_like(share, 64 / 4096), **ROUNDING)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_keys_that_are_constant_in_every_cell_are_exact(
+    rows: int, columns: int, cells: int, pool: int
+) -> None:
+    window = cells * pool
+    height, width = rows * window, columns * window
+    q, k, v = qkv(height, width)
+    coarse = k.unflatten(1, (height, width))[:, ::pool, ::pool]
+    k = coarse.repeat_interleave(pool, 1).repeat_interleave(pool, 2).flatten(1, 2)
+    torch.testing.assert_close(gri_attention(q, k, v, height, width, window, pool), full(q, k, v), **EXACT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sides, sides, st.integers(1, 6), st.integers(1, 5))
+def test_constant_values_are_exact(height: int, width: int, window: int, pool: int) -> None:
+    q, k, v = qkv(height, width)
+    v = v[:, :1].expand_as(v)
+    torch.testing.assert_close(gri_attention(q, k, v, height, width, window, pool), v, **EXACT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sides, sides, st.integers(1, 6))
+def test_cells_of_one_token_are_full_attention(height: int, width: int, window: int) -> None:
+    q, k, v = qkv(height, width)
+    torch.testing.assert_close(gri_attention(q, k, v, height, width, window, 1), full(q, k, v), **EXACT)
+    # The same by windows and cells, which a pool of 1 does not need.
+    rows, columns = (module._Side(size, min(window, size)) for size in (height, width))
+    assert sum(length * number for length, number in rows.cells(1)) == height
+    bias = module._bias(rows, columns, 1, q)
+    assert (bias == 0).sum(1).tolist() == [height * width - rows.window * columns.window] * len(bias)
+
+
+def test_the_left_out_cells_have_no_weight_whatever_the_logits() -> None:
+    q, k, v = qkv(8, 8)
+    k = 300 * k
+    torch.testing.assert_close(gri_attention(q, k, v, 8, 8, 4, 2), by_hand(q, k, v, 8, 8, 4, 2), **EXACT)
+
+
+def test_a_scale_is_that_of_the_logits_alone() -> None:
+    q, k, v = qkv(6, 10)
+    scaled = gri_attention(q, k, v, 6, 10, 4, 2, scale=1.0)
+    torch.testing.assert_close(scaled, by_hand(q * 3**0.5, k, v, 6, 10, 4, 2), **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash", "_native_efficient"])
+def test_backends(backend: str) -> None:
+    tensors = [x.float() for x in qkv(6, 10)]
+    try:
+        found = gri_attention(*tensors, 6, 10, 4, 2, backend=AttentionBackendName(backend))
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"{backend} does not run here: {str(error).splitlines()[0]}")
+    torch.testing.assert_close(found, by_hand(*qkv(6, 10), 6, 10, 4, 2).float(), **ROUNDING)
+
+
 def test_far_tokens_are_seen_through_their_cells_alone() -> None:
     q, k, v = qkv(8, 8, batch=1)
     before = gri_attention(q, k, v, 8, 8, window=4, pool=2)
     swapped = v.clone()
-    # Tokens (7, 6) and (7, 7) are in one cell: trading places changes their own window's sums only by their
-    # keys.
+    # Tokens (7, 6) and (7, 7) are in one cell: only their own window sees that they trade places.
     swapped[:, [62, 63]] = v[:, [63, 62]]
     after = gri_attention(q, k, swapped, 8, 8, window=4, pool=2)
     changed = (after - before).abs().amax((0, 2, 3)).unflatten(0, (8, 8)) > 1e-9
@@ -117,6 +208,17 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), by_hand(q, k, v, 6, 10, 4, 2), rtol=0, atol=5e-2)
 
 
+@pytest.mark.slow
+def test_it_compiles_with_its_gradients() -> None:
+    tensors = [x.float().requires_grad_() for x in qkv(6, 10)]
+    compiled: Any = torch.compile(gri_attention, fullgraph=True)
+    found, expected = (of(*tensors, 6, 10, 4, 2) for of in (compiled, gri_attention))
+    torch.testing.assert_close(found, expected, **ROUNDING)
+    gradients = [torch.autograd.grad(out.square().sum(), tensors) for out in (found, expected)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, **ROUNDING)
+
+
 def test_gradients_reach_all_tokens_and_agree_with_finite_differences() -> None:
     q, k, v = (x.requires_grad_() for x in qkv(3, 5, batch=1))
     assert torch.autograd.gradcheck(lambda *x: gri_attention(*x, 3, 5, 2, 2), (q, k, v))
@@ -126,10 +228,13 @@ def test_gradients_reach_all_tokens_and_agree_with_finite_differences() -> None:
 
 
 def test_macs_of_stable_diffusion() -> None:
-    # 4096 queries, 64 + 256 keys, 320 channels, QKᵀ and the weighted sum.
-    assert gri_macs(64, 64, 320) == 2 * 4096 * 320 * 320
+    # 4096 queries, 64 + 256 keys, 8 heads of 40 and 8 more dimensions, QKᵀ and the weighted sum.
+    assert gri_macs(64, 64, 8, 40) == 2 * 4096 * 320 * 384
     assert full_macs(64, 64, 320) == 2 * 4096**2 * 320
-    assert gri_macs(8, 6, 320) == full_macs(8, 6, 320)
+    assert (
+        gri_macs(8, 6, 8, 40) == gri_macs(64, 6, 8, 40, window=64) // (64 // 8) ** 2 == full_macs(8, 6, 320)
+    )
+    assert gri_macs(16, 16, 8, 40, pool=1) == full_macs(16, 16, 320)
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,7 +249,7 @@ def test_macs_are_those_of_the_dispatched_attention(height: int, width: int, win
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "dispatch_attention_fn", spy)
         gri_attention(*qkv(height, width, batch=1), height, width, window, pool)
-    assert seen == [gri_macs(height, width, 6, window, pool)]
+    assert seen == [gri_macs(height, width, 2, 3, window, pool)]
 
 
 # The processor

@@ -159,6 +159,16 @@ SECTIONS: dict[str, list[str]] = {
         'dx.record_calibration_inputs(pipe, ["a"], num_timesteps=30)',
         "dx.record_calibration_inputs(flux, [])",
         "dx.profile_unet(pipe.unet, [])",
+        "dx.search_plans(folder, folder, 1.6)",
+        "dx.search_plans(folder, folder, 0.6, batch_sizes=[])",
+        "dx.search_plans(folder, folder, 0.6, batch_sizes=[8, 0])",
+        "dx.search_plans(folder, folder, 0.6, num_candidates=3)",
+        "dx.search_plans(folder, folder, 0.6)",
+        'dx.search_plans(folder, folder, 0.6, train_data_dir=folder, lr_scheduler="cosine")',
+        "dx.search_plans(folder, folder, 0.6, train_data_dir=folder, learning_rate=-1.0)",
+        "dx.search_plans(folder, folder, 0.6, train_data_dir=folder, rank=4)",
+        "dx.Halving(steps=0)",
+        "dx.Halving(eta=1)",
     ],
 }
 

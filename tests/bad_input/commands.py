@@ -16,6 +16,7 @@ ARGUMENTS += [("collect_noise_pairs", text) for text in COLLECT]
 ARGUMENTS += [
     ("train_smooth_lora", "--cache_latents --random_flip"),
     ("train_smooth_lora", "--cache_latents --no-center_crop"),
+    ("train_base", "--model judge --block_out_channels 8 8 8"),
 ]
 DATA = [*(f"caption: {case}" for case in REFUSED), *(f"image: {case}" for case in PICTURES)]
 

@@ -376,6 +376,8 @@ def check_copies(
     assert torch.equal(tiny.images(apply(first), name), expected)
 
 
+# The quick run has all methods at once below.
+@pytest.mark.slow
 @each_copy
 @each
 def test_a_copy_is_an_independent_pipeline(method: Method, name: str, copied: Callable[[Any], Any]) -> None:

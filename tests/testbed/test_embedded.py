@@ -9,6 +9,7 @@ def test_the_checkout_has_every_model_and_pipeline():
         "fashion-ddpm",
         "fashion-scenes",
         "fashion-grader",
+        "fashion-judge",
         "sign-fashion-ddpm",
         "asdm-fashion-scenes",
     ):

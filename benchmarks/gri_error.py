@@ -1,0 +1,173 @@
+"""Errors of GRI attention against full attention, without training: the embedded UNet's self-attention and smooth fields.
+
+    python benchmarks/gri_error.py
+
+The control has the same windows and cells, but every cell counts as one key, those of the own window too. The error is
+‖o − f‖ ÷ ‖f‖, o and f the outputs of the attention before its last projection, over all tokens, heads and timesteps of
+a prompt; the table has its mean over prompts (or draws of a field) with a bootstrap interval. Writes gri_error.md.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from asdm_runs import SIZE, load
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_ext.asdm.calibration import record_calibration_inputs
+from diffusers_ext.asdm.gri_attention import gri_attention
+from diffusers_ext.metrics.comparison import bootstrap, markdown_table
+from diffusers_ext.testbed.runs import held_out_prompts
+
+HEADER = [
+    "attention",
+    "tokens",
+    "window",
+    "pool",
+    "cells counted once",
+    "GRI attention",
+    "GRI ÷ counted once",
+]
+SETTINGS = [(8, 2), (8, 4), (4, 2), (4, 4), (2, 2)]
+FIELD, BLUR = 32, 4
+GRID_OF = {128: (8, 16), 32: (4, 8), 8: (2, 4)}
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def parse_args() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--num_prompts", type=int, default=32, help="also the number of smooth fields")
+    add("--num_timesteps", type=int, default=5, help="of 20 steps, spread evenly")
+    add("--output_dir", type=Path, default=Path("benchmarks/results"))
+    return parser.parse_args()
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of (b, n, heads, d)."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def counted_once(
+    query: Tensor, key: Tensor, value: Tensor, height: int, width: int, window: int, pool: int
+) -> Tensor:
+    """The window and all cells in one softmax, each cell as one key; arguments as of `gri_attention`."""
+
+    def cells(x: Tensor) -> Tensor:
+        image = x.flatten(2).transpose(1, 2).unflatten(2, (height, width))
+        means = F.avg_pool2d(image, pool, ceil_mode=True, count_include_pad=False)
+        return means.flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    window_of = [torch.arange(size) // window for size in (height, width)]
+    near = [of[:, None] == of for of in window_of]
+    own = (near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(2).flatten(0, 1)
+    pooled = cells(key)
+    seen = torch.cat([own, torch.ones(len(own), pooled.shape[1], dtype=torch.bool)], 1)
+    keys, values = torch.cat([key, pooled], 1), torch.cat([value, cells(value)], 1)
+    tensors = (x.transpose(1, 2) for x in (query, keys, values))
+    return F.scaled_dot_product_attention(*tensors, attn_mask=seen).transpose(1, 2)
+
+
+@torch.no_grad()
+def recorded(num_prompts: int, num_timesteps: int) -> dict[str, list[QKV]]:
+    """Queries, keys and values of every self-attention, by timestep; row i is of prompt i mod `num_prompts`."""
+    pipe = load()
+    prompts = held_out_prompts(num_prompts, seed=5)
+    inputs = record_calibration_inputs(pipe, prompts, num_timesteps=num_timesteps, guidance_scale=2.0, **SIZE)
+    found: dict[str, list[QKV]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(attn: Any, args: tuple[Any, ...]) -> None:
+            layers = (attn.to_q, attn.to_k, attn.to_v)
+            query, key, value = (layer(args[0]).unflatten(-1, (attn.heads, -1)) for layer in layers)
+            found.setdefault(name, []).append((query, key, value))
+
+        return hook
+
+    for name, module in pipe.unet.named_modules():
+        if name.endswith("attn1"):
+            module.register_forward_pre_hook(note(name))
+    for item in inputs:
+        pipe.unet(**item)
+    return found
+
+
+def smooth_fields(count: int) -> QKV:
+    """Queries, keys and values (count, FIELD², 4, 32): white noise after a Gaussian blur, of unit variance."""
+    draw = torch.Generator().manual_seed(0)
+    place = torch.arange(FIELD)
+    apart = torch.minimum((place[:, None] - place).abs(), FIELD - (place[:, None] - place).abs())
+    blur = torch.exp(-0.5 * (apart / BLUR) ** 2)
+    blur = blur / blur.square().sum(1, keepdim=True).sqrt()
+    made = []
+    for _ in range(3):
+        noise = torch.randn(count, 128, FIELD, FIELD, generator=draw)
+        made.append((blur @ noise @ blur).flatten(2).transpose(1, 2).unflatten(2, (4, 32)))
+    return made[0], made[1], made[2]
+
+
+def relative_errors(found: list[QKV], approximation: Callable[..., Tensor], count: int) -> np.ndarray:
+    """(count,): of every prompt over its timesteps and its rows with and without guidance."""
+    off, norm = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    for tensors in found:
+        wanted = full_attention(*tensors)
+        for total, x in ((off, approximation(*tensors) - wanted), (norm, wanted)):
+            total += x.double().square().flatten(1).sum(1).view(-1, count).sum(0)
+    return (off / norm).sqrt().numpy()
+
+
+def cells_of(found: list[QKV], height: int, width: int, window: int, pool: int, count: int) -> list[str]:
+    """One row of the table, after the name of the attention."""
+    grid = (height, width, window, pool)
+    before, after = (
+        relative_errors(found, lambda *tensors, of=of: of(*tensors, *grid), count)
+        for of in (counted_once, gri_attention)
+    )
+    estimates = [bootstrap(lambda rows, x=x: float(x[rows].mean()), count) for x in (before, after)]
+    estimates.append(bootstrap(lambda rows: float(after[rows].mean() / before[rows].mean()), count))
+    return [f"{height} × {width}", str(window), str(pool), *(e.format(3) for e in estimates)]
+
+
+def rows_of(args: argparse.Namespace) -> Iterator[list[str]]:
+    """The rows of the table."""
+    found = recorded(args.num_prompts, args.num_timesteps)
+    for name, tensors in found.items():
+        height, width = GRID_OF[tensors[0][0].shape[1]]
+        for window, pool in SETTINGS:
+            # A window over the image is full attention.
+            if window < width and window <= height:
+                label = name.replace(".transformer_blocks.0.attn1", "")
+                yield [f"`{label}`", *cells_of(tensors, height, width, window, pool, args.num_prompts)]
+    fields = [smooth_fields(args.num_prompts)]
+    for window, pool in SETTINGS[:2]:
+        yield ["smooth fields", *cells_of(fields, FIELD, FIELD, window, pool, args.num_prompts)]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures and writes the page."""
+    args = parse_args()
+    page = "\n\n".join(
+        [
+            markdown_table(HEADER, list(rows_of(args))),
+            f"Relative error against full attention, mean and 95% interval over {args.num_prompts} held-out prompts"
+            f" ({args.num_timesteps} timesteps of 20, guidance 2) or as many draws of smooth random fields (white noise"
+            f" after a Gaussian blur of {BLUR} tokens, 4 heads × 32). The weights are not trained for it. “Cells counted"
+            " once”: the same windows and cells, but each cell is one key, those of the own window too.",
+        ]
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "gri_error.md").write_text(page + "\n")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
