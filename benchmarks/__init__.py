@@ -3,7 +3,9 @@
 # What `python -m benchmarks` lists, in the order of the documentation. Each is a module with `WRITES`, the files that it
 # makes, and `main(bench)`, which makes them.
 NAMES = (
+    "coverage",
     "base_models",
+    "judges",
     "teleport",
     "cost",
     "golden_noise",
@@ -12,6 +14,8 @@ NAMES = (
     "smooth_lora_cost",
     "sign",
     "asdm",
+    "gri_error",
+    "gri_images",
     "unet_speed",
     "optimizers",
     "training_memory",

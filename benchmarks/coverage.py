@@ -1,21 +1,15 @@
-"""How often the 95% intervals of diffusers_ext.metrics contain the truth, on samplers whose truth is known.
+"""How often the 95% intervals of diffusers_ext.metrics contain the truth, on samplers whose truth is known."""
 
-    python benchmarks/coverage.py --train_data_dir DIR
+from __future__ import annotations
 
-DIR holds Fashion-MNIST's four idx files; without it the embedded sample of garments is used. Writes coverage.md into
---output_dir.
-"""
-
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from diffusers_ext.metrics.comparison import (
     Estimate,
@@ -31,6 +25,11 @@ from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.grader import load_grader, scene_features
 from diffusers_ext.testbed.runs import held_out_prompts, load_reference
 
+from .framework.bench import Bench
+from .framework.cells import Cell
+from .framework.samples import CARDS
+
+WRITES = ("coverage.md",)
 SIZES = (288, 500, 1002, 1500, 2000)
 PROMPTS = ("one row a prompt", "5 rows a prompt", "held-out prompts")
 REFERENCE_ROWS = 1000  # of KID's reference
@@ -39,7 +38,7 @@ Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """A sampler at one n, the truth of every measure, and `draw`, which returns an interval of every measure."""
 
     sampler: str
@@ -111,7 +110,7 @@ class Real:
         return self.features[ours], self.features[control] + self.shift
 
 
-def frechet_cells(samplers: dict[str, Any], reference: FeatureStats) -> Iterator[Cell]:
+def frechet_cells(samplers: dict[str, Any], reference: FeatureStats) -> Iterator[Case]:
     """FD∞ alone, and the difference to a sampler whose mean is shifted."""
 
     def moved(stats: FeatureStats, shift: np.ndarray) -> float:
@@ -134,10 +133,10 @@ def frechet_cells(samplers: dict[str, Any], reference: FeatureStats) -> Iterator
                     ]
 
                 truths = {"FD∞": truth, "FD∞, paired difference": difference}
-                yield Cell(name, prompts, n, truths, draw)
+                yield Case(name, prompts, n, truths, draw)
 
 
-def plain_cells(sampler: Any, reference: FeatureStats, num_resamples: int = 100) -> Iterator[Cell]:
+def plain_cells(sampler: Any, reference: FeatureStats, num_resamples: int = 100) -> Iterator[Case]:
     """The control: the plain distance with the bootstrap's percentiles centred on it, one row a prompt."""
     truth = frechet_distance(sampler.stats, reference)
     for n in SIZES[::2]:
@@ -152,7 +151,7 @@ def plain_cells(sampler: Any, reference: FeatureStats, num_resamples: int = 100)
             low, high = np.percentile(draws, [2.5, 97.5])
             return [Estimate(value, value - (high - low) / 2, value + (high - low) / 2)]
 
-        yield Cell("training scenes", PROMPTS[0], n, {"plain distance, bootstrap": truth}, draw)
+        yield Case("training scenes", PROMPTS[0], n, {"plain distance, bootstrap": truth}, draw)
 
 
 def gaussian_kernel_mean(a: FeatureStats, b: FeatureStats) -> float:
@@ -165,7 +164,7 @@ def gaussian_kernel_mean(a: FeatureStats, b: FeatureStats) -> float:
     return float(third / d**3 + 3 * second / d**2 + 3 * dot / d + 1)
 
 
-def kid_cells(samplers: dict[str, Any], reference: FeatureStats) -> Iterator[Cell]:
+def kid_cells(samplers: dict[str, Any], reference: FeatureStats) -> Iterator[Case]:
     """KID, with a new reference sample every time."""
     real = Gaussian(reference, 0 * reference.mean)
     for name, (sampler, all_prompts) in samplers.items():
@@ -182,10 +181,10 @@ def kid_cells(samplers: dict[str, Any], reference: FeatureStats) -> Iterator[Cel
                     return [kid(sampler.pair(labels, n, rng)[0], reference_rows, labels)]
 
                 truth = means[0] + means[1] - 2 * means[2]
-                yield Cell(name, prompts, n, {"KID": truth}, draw, 4)
+                yield Case(name, prompts, n, {"KID": truth}, draw, 4)
 
 
-def accuracy_cells() -> Iterator[Cell]:
+def accuracy_cells() -> Iterator[Case]:
     """The share of right images and the paired difference to a control, on probit models with prompt effects."""
 
     def right(labels: Any, n: int, rng: Rng, shares: tuple[float, ...]) -> list[np.ndarray]:
@@ -204,44 +203,26 @@ def accuracy_cells() -> Iterator[Cell]:
                     return [proportion(ours, labels), paired_difference(ours, control, labels)]
 
                 truths = {"accuracy": share, "accuracy, paired difference": 0.03}
-                yield Cell(f"{share:.0%} right", prompts, n, truths, draw, 3)
+                yield Case(f"{share:.0%} right", prompts, n, truths, draw, 3)
 
 
-def lines(cell: Cell, repetitions: int) -> Iterator[list[str]]:
-    """The rows of the table, one a measure."""
-    found = [cell.draw(np.random.default_rng([seed, cell.n])) for seed in range(repetitions)]
-    for (measure, truth), estimates in zip(cell.truths.items(), zip(*found)):
-        values = np.array([e.value for e in estimates])
-        covered = np.mean([not e.excludes(truth) for e in estimates])
-        half_width = np.mean([e.high - e.low for e in estimates]) / 2
-        numbers = [f"{x:.{cell.digits}f}" for x in (truth, values.mean(), values.std(), half_width)]
-        yield [
-            measure,
-            cell.sampler,
-            cell.prompts,
-            f"{cell.n:,}",
-            *numbers,
-            f"{covered:.1%}",
-            str(repetitions),
-        ]
+@dataclass(frozen=True)
+class Settings:
+    """How often every case is repeated: of distances, of accuracies, and of the plain distance."""
+
+    distances: int = 200
+    accuracies: int = 1000
+    control: int = 40
+    real_scenes: int = 8000
 
 
-def main() -> None:
-    """Runs the simulation and writes the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train_data_dir", default=str(fashion_scenes.SAMPLE_DIR))
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--repetitions", type=int, default=200)
-    parser.add_argument("--cheap_repetitions", type=int, default=1000, help="of accuracies")
-    parser.add_argument("--control_repetitions", type=int, default=40, help="of the plain distance")
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+@lru_cache(maxsize=1)
+def cases(data_dir: Path, settings: Settings) -> list[tuple[Case, int]]:
+    """All cases, each with the number of its repetitions."""
     train, test = load_reference("scenes-train"), load_reference("scenes-test")
     direction = np.random.default_rng(0).normal(size=train.mean.size)
     direction /= np.linalg.norm(direction)
-    pictures, captions = fashion_scenes.scene_arrays(args.train_data_dir, "test", 8000, seed=1)
+    pictures, captions = fashion_scenes.scene_arrays(data_dir, "test", settings.real_scenes, seed=1)
     real = Real(scene_features(load_grader(), pictures), captions, 0.5 * direction)
     one, five, held_out = PROMPTS
     near, exact = Gaussian(train, 0.5 * direction), Gaussian(test, 0.5 * direction)
@@ -252,18 +233,44 @@ def main() -> None:
         "shifted training scenes": (far, (one,)),
     }
     groups = [
-        (args.cheap_repetitions, accuracy_cells()),
-        (args.repetitions, frechet_cells({"real scenes": (real, (one, held_out))}, train)),
-        (args.repetitions, frechet_cells(gaussian, test)),
-        (args.repetitions, kid_cells(gaussian, test)),
-        (args.control_repetitions, plain_cells(near, test)),
+        (settings.accuracies, accuracy_cells()),
+        (settings.distances, frechet_cells({"real scenes": (real, (one, held_out))}, train)),
+        (settings.distances, frechet_cells(gaussian, test)),
+        (settings.distances, kid_cells(gaussian, test)),
+        (settings.control, plain_cells(near, test)),
     ]
-    jobs = [(cell, count) for count, cells in groups for cell in cells]
-    rows = []
-    for cell, count in tqdm(jobs):
-        for row in lines(cell, count):
-            tqdm.write(" | ".join(row))
-            rows.append(row)
+    return [(case, count) for count, found in groups for case in found]
+
+
+def simulated(number: int, data_dir: Path, settings: Settings) -> dict[str, Any]:
+    """Estimates of every repetition of a case, (repetitions, measures) of values, and of both ends."""
+    case, count = cases(data_dir, settings)[number]
+    found = [case.draw(np.random.default_rng([seed, case.n])) for seed in range(count)]
+    return {
+        name: np.array([[getattr(e, name) for e in row] for row in found])
+        for name in ("value", "low", "high")
+    }
+
+
+def lines(case: Case, found: dict[str, np.ndarray]) -> Iterator[list[str]]:
+    """The rows of the table, one a measure."""
+    for i, (measure, truth) in enumerate(case.truths.items()):
+        value, low, high = (found[name][:, i] for name in ("value", "low", "high"))
+        covered = np.mean((low <= truth) & (truth <= high))
+        numbers = [truth, value.mean(), value.std(), (high - low).mean() / 2]
+        shown = [f"{x:.{case.digits}f}" for x in numbers]
+        yield [measure, case.sampler, case.prompts, f"{case.n:,}", *shown, f"{covered:.1%}", str(len(value))]
+
+
+def main(bench: Bench) -> None:
+    """Runs the simulations that are missing, and writes the page."""
+    settings = bench.pick(Settings(), Settings(2, 2, 1, 200))
+    all_cases = cases(bench.data_dir, settings)
+    # In a small run one of every kind.
+    numbers = range(0, len(all_cases), 1 if not bench.quick else 9)
+    cells = {n: Cell(simulated, (n, bench.data_dir, settings), (CARDS["grader"],)) for n in numbers}
+    found = bench.run(cells.values())
+    rows = [line for n, cell in cells.items() for line in lines(all_cases[n][0], found[cell])]
     rows.sort(key=lambda row: row[0])
     header = [
         "measure",
@@ -277,13 +284,9 @@ def main() -> None:
         "covered",
         "repetitions",
     ]
-    text = (
-        "Share of nominal 95% intervals that contain the truth. Of 200 repetitions it has a standard error of 1.5 points,"
-        f" of 1,000 of 0.7.\n\n{markdown_table(header, rows)}\n"
+    bench.write(
+        "coverage.md",
+        "Share of nominal 95% intervals that contain the truth. Of 200 repetitions it has a standard error of 1.5 points, of"
+        " 1,000 of 0.7.",
+        markdown_table(header, rows),
     )
-    (args.output_dir / "coverage.md").write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

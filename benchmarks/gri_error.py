@@ -1,20 +1,18 @@
 """Errors of GRI attention against full attention, without training: the embedded UNet's self-attention and smooth fields.
 
-    python benchmarks/gri_error.py
-
 The control has the same windows and cells, but every cell counts as one key, those of the own window too. The error is
 ‖o − f‖ ÷ ‖f‖, o and f the outputs of the attention before its last projection, over all tokens, heads and timesteps of
-a prompt; the table has its mean over prompts (or draws of a field) with a bootstrap interval. Writes gri_error.md.
+a prompt; the table has its mean over prompts (or draws of a field) with a bootstrap interval.
 """
 
-import argparse
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from asdm_runs import SIZE, load
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +21,10 @@ from diffusers_ext.asdm.gri_attention import gri_attention
 from diffusers_ext.metrics.comparison import bootstrap, markdown_table
 from diffusers_ext.testbed.runs import held_out_prompts
 
+from .asdm_runs import SIZE, load
+from .framework.bench import Bench
+
+WRITES = ("gri_error.md",)
 HEADER = [
     "attention",
     "tokens",
@@ -38,16 +40,12 @@ GRID_OF = {128: (8, 16), 32: (4, 8), 8: (2, 4)}
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-def parse_args() -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--num_prompts", type=int, default=32, help="also the number of smooth fields")
-    add("--num_timesteps", type=int, default=5, help="of 20 steps, spread evenly")
-    add("--output_dir", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Settings:
+    """How large the benchmark is: prompts, which is also the number of smooth fields, and timesteps of 20."""
+
+    prompts: int = 32
+    timesteps: int = 5
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -136,38 +134,30 @@ def cells_of(found: list[QKV], height: int, width: int, window: int, pool: int, 
     return [f"{height} × {width}", str(window), str(pool), *(e.format(3) for e in estimates)]
 
 
-def rows_of(args: argparse.Namespace) -> Iterator[list[str]]:
+def rows_of(settings: Settings) -> Iterator[list[str]]:
     """The rows of the table."""
-    found = recorded(args.num_prompts, args.num_timesteps)
+    found = recorded(settings.prompts, settings.timesteps)
     for name, tensors in found.items():
         height, width = GRID_OF[tensors[0][0].shape[1]]
         for window, pool in SETTINGS:
             # A window over the image is full attention.
             if window < width and window <= height:
                 label = name.replace(".transformer_blocks.0.attn1", "")
-                yield [f"`{label}`", *cells_of(tensors, height, width, window, pool, args.num_prompts)]
-    fields = [smooth_fields(args.num_prompts)]
+                yield [f"`{label}`", *cells_of(tensors, height, width, window, pool, settings.prompts)]
+    fields = [smooth_fields(settings.prompts)]
     for window, pool in SETTINGS[:2]:
-        yield ["smooth fields", *cells_of(fields, FIELD, FIELD, window, pool, args.num_prompts)]
+        yield ["smooth fields", *cells_of(fields, FIELD, FIELD, window, pool, settings.prompts)]
 
 
 @torch.no_grad()
-def main() -> None:
+def main(bench: Bench) -> None:
     """Measures and writes the page."""
-    args = parse_args()
-    page = "\n\n".join(
-        [
-            markdown_table(HEADER, list(rows_of(args))),
-            f"Relative error against full attention, mean and 95% interval over {args.num_prompts} held-out prompts"
-            f" ({args.num_timesteps} timesteps of 20, guidance 2) or as many draws of smooth random fields (white noise"
-            f" after a Gaussian blur of {BLUR} tokens, 4 heads × 32). The weights are not trained for it. “Cells counted"
-            " once”: the same windows and cells, but each cell is one key, those of the own window too.",
-        ]
+    settings = bench.pick(Settings(), Settings(2, 1))
+    bench.write(
+        "gri_error.md",
+        markdown_table(HEADER, list(rows_of(settings))),
+        f"Relative error against full attention, mean and 95% interval over {settings.prompts} held-out prompts"
+        f" ({settings.timesteps} timesteps of 20, guidance 2) or as many draws of smooth random fields (white noise after a"
+        f" Gaussian blur of {BLUR} tokens, 4 heads × 32). The weights are not trained for it. “Cells counted once”: the same"
+        " windows and cells, but each cell is one key, those of the own window too.",
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "gri_error.md").write_text(page + "\n")
-    print(page)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,118 +1,71 @@
-"""What GRI attention does to the embedded model's images without training, with cells counted in full and counted once.
+"""What GRI attention does to the embedded model's images without training, with cells counted in full and counted once."""
 
-    python benchmarks/gri_images.py
+from __future__ import annotations
 
-The same prompts and noise for every row. Intervals are by bootstrap over prompts, as some prompts repeat. Every row's images
-are kept in --cache_dir. Writes gri_images.md.
-"""
-
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import kept
-import numpy as np
-from asdm_runs import TEACHER, load
-from gri_error import counted_once
-
 import diffusers_ext as dx
 from diffusers_ext.asdm import gri_attention
-from diffusers_ext.metrics.comparison import Estimate, bootstrap, markdown_table
-from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
-from diffusers_ext.testbed.runs import held_out_prompts, load_reference, run_scenes
+from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
-SETTINGS = [(8, 4), (4, 4)]
-FULL, ONCE, IN_FULL = "full attention", "cells counted once", "GRI attention"
+from .asdm_runs import TEACHER, load
+from .framework.bench import Bench
+from .framework.cells import Cell
+from .framework.samples import CARDS, graded
+from .framework.tables import Row, comparison, quality
+from .gri_error import counted_once
 
-
-def parse_args() -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("benchmarks/results"))
-    add("--cache_dir", type=Path, default=Path("runs/gri_images"))
-    add("--num_images", type=int, default=334, help="of every seed")
-    add("--seeds", type=int, nargs="+", default=[31, 32, 33])
-    return parser.parse_args()
+WRITES = ("gri_images.md",)
+READS = (TEACHER / "unet", TEACHER / "vae", TEACHER / "text_encoder", *CARDS.values())
+FULL, ONCE, GRI = "full attention", "cells counted once", "GRI attention"
 
 
-def images(kind: str, window: int, pool: int, seed: int, num_images: int) -> dict[str, Any]:
-    """Which images show their prompt, and their features; GRI attention on all self-attention that it changes."""
+@dataclass(frozen=True)
+class Settings:
+    """How large the benchmark is: images of every seed, and (window, pool) in tokens."""
+
+    images: int = 334
+    seeds: tuple[int, ...] = (31, 32, 33)
+    grids: tuple[tuple[int, int], ...] = ((8, 4), (4, 4))
+
+
+def images(kind: str, grid: tuple[int, int], seed: int, count: int) -> dict[str, Any]:
+    """One seed's images, graded; GRI attention on all self-attention that it changes."""
     pipe = load()
     if kind != FULL:
-        dx.apply_gri_attention(pipe, window=window, pool=pool)
+        dx.apply_gri_attention(pipe, window=grid[0], pool=grid[1])
 
     def once(*arguments: Any, **_: Any) -> Any:
         return counted_once(*arguments)
 
     function = once if kind == ONCE else gri_attention.gri_attention
+    prompts = held_out_prompts(count, seed)
     with patch.object(gri_attention, "gri_attention", function):
-        prompts = held_out_prompts(num_images, seed)
-        found = run_scenes(pipe, prompts, seed=seed, num_inference_steps=6, guidance_scale=2.0)
-    return {"aligned": found.grades["aligned"], "features": found.features}
+        run = run_scenes(pipe, prompts, seed=seed, num_inference_steps=6, guidance_scale=2.0)
+    return graded(run.images, prompts)
 
 
-def all_seeds(args: argparse.Namespace, kind: str, window: int, pool: int) -> dict[str, np.ndarray]:
-    """`images` of every seed, joined."""
-    weights = [TEACHER / "unet/config.json", TEACHER / "unet/diffusion_pytorch_model.safetensors"]
-    found = []
-    for seed in args.seeds:
-        given = (kind, window, pool, seed, args.num_images)
-        path = kept.measure(kept.place(args.cache_dir, "images", given, weights), images, *given)
-        found.append(dict(np.load(path)))
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-
-
-def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], prompts: list[str]) -> list[str]:
-    """Accuracy in points and Fréchet distance, ours less theirs, resampled by prompt."""
-    _, owner = np.unique(prompts, return_inverse=True)
-    rows_of = [np.flatnonzero(owner == prompt) for prompt in range(owner.max() + 1)]
-    reference = load_reference("scenes-test")
-
-    def accuracy(drawn: np.ndarray) -> float:
-        rows = np.concatenate([rows_of[prompt] for prompt in drawn])
-        return float(ours["aligned"][rows].mean() - theirs["aligned"][rows].mean())
-
-    def distance(drawn: np.ndarray) -> float:
-        rows = np.concatenate([rows_of[prompt] for prompt in drawn])
-        a, b = (FeatureStats.of(x["features"][rows]) for x in (ours, theirs))
-        return frechet_distance(a, reference) - frechet_distance(b, reference)
-
-    far = bootstrap(distance, len(rows_of), 200)
-    half = (far.high - far.low) / 2
-    # Repeated rows enlarge both distances, so the interval is centred on the difference of all rows.
-    far = Estimate(far.value, far.value - half, far.value + half)
-    return [bootstrap(accuracy, len(rows_of)).marked(1, 100), far.marked(3)]
-
-
-def main() -> None:
-    """Makes the missing images and writes the page."""
-    args = parse_args()
-    args.cache_dir.mkdir(parents=True, exist_ok=True)
-    prompts = [text for seed in args.seeds for text in held_out_prompts(args.num_images, seed)]
-    plain = all_seeds(args, FULL, 0, 0)
-    rows = [[FULL, "", "", f"{100 * plain['aligned'].mean():.1f}", *[""] * 4]]
-    for window, pool in SETTINGS:
-        once, ours = (all_seeds(args, kind, window, pool) for kind in (ONCE, IN_FULL))
-        for kind, found in ((ONCE, once), (IN_FULL, ours)):
-            cells = [kind, str(window), str(pool), f"{100 * found['aligned'].mean():.1f}"]
-            against = difference(ours, once, prompts) if kind == IN_FULL else ["", ""]
-            rows.append([*cells, *difference(found, plain, prompts), *against])
-    quality = ["accuracy", "Fréchet distance"]
-    header = ["", "window", "pool", "prompt accuracy, %"]
-    header += [f"{name} less {of}" for of in ("full attention's", "“counted once”") for name in quality]
-    page = (
-        f"{markdown_table(header, rows)}\n\nThe embedded model with GRI attention at its finest resolution (8 × 16 tokens)"
-        f" and no training for it: 6 steps at guidance 2, {len(prompts)} held-out prompts ({len(args.seeds)} seeds), the"
-        " same noise in every row. 95% intervals by bootstrap over distinct prompts; bold where they exclude 0."
+def main(bench: Bench) -> None:
+    """Makes the images that are missing, and writes the page."""
+    s = bench.pick(Settings(), Settings(6, (31,), ((4, 4),)))
+    keys = [(FULL, (0, 0)), *((kind, grid) for grid in s.grids for kind in (ONCE, GRI))]
+    cells = {key: [Cell(images, (*key, seed, s.images), READS) for seed in s.seeds] for key in keys}
+    found = bench.samples(cells)
+    full = found[FULL, (0, 0)]
+    rows = [Row((FULL, "", ""), full)]
+    rows += [Row((kind, *map(str, grid)), found[kind, grid], full) for kind, grid in keys[1:]]
+    against = [
+        Row((f"{GRI} less cells counted once", *map(str, grid)), found[GRI, grid], found[ONCE, grid])
+        for grid in s.grids
+    ]
+    measures, header = quality(bench.statistics("scenes")), ["", "window", "pool"]
+    bench.write(
+        "gri_images.md",
+        comparison(header, rows, measures, f"{FULL}'s"),
+        comparison(header, against, measures, "those of cells counted once"),
+        "The embedded model with GRI attention at its finest resolution (8 × 16 tokens) and no training for it: 6 steps at"
+        f" guidance 2, {s.images * len(s.seeds):,} held-out prompts ({len(s.seeds)} seeds), the same noise in every row;"
+        " intervals over prompts.",
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "gri_images.md").write_text(page + "\n")
-    print(page)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,30 +1,26 @@
-"""Golden noise by both graders, on three sets of prompts and with two timestep spacings, and the graders on real images.
+"""Golden noise by both graders, on three sets of prompts and with two timestep spacings, and the graders on real images."""
 
-    python benchmarks/judges.py --train_data_dir DIR
+from __future__ import annotations
 
-DIR holds Fashion-MNIST's four idx files. The images of every cell are kept in `--cache_dir`, so an interrupted benchmark goes on where
-it stopped. Writes judges.md. All cells of one set of prompts start from the same noise, which no other benchmark uses.
-Intervals are over prompts: the images of one prompt are resampled together.
-"""
-
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kept
-import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from golden_noise_runs import Job, load, prompts, starts
 
 from diffusers_ext.core.images import as_tensor
 from diffusers_ext.golden_noise.training import sample
-from diffusers_ext.metrics.comparison import Estimate, bootstrap, markdown_table, proportion
+from diffusers_ext.metrics.comparison import markdown_table, paired_difference, proportion
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct
-from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import both_grades
 
+from .framework.bench import Bench
+from .framework.cells import Arrays, Cell
+from .golden_noise import NPNET, READS, Job, load, prompts, starts
+
+WRITES = ("judges.md",)
 STEPS = 6
 VARIANTS = {"plain": "plain", "npnet": "NPNet", "random": "random change, equal norm"}
 SAMPLERS = {"DPM++ 2M, leading": "leading", "DPM++ 2M, trailing": "trailing"}
@@ -53,118 +49,95 @@ def texts_of(name: str, count: int) -> list[str]:
     return [fashion_scenes.caption(scene) for scene in drawn] * draws
 
 
-def make(name: str, sampler: str, variant: str, count: int) -> dict[str, np.ndarray]:
-    """The images of a cell, uint8 (n, 32, 64, 3)."""
+@dataclass(frozen=True)
+class Settings:
+    """How large the benchmark is."""
+
+    images: int = 1200
+
+
+@torch.no_grad()
+def generated(name: str, sampler: str, variant: str, count: int) -> dict[str, Any]:
+    """The grades of a cell's images by both graders, (n,) each."""
     pipe, _ = load()
     texts = texts_of(name, count)
-    latents = starts(Job(variant, 1.0, FIRST_DRAW + list(SETS).index(name)), texts)
+    latents = starts(Job(variant), FIRST_DRAW + list(SETS).index(name), texts)
     original = pipe.scheduler
     spacing = SAMPLERS[sampler]
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config, timestep_spacing=spacing)
-    size = {"height": 32, "width": 64, "num_inference_steps": STEPS}
+    size: dict[str, Any] = {"height": 32, "width": 64, "num_inference_steps": STEPS}
     pictures = sample(pipe, texts, latents, batch_size=64, guidance_scale=1.0, **size)
     pipe.scheduler = original
-    return {"pictures": np.rint(pictures * 255).astype(np.uint8)}
+    return both_grades(pictures, texts)
 
 
-def by_prompt(values: np.ndarray, texts: list[str]) -> Estimate:
-    """Mean of values (n,) with an interval over the distinct prompts."""
-    _, owner = np.unique(texts, return_inverse=True)
-    sums, counts = np.bincount(owner, values.astype(float)), np.bincount(owner)
-    return bootstrap(lambda rows: float(sums[rows].sum() / counts[rows].sum()), len(sums), 2000)
+@torch.no_grad()
+def real(data_dir: Path, split: str, decoded: bool, count: int) -> dict[str, Any]:
+    """The grades of real scenes, as they are or through the autoencoder; `split` is that of the garments."""
+    garments, items = fashion_scenes.load_garments(data_dir, split)
+    scenes, texts = fashion_scenes.compose("test", garments, items, count, seed=3)
+    return both_grades(reconstruct(load()[0].vae, as_tensor(scenes)) if decoded else scenes, texts)
 
 
-def gains(cells: dict[tuple[str, str, str], Any], count: int) -> str:
+def gains(cells: dict[tuple[str, str, str], Arrays], count: int) -> str:
     """The table of golden noise."""
     rows = []
     for name, sampler in dict.fromkeys((name, sampler) for name, sampler, _ in CELLS):
         texts = texts_of(name, count)
         for title, key in GRADERS.items():
-            right = {
-                v: cells[name, sampler, v][key].astype(float) for v in VARIANTS if (name, sampler, v) in cells
-            }
+            right = {v: cells[name, sampler, v][key] for v in VARIANTS if (name, sampler, v) in cells}
             row = [
                 sampler,
                 name,
                 title,
-                *(by_prompt(right[v], texts).format(1, 100) for v in ("plain", "npnet")),
+                *(proportion(right[v], texts).format(1, 100) for v in ("plain", "npnet")),
             ]
             for variant in ("npnet", "random"):
-                change = right[variant] - right["plain"] if variant in right else None
-                row.append("" if change is None else by_prompt(change, texts).marked(1, 100))
+                there = variant in right
+                change = paired_difference(right[variant], right["plain"], texts) if there else None
+                row.append("" if change is None else change.marked(1, 100))
             rows.append(row)
     columns = ["sampler", "prompts", "by", "plain, %", "NPNet, %", "NPNet less plain", "random less plain"]
     return markdown_table(columns, rows)
 
 
-def graders(data_dir: str, cells: dict[tuple[str, str, str], Any], count: int) -> str:
+def graders(rows: dict[str, Arrays]) -> str:
     """The table of both graders on real images, on the same through the autoencoder, and on generated ones."""
-    rows = []
-
-    def line(name: str, found: Any) -> None:
-        cell = [proportion(found[key]).format(1, 100) for key in GRADERS.values()]
-        cell += [
+    lines = []
+    for name, found in rows.items():
+        line = [proportion(found[key]).format(1, 100) for key in GRADERS.values()]
+        line += [
             proportion(found[part] == found[f"judge_{part}"]).format(1, 100)
             for part in ("aligned", "item", "color")
         ]
-        rows.append([name, *cell])
-
-    for split in ("test", "train"):
-        garments, items = fashion_scenes.load_garments(data_dir, split)
-        scenes, texts = fashion_scenes.compose("test", garments, items, count, seed=3)
-        who = {"test": "the judge was trained on", "train": "the first grader was trained on"}[split]
-        line(f"real, garments that {who}", both_grades(scenes, texts))
-        decoded = reconstruct(load()[0].vae, as_tensor(scenes))
-        line("the same through the autoencoder", both_grades(decoded, texts))
-    for variant, title in VARIANTS.items():
-        line(f"generated, {title}", cells["test split, random", "DPM++ 2M, leading", variant])
-    columns = [
-        "images",
-        *(f"{title}, %" for title in GRADERS),
-        "same verdict, %",
-        "of items, %",
-        "of colours, %",
-    ]
-    return markdown_table(columns, rows)
+        lines.append([name, *line])
+    judged = [f"{title}, %" for title in GRADERS]
+    return markdown_table(["images", *judged, "same verdict, %", "of items, %", "of colours, %"], lines)
 
 
-def main() -> None:
-    """Runs what is missing and writes the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train_data_dir", default=str(fashion_scenes.SAMPLE_DIR))
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/judges"))
-    parser.add_argument("--num_images", type=int, default=1200, help="images a cell")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    args = parser.parse_args()
-    for folder in (args.output_dir, args.cache_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    torch.set_grad_enabled(False)
-    # The images do not depend on the graders.
-    weights = [card_dir("fashion-scenes") / "unet", card_dir("npnet-fashion-scenes")]
-    files = [file for folder in weights for file in sorted(folder.glob("*.safetensors"))]
-    paths = {cell: kept.place(args.cache_dir, "cell", (*cell, args.num_images), files) for cell in CELLS}
-    calls = [(path, make, *cell, args.num_images) for cell, path in paths.items()]
-    kept.side_by_side(kept.measure, calls, args.workers, "cells")
-    cells = {
-        key: both_grades(np.load(path)["pictures"], texts_of(key[0], args.num_images))
-        for key, path in paths.items()
+def main(bench: Bench) -> None:
+    """Makes the images that are missing, and writes the page."""
+    count = bench.pick(Settings(), Settings(12)).images
+    wanted = {key: Cell(generated, (*key, count), (*READS, NPNET)) for key in CELLS}
+    shown = {
+        "real, garments that the judge was trained on": ("test", False),
+        "the same garments through the autoencoder": ("test", True),
+        "real, garments that the first grader was trained on": ("train", False),
+        "these garments through the autoencoder": ("train", True),
     }
-    text = "\n\n".join(
-        [
-            graders(args.train_data_dir, cells, args.num_images),
-            f"{args.num_images} images a row, held-out prompts, Wilson intervals; those generated with DPM++ 2M, leading. The first grader was trained on Fashion-MNIST's training"
-            " images, the judge on its test images: a grader's accuracy counts on garments that it was not trained on.",
-            gains(cells, args.num_images),
-            f"{args.num_images} images a row, guidance 1, {STEPS} steps; 95% bootstrap intervals over prompts, bold where"
-            " they exclude 0. The random change was only sampled with leading timesteps.",
-        ]
+    ceilings = {name: Cell(real, (bench.data_dir, *given, count), READS) for name, given in shown.items()}
+    found = bench.run([*wanted.values(), *ceilings.values()])
+    cells = {key: found[cell] for key, cell in wanted.items()}
+    rows = {name: found[cell] for name, cell in ceilings.items()}
+    for variant, title in VARIANTS.items():
+        rows[f"generated, {title}"] = cells["test split, random", "DPM++ 2M, leading", variant]
+    bench.write(
+        "judges.md",
+        graders(rows),
+        f"{count} images a row, held-out prompts, Wilson's intervals; those generated with DPM++ 2M, leading. The first"
+        " grader was trained on Fashion-MNIST's training images, the judge on its test images: a grader's accuracy counts"
+        " on garments that it was not trained on.",
+        gains(cells, count),
+        f"{count} images a row, guidance 1, {STEPS} steps; 95% intervals over prompts, bold where they exclude 0. The"
+        " random change was only sampled with leading timesteps.",
     )
-    (args.output_dir / "judges.md").write_text(text + "\n")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -129,11 +129,9 @@ def test_training_goes_on_and_is_not_repeated(tmp_path: Path, monkeypatch: pytes
 
 
 def test_holm_decides_what_is_bold() -> None:
-    # Errors of 1, so that two-sided p values are .0027, .0124 and .0455: the last two fail at .05/2 with five tests.
-    estimates = [Estimate(z, z - 1.96, z + 1.96) for z in (3.0, 2.5, 2.0)]
-    assert statistics.holm(estimates) == [True, True, True]
-    nulls = [Estimate(0.1, -1.86, 2.06)] * 2
-    assert statistics.holm([*nulls, *estimates]) == [False, False, True, True, False]
+    # The last one alone is below .05, but not below .05/3, its level among five.
+    estimates = [Estimate(z, z - 1.96, z + 1.96, p) for z, p in ((3.0, 0.0027), (2.5, 0.0124), (2.0, 0.0455))]
+    nulls = [Estimate(0.1, -1.86, 2.06, 0.92)] * 2
     measure = Measure("x", lambda ours: ours, lambda ours, control: ours, digits=1)
     rows = [Row((str(n),), e, e) for n, e in enumerate([*nulls, *estimates])] + [Row(("control",), nulls[0])]
     table = comparison(["row"], rows, [measure], "the other's")
@@ -143,12 +141,12 @@ def test_holm_decides_what_is_bold() -> None:
 
 
 def test_statistics_resample_prompts_together() -> None:
-    # Ten prompts of twenty equal images: with images taken for independent, the interval would be four times too narrow.
+    # Ten prompts of twenty equal images: with images taken for independent, the interval would be five times too narrow.
     right = np.repeat(np.arange(10) % 2 == 0, 20)
     prompts = np.repeat(np.arange(10), 20)
     found = statistics.Statistics("scenes", 2000).mean(right, prompts)
-    # The standard error of a mean over ten prompts is .158, within the error of 2,000 resamples.
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.158, rel=0.1)
+    # The standard deviation of ten prompts is .527, and 2.262 is the quantile of Student's t with nine degrees of freedom.
+    assert found.high - found.low == pytest.approx(2 * 2.262 * 0.527 / 10**0.5, rel=0.01)
 
 
 def test_diversity_is_within_a_prompt() -> None:
