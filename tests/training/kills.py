@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,8 +101,9 @@ def run(row: Row, argv: list[str], log: Path, seconds: float | None = None) -> b
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            kill_all(process)
-            return False
+            code = kill_all(process)
+            if code == -signal.SIGKILL:
+                return False
     if code:
         raise RuntimeError(f"{' '.join(argv)} ended with {code}:\n{log.read_text()[-3000:]}")
     return True

@@ -47,17 +47,18 @@ def kill_after(
         time.sleep(0.01)
     time.sleep(random.uniform(0, longest))
     assert started.poll() is None, "the run ended by itself"
-    kill_all(started)
+    assert kill_all(started) == -signal.SIGKILL
 
 
-def kill_all(started: "subprocess.Popen[bytes]") -> None:
-    """Kills a process and all that it has started."""
+def kill_all(started: "subprocess.Popen[bytes]") -> int:
+    """Kills a process and all that it has started; returns its exit code, which is its own if it ended before."""
     workers = psutil.Process(started.pid).children(recursive=True)
     started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    code = started.wait()
     for worker in workers:
         worker.kill()
     psutil.wait_procs(workers)
+    return code
 
 
 def write_pictures(folder: Path) -> None:
