@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from diffusers_ext.metrics.comparison import Estimate, markdown_table
+from diffusers_ext.metrics.comparison import Estimate, markdown_table, paired_difference
 from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.embedded import card_dir
@@ -140,11 +139,9 @@ def equal_time(steps: int, cost: Mapping[str, float]) -> float:
 
 def t_interval(values: np.ndarray) -> Estimate:
     """Mean with its 95% t interval over seeds."""
-    mean = float(np.mean(values))
     if len(values) < 2:
-        return Estimate(mean, float("-inf"), float("inf"))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return Estimate(mean, mean - half, mean + half)
+        return Estimate(float(np.mean(values)), float("-inf"), float("inf"), 1.0)
+    return paired_difference(values, np.zeros(len(values)))
 
 
 def measures_of(s: Settings, task: str, steps: int, cost: Mapping[str, float]) -> list[Measure]:

@@ -18,11 +18,13 @@ from benchmarks.framework.trainings import Training
 from diffusers_ext.metrics.comparison import Estimate
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("base_models", "golden_noise_cost", "training_memory", "cost")
+QUICK = ("coverage", "base_models", "golden_noise_cost", "training_memory", "cost")
 # Files of the pages that other commands make.
 OTHERS = {"demo.png", "asdm_plan.png", "CHANGELOG.md"}
 
 
+# The longest train controls: two minutes of one core.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
