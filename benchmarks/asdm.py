@@ -193,14 +193,11 @@ def columns() -> list[Measure]:
 
 def of_samples(measures: list[Measure]) -> list[Measure]:
     """The same measures of a student's images."""
-    return [
-        replace(
-            m,
-            value=m.value and (lambda of, m=m: m.value(of.samples)),
-            difference=m.difference and (lambda a, b, m=m: m.difference(a.samples, b.samples)),
-        )
-        for m in measures
-    ]
+
+    def of(function: Any) -> Any:
+        return function and (lambda *students: function(*(student.samples for student in students)))
+
+    return [replace(m, value=of(m.value), difference=of(m.difference)) for m in measures]
 
 
 def plans_table(changes: dict[str, Arrays]) -> str:

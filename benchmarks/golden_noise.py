@@ -193,7 +193,7 @@ def main(bench: Bench) -> None:
         " the same in every row.",
         main_table(found, settings, measures, Samples.of([bench.run([cell])[cell]])),
         "Intervals are over prompts. A row is one evaluation of the denoiser for one image; guided steps take two. *Best of"
-        " N* is chosen by the first judge, the most that choosing can give. Fréchet floor (real train against real test"
+        " N* is chosen by the first grader, the most that choosing can give. FD∞ of a perfect model (real train against real test"
         f" images) {statistics.floor('grader'):.2f}.",
         *more_tables(found, settings, measures),
     )

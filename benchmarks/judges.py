@@ -72,7 +72,7 @@ def generated(name: str, sampler: str, variant: str, count: int) -> dict[str, An
 
 
 @torch.no_grad()
-def real(data_dir: Path, split: str, decoded: bool, count: int) -> dict[str, Any]:
+def real(data_dir: Path, split: Any, decoded: bool, count: int) -> dict[str, Any]:
     """The grades of real scenes, as they are or through the autoencoder; `split` is that of the garments."""
     garments, items = fashion_scenes.load_garments(data_dir, split)
     scenes, texts = fashion_scenes.compose("test", garments, items, count, seed=3)

@@ -195,7 +195,7 @@ def lora_task(data_dir: Path, seed: int) -> Task:
     return Task(objective, batch, len(latents), validate, pipe.unet, pipe)
 
 
-TASKS: dict[str, Callable[[str, int], Task]] = {"pixel": pixel_task, "lora": lora_task}
+TASKS: dict[str, Callable[[Path, int], Task]] = {"pixel": pixel_task, "lora": lora_task}
 
 
 def optimizer_of(arm: str, task: Task, rate: float) -> torch.optim.Optimizer:

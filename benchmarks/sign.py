@@ -122,7 +122,7 @@ def training(name: str, data_dir: Path, s: Settings) -> Training:
     }
     if "source_components" not in own:
         options["pairs_dir"] = "{cache}/sign-pairs-" + str(s.pairs)
-    options |= s.training | own
+    options |= {**s.training, **own}
     given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     model = ("--pretrained_model_name_or_path", TEACHER, "--dataset_name", "fashion-mnist")
     return Training("train_sign", (*model, "--train_data_dir", data_dir, "--use_ema", *given))
@@ -248,7 +248,8 @@ Drawn = tuple[Path | None, str, int]
 
 def drawn_of(s: Settings, controls: Mapping[str, Path]) -> dict[tuple[str, int], Drawn]:
     """Every set of samples, by label and NFE."""
-    first, found = s.solvers[0], {}
+    first = s.solvers[0]
+    found: dict[tuple[str, int], Drawn] = {}
     found |= {("SIGN", n): (SIGN, "", n) for n in s.sign_steps}
     found |= {(f"teacher, {solver}", n): (None, solver, n) for solver in s.solvers for n in s.teacher_steps}
     found |= {(f"teacher, {first}", s.reference_steps): (None, first, s.reference_steps)}

@@ -302,9 +302,7 @@ def training_seeds(statistics: Statistics, s: Settings, models: dict[str, Model]
         cells = [f"{m:.{d}f} ± {v:.{d}f}" for m, v, d in zip(changes.mean(0), spread, digits)]
         rows.append(["λ = 1 less λ = 0, mean ± std", *cells])
     scales = [f"squared error, guidance {g:g}" for g in RECONSTRUCTION_GUIDANCES]
-    return markdown_table(
-        ["model", "ISTD", "std/mean", "prompt accuracy, %", "Fréchet distance", *scales], rows
-    )
+    return markdown_table(["model", "ISTD", "std/mean", "prompt accuracy, %", "FD∞", *scales], rows)
 
 
 def picture(bench: Bench, models: dict[str, Model]) -> None:
@@ -313,7 +311,8 @@ def picture(bench: Bench, models: dict[str, Model]) -> None:
     for i, (prompt, _) in enumerate(STRIPS):
         shown |= {f"{name}: {prompt}": model.strips[f"strip {i}"] for name, model in models.items()}
         series = {
-            name: Series(range(FRAMES - 1), model.strips[f"changes {i}"]) for name, model in models.items()
+            name: Series(range(FRAMES - 1), model.strips[f"changes {i}"].tolist())
+            for name, model in models.items()
         }
         axis = "step along the path"
         panels.append(Panel(prompt, axis, "distance to the next image", series, {"ylim": (0, None)}))

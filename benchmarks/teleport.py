@@ -247,7 +247,7 @@ def panels_of(found: dict[Point, Samples], statistics: Statistics, kind: str, fl
         return []
     accuracy = kind == "accuracy"
     measure = statistics.accuracy if accuracy else statistics.distance
-    name = "prompt accuracy" if accuracy else "Fréchet distance, small features"
+    name = "prompt accuracy" if accuracy else "FD∞"
     panels = []
     for solver in dict.fromkeys(p.solver for p in found):
         series: dict[str, Series] = {}

@@ -62,7 +62,7 @@ class Statistics:
     def kernel_distance(self, ours: Samples, judge: str) -> Estimate:
         """KID's arithmetic against real test images, times 1,000."""
         found = kid(ours.features(judge), real_rows(self.kind, judge), ours.prompts)
-        return Estimate(*(1000 * x for x in (found.value, found.low, found.high)), found.p_value)
+        return Estimate(1000 * found.value, 1000 * found.low, 1000 * found.high, found.p_value)
 
     def density_and_coverage(self, ours: Samples, judge: str) -> str:
         """ "density / coverage" against as many real test images."""
