@@ -83,7 +83,7 @@ class Statistics:
             right = ours.aligned(judge) & control.aligned(judge)
             kept = right[first] & right[second]
             first, second, group = first[kept], second[kept], group[kept]
-        if not len(first):
+        if len(np.unique(group)) < 2:
             return UNKNOWN
         a, b = (
             np.linalg.norm(x[first] - x[second], axis=-1)
