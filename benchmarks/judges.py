@@ -4,7 +4,7 @@
 
 DIR holds Fashion-MNIST's four idx files. The images of every cell are kept in `--cache_dir`, so an interrupted benchmark goes on where
 it stopped. Writes judges.md. All cells of one set of prompts start from the same noise, which no other benchmark uses.
-Intervals are over prompts: the images of one prompt are resampled together.
+Intervals are over prompts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from golden_noise_runs import Job, load, prompts, starts
 
 from diffusers_ext.core.images import as_tensor
 from diffusers_ext.golden_noise.training import sample
-from diffusers_ext.metrics.comparison import Estimate, bootstrap, markdown_table, proportion
+from diffusers_ext.metrics.comparison import markdown_table, paired_difference, proportion
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.base_training import reconstruct
 from diffusers_ext.testbed.embedded import card_dir
@@ -67,31 +67,23 @@ def make(name: str, sampler: str, variant: str, count: int) -> dict[str, np.ndar
     return {"pictures": np.rint(pictures * 255).astype(np.uint8)}
 
 
-def by_prompt(values: np.ndarray, texts: list[str]) -> Estimate:
-    """Mean of values (n,) with an interval over the distinct prompts."""
-    _, owner = np.unique(texts, return_inverse=True)
-    sums, counts = np.bincount(owner, values.astype(float)), np.bincount(owner)
-    return bootstrap(lambda rows: float(sums[rows].sum() / counts[rows].sum()), len(sums), 2000)
-
-
 def gains(cells: dict[tuple[str, str, str], Any], count: int) -> str:
     """The table of golden noise."""
     rows = []
     for name, sampler in dict.fromkeys((name, sampler) for name, sampler, _ in CELLS):
         texts = texts_of(name, count)
         for title, key in GRADERS.items():
-            right = {
-                v: cells[name, sampler, v][key].astype(float) for v in VARIANTS if (name, sampler, v) in cells
-            }
+            right = {v: cells[name, sampler, v][key] for v in VARIANTS if (name, sampler, v) in cells}
             row = [
                 sampler,
                 name,
                 title,
-                *(by_prompt(right[v], texts).format(1, 100) for v in ("plain", "npnet")),
+                *(proportion(right[v], texts).format(1, 100) for v in ("plain", "npnet")),
             ]
             for variant in ("npnet", "random"):
-                change = right[variant] - right["plain"] if variant in right else None
-                row.append("" if change is None else by_prompt(change, texts).marked(1, 100))
+                there = variant in right
+                change = paired_difference(right[variant], right["plain"], texts) if there else None
+                row.append("" if change is None else change.marked(1, 100))
             rows.append(row)
     columns = ["sampler", "prompts", "by", "plain, %", "NPNet, %", "NPNet less plain", "random less plain"]
     return markdown_table(columns, rows)
@@ -158,7 +150,7 @@ def main() -> None:
             f"{args.num_images} images a row, held-out prompts, Wilson intervals; those generated with DPM++ 2M, leading. The first grader was trained on Fashion-MNIST's training"
             " images, the judge on its test images: a grader's accuracy counts on garments that it was not trained on.",
             gains(cells, args.num_images),
-            f"{args.num_images} images a row, guidance 1, {STEPS} steps; 95% bootstrap intervals over prompts, bold where"
+            f"{args.num_images} images a row, guidance 1, {STEPS} steps; 95% intervals over prompts, bold where"
             " they exclude 0. The random change was only sampled with leading timesteps.",
         ]
     )
