@@ -22,12 +22,10 @@ from torch.nn import functional as F
 from ..core.images import as_tensor
 from .embedded import card_dir
 from .fashion_scenes import COLORS, HEIGHT, ITEMS, SIZE, WIDTH, Split, parse_caption
-from .judge import GarmentJudge
+from .judge import PALETTE, GarmentJudge
 
 if TYPE_CHECKING:
     from ..training.rows import Rows
-
-_PALETTE = torch.tensor(list(COLORS.values()))
 
 
 class GarmentClassifier(ModelMixin, ConfigMixin):
@@ -94,7 +92,7 @@ def color_indices(crops: Tensor) -> Tensor:
     weight = crops.amax(1, keepdim=True)
     mean = (crops * weight).sum((2, 3)) / weight.sum((2, 3)).clamp_min(1e-6)
     mean = mean / mean.amax(1, keepdim=True).clamp_min(1e-6)
-    return torch.cdist(mean, _PALETTE.to(mean)).argmin(1)
+    return torch.cdist(mean, PALETTE.to(mean)).argmin(1)
 
 
 @torch.no_grad()

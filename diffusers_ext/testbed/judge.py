@@ -23,7 +23,7 @@ from .fashion_scenes import COLORS, ITEMS, Split
 if TYPE_CHECKING:
     from ..training.rows import Rows
 
-_PALETTE = torch.tensor(list(COLORS.values()))
+PALETTE = torch.tensor(list(COLORS.values()))
 
 
 class _MixerLayer(nn.Module):
@@ -101,8 +101,8 @@ def majority_colors(crops: Tensor) -> Tensor:
     Every pixel votes, with its brightness as weight, for the palette colour with the smallest angle to its own in RGB.
     So a garment of two colours has the one that covers more of it, where the first grader takes their mean.
     """
-    cosines = torch.einsum("kc,nchw->nkhw", F.normalize(_PALETTE.to(crops), dim=1), crops)
-    votes = F.one_hot(cosines.argmax(1), len(_PALETTE)) * crops.amax(1)[..., None]
+    cosines = torch.einsum("kc,nchw->nkhw", F.normalize(PALETTE.to(crops), dim=1), crops)
+    votes = F.one_hot(cosines.argmax(1), len(PALETTE)) * crops.amax(1)[..., None]
     return votes.sum((1, 2)).argmax(1)
 
 

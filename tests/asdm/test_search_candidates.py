@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import diffusers_ext as dx
-from diffusers_ext.asdm.candidates import choose_candidates, find_candidates
+from diffusers_ext.asdm.candidates import Candidate, choose_candidates, find_candidates
 from diffusers_ext.asdm.cost import CostTable, cost_table, time_ratio
 from diffusers_ext.asdm.prune import cut_unet
 from diffusers_ext.asdm.search import PruningProfile
@@ -55,16 +55,17 @@ def times_of(profile: PruningProfile, tables: dict[int, CostTable], slower: floa
     return measure
 
 
+def candidates_of(
+    profile: PruningProfile, tables: dict[int, CostTable], slower: float = 1.0, **options: Any
+) -> list[Candidate]:
+    """Plans for a target of 70%, by the losses of the profile."""
+    times = times_of(profile, tables, slower)
+    return choose_candidates(profile.config, {"output": profile.sensitivity}, tables, 0.7, times, **options)
+
+
 def test_the_plain_searchs_plan_is_first(profile: PruningProfile) -> None:
     tables = {8: profile.costs}
-    found = choose_candidates(
-        profile.config,
-        {"output": profile.sensitivity},
-        tables,
-        0.7,
-        times_of(profile, tables),
-        num_candidates=6,
-    )
+    found = candidates_of(profile, tables, num_candidates=6)
     assert found[0].plan == profile.plan(0.7, "milliseconds")
     assert found[0].source == "output change"
     assert len(found) == len({fingerprint(c.plan.shape().config()) for c in found}) == 6
@@ -78,8 +79,7 @@ def test_the_plain_searchs_plan_is_first(profile: PruningProfile) -> None:
 
 def test_a_plan_that_is_measured_as_too_slow_is_replaced(profile: PruningProfile) -> None:
     tables = {8: profile.costs}
-    given = (profile.config, {"output": profile.sensitivity}, tables, 0.7)
-    slow = choose_candidates(*given, times_of(profile, tables, 1.2), num_candidates=3)
+    slow = candidates_of(profile, tables, 1.2, num_candidates=3)
     assert all(c.times[8] <= 0.7 for c in slow)
     # Exactly the plan for what the measurement allows.
     assert slow[0].plan == profile.plan(0.7 / 1.2, "milliseconds")
@@ -89,14 +89,7 @@ def test_the_target_holds_for_every_batch_size(unet: Any, profile: PruningProfil
     # For one row, parameters take the time.
     one = by_macs(profile.costs, "parameters")
     tables = {8: profile.costs, 1: one}
-    found = choose_candidates(
-        profile.config,
-        {"output": profile.sensitivity},
-        tables,
-        0.7,
-        times_of(profile, tables),
-        num_candidates=4,
-    )
+    found = candidates_of(profile, tables, num_candidates=4)
     assert all(max(c.times.values()) <= 0.7 for c in found)
     assert any("time of 1 row" in c.source or "time of 8 rows" in c.source for c in found)
 
@@ -105,8 +98,7 @@ def test_a_seed_gives_the_same_candidates(profile: PruningProfile) -> None:
     tables = {8: profile.costs}
 
     def of(seed: int) -> list[Any]:
-        given = (profile.config, {"output": profile.sensitivity}, tables, 0.7, times_of(profile, tables))
-        return [c.plan.cuts for c in choose_candidates(*given, num_candidates=5, seed=seed)]
+        return [c.plan.cuts for c in candidates_of(profile, tables, num_candidates=5, seed=seed)]
 
     assert of(0) == of(0)
     assert of(0) != of(1)
@@ -118,14 +110,7 @@ def test_what_is_refused(unet: Any, profile: PruningProfile) -> None:
     with pytest.raises(
         ValueError, match=r"No plan leaves 70.0% of the time for 8 and 1 rows: set a larger target"
     ):
-        choose_candidates(
-            profile.config,
-            {"output": profile.sensitivity},
-            tables,
-            0.7,
-            times_of(profile, tables, 50.0),
-            num_candidates=2,
-        )
+        candidates_of(profile, tables, 50.0, num_candidates=2)
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
         find_candidates(unet, inputs(), 1.5)
 
