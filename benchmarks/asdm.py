@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+import diffusers_ext as dx
 from diffusers_ext.metrics.comparison import Estimate, markdown_table
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts
 
-from .asdm_plans import plans_of
+from .asdm_plans import NUM_DRAWS, plans_of
 from .asdm_runs import AS_IS, BATCHES, FOLDED, TEACHER, latency, pictures, plan, size, training, variants
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
@@ -26,85 +27,79 @@ STUDENT = card_dir("asdm-fashion-scenes")
 READS = (TEACHER / "unet", TEACHER / "vae", TEACHER / "text_encoder", *CARDS.values())
 SHOWN = 10
 ONE_GO = "in one go"
-MAIN = "A-SDM: three stages, 300, 300, 900"
 
 
 @dataclass(frozen=True)
 class Control:
-    """A student: the steps of its stages, its plan, and what else differs; the first of as many steps is the control."""
+    """A student: its plan, whether its cuts are made in stages, and what else differs."""
 
-    steps: tuple[int, ...]
-    plan: str = "ours"
+    plan: str
+    staged: bool = False
     options: tuple[str, ...] = ("--no_cond_convs",)
 
-    @property
-    def total(self) -> int:
-        """Training steps."""
-        return sum(self.steps)
 
-
-AT_ONCE = ("--no_cond_convs", "--one_shot")
-PLANS = {"BK mapping": "bk", **{f"random plan {n}": f"random-{n}" for n in (1, 2, 3)}}
-CONTROLS: dict[str, Control] = {
-    f"{ONE_GO}, 201 steps": Control((67, 67, 67), options=AT_ONCE),
-    "in three stages, 67 each": Control((67, 67, 67)),
-    "in three stages, 20, 20, 161": Control((20, 20, 161)),
-    "from scratch": Control((67, 67, 67), options=(*AT_ONCE, "--from_scratch")),
-    "with CLME-CondConv": Control((67, 67, 67), options=("--one_shot",)),
-    "without SAS": Control((67, 67, 67), options=(*AT_ONCE, "--semantic_weight", "0")),
-    "without feature KD": Control((67, 67, 67), options=(*AT_ONCE, "--feature_weight", "0")),
-    **{name: Control((201,), plan) for name, plan in PLANS.items()},
-    "22% plan": Control((100, 101), "ours78", AT_ONCE),
-    "22% plan with GRI": Control((67, 67, 67), "ours78-gri", AT_ONCE),
-    f"{ONE_GO}, 600 steps": Control((200, 200, 200), options=AT_ONCE),
-    "in three stages, 100, 100, 400": Control((100, 100, 400)),
-    **{f"{name}, 600 steps": Control((600,), plan) for name, plan in PLANS.items()},
-    f"{ONE_GO}, 1500 steps": Control((300, 300, 900), options=AT_ONCE),
-    MAIN: Control((300, 300, 900)),
-}
+def controls_of(depth: str) -> dict[str, Control]:
+    """The students of one depth, the share of the UNet's time that is left in percent; the first is the others' control."""
+    plain = Control(depth)
+    found = {ONE_GO: plain, "in stages": replace(plain, staged=True)}
+    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, NUM_DRAWS + 1)}
+    if depth in ("63", "40"):
+        found |= {
+            "with CLME-CondConv": replace(plain, options=()),
+            "without SAS": replace(plain, options=(*plain.options, "--semantic_weight", "0")),
+            "without feature KD": replace(plain, options=(*plain.options, "--feature_weight", "0")),
+        }
+    if depth == "80":
+        found["with GRI"] = Control("80-gri")
+    if depth == "63":
+        found |= {"BK mapping": Control("bk")}
+        found["from scratch"] = replace(plain, options=(*plain.options, "--from_scratch"))
+    return found
 
 
 @dataclass(frozen=True)
 class Settings:
     """How large the benchmark is."""
 
+    depths: tuple[str, ...] = ("80", "63", "50", "40")
     images: int = 334
-    seeds: tuple[int, ...] = (31, 32, 33)
+    seeds: tuple[int, ...] = (31, 32)
     steps: int = 6
     guidance: float = 2.0
-    rounds: int = 60
-    # By total steps: rows of a step, and images to train on.
-    batch_sizes: tuple[tuple[int, int, int], ...] = ((201, 32, 8000), (600, 32, 8000), (1500, 64, 20_000))
+    rounds: int = 30
+    train_steps: int = 201
+    # Of every stage but the last.
+    first_steps: int = 20
+    batch_size: int = 32
+    samples: int = 8000
+    controls: int | None = None
 
 
-QUICK = Settings(3, (31,), 2, 2.0, 1, ((3, 4, 16),))
-QUICK_CONTROLS = {
-    ONE_GO: Control((1, 1, 1), options=AT_ONCE),
-    "in three stages": Control((1, 1, 1)),
-}
+QUICK = Settings(("80",), 3, (31,), 2, 2.0, 1, 4, 1, 4, 16, 2)
 
 
 def student(control: Control, plans: dict[str, Path], data_dir: Path, s: Settings) -> Training:
     """The training of a student."""
-    _, rows, images = next(size for size in s.batch_sizes if size[0] == control.total)
+    path = plans[control.plan]
+    early = len(dx.PruningPlan.load(path).stages) - 1
     options = {
-        "max_train_samples": images,
-        "train_batch_size": rows,
+        "max_train_samples": s.samples,
+        "train_batch_size": s.batch_size,
         "snr_gamma": 5,
         "ema_decay": 0.99,
         "learning_rate": "5e-4",
         "lr_scheduler": "cosine",
-        "lr_warmup_steps": min(20, control.total // 4),
+        "lr_warmup_steps": min(20, s.train_steps // 4),
         "mixed_precision": "bf16",
         "checkpointing_steps": 100,
     }
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     model = ("--pretrained_model_name_or_path", TEACHER, "--dataset_name", "fashion-scenes")
     data = ("--train_data_dir", data_dir, "--cache_latents", "--use_ema")
-    steps = ("--steps_per_stage", *map(str, control.steps))
-    return Training(
-        "train_asdm", (*model, *data, *given, "--plan", plans[control.plan], *steps, *control.options)
-    )
+    stages = [s.first_steps] * early + [s.train_steps - s.first_steps * early]
+    steps = ("--plan", path, "--steps_per_stage", *map(str, stages))
+    at_once = () if control.staged else ("--one_shot",)
+    return Training("train_asdm", (*model, *data, *given, *steps, *at_once, *control.options))
 
 
 @dataclass(frozen=True)
@@ -118,16 +113,20 @@ class Student:
 
 def main(bench: Bench) -> None:
     """Trains and measures what is missing, and writes the page."""
-    s, controls = bench.pick(Settings(), QUICK), bench.pick(CONTROLS, QUICK_CONTROLS)
-    plans = plans_of(bench)
-    folders = bench.train({name: student(c, plans, bench.data_dir, s) for name, c in controls.items()})
+    s = bench.pick(Settings(), QUICK)
+    plans = plans_of(bench, () if bench.quick else s.depths)
+    depths = {depth: dict(list(controls_of(depth).items())[: s.controls]) for depth in s.depths}
+    wanted = {(depth, name): control for depth, of in depths.items() for name, control in of.items()}
+    trained = bench.train(
+        {f"{d}%, {name}": student(c, plans, bench.data_dir, s) for (d, name), c in wanted.items()}
+    )
     rows = {
         label if how == AS_IS else f"{label}, {how}": (folder, how)
         for label, folder in (("teacher", TEACHER), ("A-SDM", STUDENT))
         for how in variants(folder)
     }
-    found = measured(bench, s, rows | {name: (folder, AS_IS) for name, folder in folders.items()})
-    changes = {name: Cell(plan, (folder,), READS) for name, folder in folders.items()}
+    found = measured(bench, s, rows | {name: (folder, AS_IS) for name, folder in trained.items()})
+    changes = {name: Cell(plan, (folder,), READS) for name, folder in trained.items()}
     changed = bench.run(changes.values())
     measures = [*columns(), *of_samples(quality(bench.statistics("scenes")))]
     theirs = found["teacher"]
@@ -137,23 +136,24 @@ def main(bench: Bench) -> None:
         f" ({len(s.seeds)} seeds). Time: one thread, {s.rounds} calls in turns with the teacher's, median and quartiles of the"
         " ratio.",
         comparison([""], shown, measures, "the teacher's"),
+        f"By depth of the cut, the share of the UNet's time that a plan should leave. Every student was trained for"
+        f" {s.train_steps} steps of {s.batch_size} images; “in stages” has {s.first_steps} steps in every stage but the"
+        " last. The control is the student of the same depth in one go:",
     ]
-    for steps in dict.fromkeys(control.total for control in controls.values()):
-        names = [name for name, control in controls.items() if control.total == steps]
-        first = found[names[0]]
-        seconds = {name: str(training(folders[name])["seconds"]) for name in names}
-        shown = [Row((n, seconds[n]), found[n], None if n == names[0] else first) for n in names]
-        parts += [
-            f"Trained for {steps} steps:",
-            comparison(["", "seconds"], shown, measures, f"“{names[0]}”'s"),
+    for depth, controls in depths.items():
+        names = {name: f"{depth}%, {name}" for name in controls}
+        first = found[names[ONE_GO]]
+        seconds = {name: str(training(trained[full])["seconds"]) for name, full in names.items()}
+        shown = [
+            Row((n, seconds[n]), found[full], None if n == ONE_GO else first) for n, full in names.items()
         ]
+        parts += [f"{depth}%:", comparison(["", "seconds"], shown, measures, f"“{ONE_GO}”'s")]
     parts += [
         "Relative change of the teacher's output by a plan's cuts, before any training:",
         plans_table({name: changed[cell] for name, cell in changes.items()}),
     ]
     bench.write("asdm.md", *parts)
-    total = next(iter(controls.values())).total
-    drawn = ["teacher", "A-SDM", *(name for name, control in controls.items() if control.total == total)]
+    drawn = ["teacher", "A-SDM", *(name for name in trained if name.endswith((ONE_GO, "random plan 1")))]
     prompts = held_out_prompts(s.images, s.seeds[0])[:SHOWN]
     draw(bench.path("asdm.png"), {n: found[n].samples.pictures[:SHOWN] for n in drawn}, captions=prompts)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from scipy.fft import dctn, idctn
 from torch import Tensor
 
 import diffusers_ext as dx
@@ -37,6 +38,8 @@ SIZE: dict[str, Any] = {"height": 32, "width": 64}
 # Of training/collect_noise_pairs.py, for the true re-denoised noise.
 PAIRS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.5}
 STEPS, BEST_OF, PLACES = 6, 4, 8
+# Up to this guidance scale all controls are run.
+FULL = 2.0
 NAMES = {
     "plain": "plain",
     "npnet": "NPNet",
@@ -51,10 +54,11 @@ NAMES = {
 class Settings:
     """How large the benchmark is."""
 
-    prompts: int = 400
-    seeds: int = 5
-    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    prompts: int = 300
+    seeds: int = 2
+    guidances: tuple[float, ...] = (1.0, 2.0, 3.0)
     best_of: tuple[int, ...] = (2, BEST_OF)
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Job:
     """Images of all prompts: what the noise is and how it is sampled.
 
     Attributes:
-        variant: one of `NAMES`.
+        variant: one of `NAMES`, `ROUNDS` or `LOWEST`.
         guidance, steps, spacing: of the sampling; spacing is the scheduler's `timestep_spacing`.
         strength: of the change of the noise.
         candidate: which of the `BEST_OF` noises of every seed.
@@ -86,15 +90,24 @@ def jobs_of(settings: Settings) -> list[Job]:
     """All rows, those that most depends on first."""
     plain, golden = Job("plain"), Job("npnet")
     guided = [g for g in settings.guidances if g > 1]
-    found = [Job(variant, guidance) for guidance in settings.guidances for variant in NAMES]
-    found += [replace(golden, strength=s) for s in (0.5, 2.0)]
+    found = [Job(variant, guidance) for guidance in settings.guidances for variant in noises(guidance)]
+    found += [replace(golden, strength=s) for s in settings.strengths]
+    found += [Job(variant) for variant in (*ROUNDS, *LOWEST)]
     found += [Job(variant, g, STEPS // 2) for g in guided for variant in ("plain", "npnet")]
     found += [replace(job, **options) for options in OTHERS.values() for job in (plain, golden)]
-    found += [replace(plain, guidance=1.25)]
     candidates = range(1, max(settings.best_of))
-    return found + [Job("plain", g, candidate=k) for g in settings.guidances for k in candidates]
+    return found + [Job("plain", g, candidate=k) for g in settings.guidances if g <= FULL for k in candidates]
 
 
+def noises(guidance: float) -> list[str]:
+    """The rows of the first table at a guidance scale: all controls up to `FULL`."""
+    return [*NAMES] if guidance <= FULL else ["plain", "npnet"]
+
+
+# Other changes of the noise, for the trade between prompts and diversity.
+ROUNDS = {f"{n} rounds": n for n in (2, 3)}
+# Of 8 × 16 frequencies.
+LOWEST = {f"lowest {n} × {2 * n} frequencies": n for n in (1, 2, 4)}
 OTHERS: dict[str, dict[str, Any]] = {"20 steps": {"steps": 20}, "trailing timesteps": {"spacing": "trailing"}}
 
 
@@ -139,11 +152,22 @@ def starts(job: Job, draw: int, texts: list[str]) -> Tensor:
     if job.variant == "shuffled":
         embeds = embeds.rows(torch.arange(len(texts)).roll(1))
     golden = predict(npnet, noise, embeds)
+    for _ in range(1, ROUNDS.get(job.variant, 1)):
+        golden = predict(npnet, golden, embeds)
+    if job.variant in LOWEST:
+        golden = noise + low_frequencies(golden - noise, LOWEST[job.variant])
     if job.variant == "random":
         golden = noise + equal_norm(golden - noise, torch.Generator().manual_seed(draw))
     if job.variant == "rescaled":
         golden = rescaled(noise, golden)
     return noise + job.strength * (golden - noise)
+
+
+def low_frequencies(change: Tensor, count: int) -> Tensor:
+    """The `count` lowest frequencies of the height and twice as many of the width of (n, c, h, w), by the cosine transform."""
+    waves: Any = dctn(change.numpy(), axes=(2, 3), norm="ortho")
+    waves[:, :, count:], waves[:, :, :, 2 * count :] = 0, 0
+    return torch.from_numpy(idctn(waves, axes=(2, 3), norm="ortho"))
 
 
 def images(job: Job, seed: int, num_prompts: int) -> dict[str, Any]:
@@ -181,7 +205,7 @@ def best_of(candidates: Sequence[Samples]) -> Samples:
 
 def main(bench: Bench) -> None:
     """Makes the images that are missing, and writes the page."""
-    settings = bench.pick(Settings(), Settings(3, 2, (1.0, 2.0), (2,)))
+    settings = bench.pick(Settings(), Settings(3, 2, (1.0, 2.0), (2,), (0.5,)))
     found = bench.samples({job: cells_of(job, settings) for job in jobs_of(settings)})
     cell = Cell(real, (bench.data_dir, settings.prompts, settings.seeds), READS)
     statistics = bench.statistics("scenes")
@@ -210,11 +234,11 @@ def main_table(
     rows = []
     for guidance in settings.guidances:
         plain = Job("plain", guidance)
-        for variant, name in NAMES.items():
+        for variant in noises(guidance):
             job = Job(variant, guidance)
             control = None if job == plain else found[plain]
-            rows.append(Row((f"{guidance:g}", name, f"{job.cost:g}"), found[job], control))
-        for count in settings.best_of:
+            rows.append(Row((f"{guidance:g}", NAMES[variant], f"{job.cost:g}"), found[job], control))
+        for count in settings.best_of if guidance <= FULL else ():
             chosen = best_of([found[replace(plain, candidate=k)] for k in range(count)])
             labels = (f"{guidance:g}", f"best of {count}", f"{count * plain.cost:g}")
             rows.append(Row(labels, chosen, found[plain]))
@@ -236,15 +260,16 @@ def more_tables(found: dict[Job, Samples], settings: Settings, measures: list[Me
 
     halves = [(g, Job("plain", g, STEPS // 2), Job("npnet", g, STEPS // 2)) for g in guided]
     cost: list[tuple[str, Job, Job | None]] = [
-        (f"guidance {g:g}", replace(plain, guidance=g), golden) for g in (1.25, *guided)
+        (f"guidance {g:g}", replace(plain, guidance=g), golden) for g in guided
     ]
     others: list[tuple[str, Job, Job | None]] = []
     for name, options in OTHERS.items():
         control = replace(plain, **options)
         others += [(f"{name}, plain", control, None), (f"{name}, NPNet", replace(golden, **options), control)]
     return [
-        "Strength of the change, guidance 1; the control is plain noise.",
-        table([(f"strength {s:g}", replace(golden, strength=s), plain) for s in (0.5, 1.0, 2.0)]),
+        "Accuracy against diversity, guidance 1: other strengths of the change, the network used several times, and only"
+        " the lowest frequencies of the change; below them guidance without golden noise. The control is plain noise.",
+        table([(name, job, plain) for jobs in front(settings).values() for name, job in jobs]),
         "Plain noise with guidance, against golden noise without (guidance 1, strength 1): the difference is to golden"
         " noise, so above 0 the guided plain noise is better.",
         table(cost + [(f"guidance {g:g}, half the steps", half, golden) for g, half, _ in halves]),
@@ -257,6 +282,22 @@ def more_tables(found: dict[Job, Samples], settings: Settings, measures: list[Me
     ]
 
 
+def front(settings: Settings) -> dict[str, list[tuple[str, Job]]]:
+    """What trades diversity for prompts, by kind: names and jobs."""
+    plain, golden = Job("plain"), Job("npnet")
+    strengths = sorted({1.0, *settings.strengths})
+    guided = [g for g in settings.guidances if g > 1]
+    return {
+        "strength": [(f"strength {s:g}", replace(golden, strength=s)) for s in strengths],
+        "rounds": [(name, Job(name)) for name in ROUNDS],
+        "low frequencies": [(name, Job(name)) for name in LOWEST],
+        "guidance": [(f"guidance {g:g}", replace(plain, guidance=g)) for g in guided],
+        f"guidance, {STEPS // 2} steps": [
+            (f"guidance {g:g}, {STEPS // 2} steps", Job("plain", g, STEPS // 2)) for g in guided
+        ],
+    }
+
+
 def panels(found: dict[Job, Samples], settings: Settings, statistics: Statistics) -> list[Panel]:
     """Accuracy by guidance scale, and by cost."""
 
@@ -265,8 +306,9 @@ def panels(found: dict[Job, Samples], settings: Settings, statistics: Statistics
 
     guidances = settings.guidances
     by_guidance = {
-        name: Series(guidances, [accuracy(Job(variant, g)) for g in guidances])
+        name: Series(scales, [accuracy(Job(variant, g)) for g in scales])
         for variant, name in NAMES.items()
+        if (scales := [g for g in guidances if variant in noises(g)])
     }
     by_cost = {}
     for steps in (STEPS, STEPS // 2):
@@ -285,7 +327,17 @@ def panels(found: dict[Job, Samples], settings: Settings, statistics: Statistics
             [n * plain.cost for n in counts], ys, "--"
         )
     costs = "denoiser rows an image; the numbers are guidance scales"
+    base = found[Job("plain")]
+
+    def loss(job: Job) -> float:
+        return 100 * statistics.diversity_change(found[job], base, "grader").value
+
+    traded = {
+        kind: Series([loss(job) for _, job in jobs], [accuracy(job) for _, job in jobs], "-")
+        for kind, jobs in front(settings).items()
+    }
     return [
         Panel("", "guidance scale", "prompt accuracy", by_guidance),
         Panel("", costs, "prompt accuracy", by_cost, {"xscale": "log"}),
+        Panel("", "diversity among right images, change in %", "prompt accuracy", traded),
     ]

@@ -71,7 +71,7 @@ CONTROLS: dict[str, tuple[int, dict[str, float]]] = {
 class Settings:
     """How large the benchmark is."""
 
-    images: int = 1700
+    images: int = 400
     seeds: tuple[int, ...] = (21, 22, 23)
     solvers: tuple[str, ...] = ("DPM++ 2M", "UniPC")
     sign_steps: tuple[int, ...] = (1, 2, 4)

@@ -71,18 +71,15 @@ class Statistics:
         found = prdc(features, rows[: len(features)], min(5, len(features) - 1))
         return f"{found.density:.2f} / {found.coverage:.2f}"
 
-    def diversity_change(
-        self, ours: Samples, control: Samples, judge: str, right_only: bool = False
-    ) -> Estimate:
+    def diversity_change(self, ours: Samples, control: Samples, judge: str) -> Estimate:
         """Relative change of the mean feature distance between two images of one prompt.
 
-        `right_only`: of the pairs whose images show their prompt in both rows, as wrong images are diverse too.
+        Pairs count whose images show their prompt in both rows, as wrong images are diverse too.
         """
         first, second, group = pairs_of(ours.prompts)
-        if right_only:
-            right = ours.aligned(judge) & control.aligned(judge)
-            kept = right[first] & right[second]
-            first, second, group = first[kept], second[kept], group[kept]
+        right = ours.aligned(judge) & control.aligned(judge)
+        kept = right[first] & right[second]
+        first, second, group = first[kept], second[kept], group[kept]
         if len(np.unique(group)) < 2:
             return UNKNOWN
         a, b = (

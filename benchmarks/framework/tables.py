@@ -113,32 +113,26 @@ def _text(cell: Any, digits: int, scale: float, marks: Any) -> str:
     return cell if isinstance(cell, str) else f"{scale * cell:.{digits}f}"
 
 
-def quality(statistics: Statistics, diversity: bool = False, values: bool = True) -> list[Measure]:
-    """The measures of samples by both judges: prompt accuracy, FD∞, KID, density and coverage, diversity within a prompt.
+def quality(statistics: Statistics, diversity: bool = False) -> list[Measure]:
+    """The measures of samples: prompt accuracy, FD∞ and diversity within a prompt by both judges, KID, density and coverage.
 
     Args:
         statistics: of the kind of images; garments have no prompts.
         diversity: whether the rows have several images of a prompt.
-        values: whether distances stand there themselves, beside their differences.
     """
+    first = next(iter(JUDGES))
+    who = {judge: f" ({judge})" if len(JUDGES) > 1 else "" for judge in JUDGES}
     found: list[Measure] = []
-    for judge in JUDGES:
-        who = f" ({judge})" if len(JUDGES) > 1 else ""
-        if statistics.kind == "scenes":
-            found.append(_accuracy(statistics, judge, who))
-        found.append(_distance(statistics, judge, who, values))
-        if values:
-            found += [
-                Measure(
-                    f"KID · 1000{who}", lambda ours, judge=judge: statistics.kernel_distance(ours, judge)
-                ),
-                Measure(
-                    f"density / coverage{who}",
-                    lambda ours, judge=judge: statistics.density_and_coverage(ours, judge),
-                ),
-            ]
-        if diversity:
-            found += [_diversity(statistics, judge, who, right_only) for right_only in (False, True)]
+    if statistics.kind == "scenes":
+        found += [_accuracy(statistics, judge, name) for judge, name in who.items()]
+    # Distances of other features have another scale, so the other judges' differences are enough.
+    found += [_distance(statistics, judge, name, judge == first) for judge, name in who.items()]
+    found += [
+        Measure("KID · 1000", lambda ours: statistics.kernel_distance(ours, first)),
+        Measure("density / coverage", lambda ours: statistics.density_and_coverage(ours, first)),
+    ]
+    if diversity:
+        found += [_diversity(statistics, judge, name) for judge, name in who.items()]
     return found
 
 
@@ -161,13 +155,12 @@ def _distance(statistics: Statistics, judge: str, who: str, value: bool) -> Meas
     )
 
 
-def _diversity(statistics: Statistics, judge: str, who: str, right_only: bool) -> Measure:
-    among = " among right images" * right_only
+def _diversity(statistics: Statistics, judge: str, who: str) -> Measure:
     return Measure(
         "",
         None,
-        lambda ours, control: statistics.diversity_change(ours, control, judge, right_only),
+        lambda ours, control: statistics.diversity_change(ours, control, judge),
         digits=1,
         scale=100,
-        header=f"diversity{among}{who}, less {{}}, %",
+        header=f"diversity among right images{who}, less {{}}, %",
     )
