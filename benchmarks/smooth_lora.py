@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,15 @@ class Settings:
     """How large the benchmark is: weights, training seeds, and how much is measured."""
 
     weights: tuple[float, ...] = (0, 0.1, 1, 10)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    paths: int = 200
-    images: int = 1000
-    inversions: int = 200
+    seeds: tuple[int, ...] = (0, 1)
+    paths: int = 100
+    images: int = 500
+    inversions: int = 100
     train_steps: int = 200
-    batch_size: int = 64
+    batch_size: int = 32
     samples: int = 10_000
+    # Of the base model, and the highest of them of the control.
+    guidances: tuple[float, ...] = (1.5, 2.5, 3.0)
 
 
 def training(weight: float, seed: int, data_dir: Path, s: Settings) -> Training:
@@ -85,9 +87,9 @@ def load(lora: Path | None) -> Any:
     return pipe if lora is None else dx.apply_smooth_lora(pipe, lora)
 
 
-def paths(lora: Path | None, count: int) -> dict[str, Any]:
+def paths(lora: Path | None, count: int, guidance: float = GUIDANCE) -> dict[str, Any]:
     """ISTD's three figures of every prompt."""
-    options = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    options = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": guidance}
     prompts = held_out_prompts(count, seed=21)
     found = dx.compute_istd(load(lora), prompts, seed=21, progress=False, **options)
     arrays = {name: getattr(found, name) for name in ("deviations", "distances", "endpoints")}
@@ -108,9 +110,9 @@ def strips(lora: Path | None) -> dict[str, Any]:
     return found
 
 
-def images(lora: Path | None, count: int) -> dict[str, Any]:
+def images(lora: Path | None, count: int, guidance: float = GUIDANCE) -> dict[str, Any]:
     """Images of held-out prompts, graded."""
-    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": guidance}
     prompts = held_out_prompts(count, seed=22)
     return graded(run_scenes(load(lora), prompts, seed=22, **options).images, prompts)
 
@@ -146,12 +148,12 @@ def edited(pipe: Any, data_dir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Model:
-    """All that was measured of one model."""
+    """All that was measured of one model. At another guidance scale only paths and images are."""
 
     paths: Arrays
-    strips: Arrays
     images: Samples
-    inversion: Arrays
+    strips: Arrays = field(default_factory=dict)
+    inversion: Arrays = field(default_factory=dict)
 
     def errors(self, guidance: float) -> np.ndarray:
         """(n,) mean squared error of every redrawn image, images in [−1, 1]."""
@@ -171,15 +173,16 @@ def squared_error(pictures: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 def main(bench: Bench) -> None:
     """Trains and measures what is missing, and writes the pages."""
-    s = bench.pick(Settings(), Settings((0, 1), (0,), 2, 4, 2, 1, 4, 16))
+    s = bench.pick(Settings(), Settings((0, 1), (0,), 2, 4, 2, 1, 4, 16, (3.0,)))
     # The weights with one seed, and the other seeds of the two that the cards compare.
     wanted = [(w, s.seeds[0]) for w in s.weights] + [(w, seed) for seed in s.seeds[1:] for w in (0, 1)]
     names = {(w, seed): f"λ = {w:g}, seed {seed}" for w, seed in wanted}
     trained = bench.train({names[key]: training(*key, bench.data_dir, s) for key in wanted})
     found = measured(bench, s, {"base": None, **trained})
     first = {"base": found["base"]} | {f"λ = {w:g}": found[names[w, s.seeds[0]]] for w in s.weights}
+    guided = at_guidances(bench, s, trained[names[0, s.seeds[0]]])
     statistics = bench.statistics("scenes")
-    page(bench, s, statistics, first)
+    page(bench, s, statistics, first, guided)
     bench.write(
         "smooth_lora_seeds.md",
         "As in smooth_lora.md, by training seed:",
@@ -187,7 +190,7 @@ def main(bench: Bench) -> None:
             statistics, s, {names[w, seed]: found[names[w, seed]] for seed in s.seeds for w in (0, 1)}
         ),
     )
-    picture(bench, first)
+    picture(bench, statistics, first, guided)
 
 
 def measured(bench: Bench, s: Settings, loras: dict[str, Path | None]) -> dict[str, Model]:
@@ -203,24 +206,43 @@ def measured(bench: Bench, s: Settings, loras: dict[str, Path | None]) -> dict[s
     }
     found = bench.run(cell for of_model in cells.values() for cell in of_model)
     return {
-        name: Model(found[a], found[b], Samples.of([found[c]]), found[d])
+        name: Model(found[a], Samples.of([found[c]]), found[b], found[d])
         for name, (a, b, c, d) in cells.items()
     }
 
 
-def page(bench: Bench, s: Settings, statistics: Statistics, models: dict[str, Model]) -> None:
+def at_guidances(bench: Bench, s: Settings, control: Path) -> dict[str, Model]:
+    """The base model at other guidance scales, and the plain LoRA at the highest of them."""
+    wanted: dict[str, tuple[Path | None, float]] = {f"base, guidance {g:g}": (None, g) for g in s.guidances}
+    highest = max(s.guidances)
+    wanted[f"{CONTROL}, guidance {highest:g}"] = (control, highest)
+    cells = {
+        name: (
+            Cell(paths, (lora, s.paths, guidance), READS),
+            Cell(images, (lora, s.images, guidance), (*READS, *CARDS.values())),
+        )
+        for name, (lora, guidance) in wanted.items()
+    }
+    found = bench.run(cell for of_model in cells.values() for cell in of_model)
+    return {name: Model(found[a], Samples.of([found[b]])) for name, (a, b) in cells.items()}
+
+
+def page(
+    bench: Bench, s: Settings, statistics: Statistics, models: dict[str, Model], guided: dict[str, Model]
+) -> None:
     """Smoothness, quality and reconstruction of every model, each less the control's."""
 
-    def table(measures: Sequence[Measure], part: Any = lambda model: model) -> str:
+    def table(measures: Sequence[Measure], part: Any = lambda model: model, also: Any = ()) -> str:
         theirs = part(models[CONTROL])
-        rows = [Row((n,), part(m), None if n == CONTROL else theirs) for n, m in models.items()]
+        shown = {**models, **dict(also)}
+        rows = [Row((n,), part(m), None if n == CONTROL else theirs) for n, m in shown.items()]
         return comparison(["model"], rows, measures, f"{CONTROL}'s")
 
     parts = [
         f"{s.paths} paths of 11 images, {STEPS} DDIM steps, guidance {GUIDANCE:g}:",
-        table(smoothness(statistics)),
+        table(smoothness(statistics), also=guided),
         f"{s.images} images, the same sampling:",
-        table(quality(statistics, diversity=True), lambda model: model.images),
+        table(quality(statistics, diversity=True), lambda model: model.images, guided),
         f"{s.inversions} real test scenes inverted in {INVERSION_STEPS} DDIM steps without guidance and redrawn, squared"
         f" error in [−1, 1] and PSNR; the autoencoder alone has {models[CONTROL].floor.mean():.4f}.",
     ]
@@ -305,8 +327,8 @@ def training_seeds(statistics: Statistics, s: Settings, models: dict[str, Model]
     return markdown_table(["model", "ISTD", "std/mean", "prompt accuracy, %", "FD∞", *scales], rows)
 
 
-def picture(bench: Bench, models: dict[str, Model]) -> None:
-    """Strips between the same noises with the size of every step, and `EDITS` of the same images."""
+def picture(bench: Bench, statistics: Statistics, models: dict[str, Model], guided: dict[str, Model]) -> None:
+    """Strips between the same noises with the size of every step, `EDITS` of the same images, and ISTD against FD∞."""
     shown, panels = {}, []
     for i, (prompt, _) in enumerate(STRIPS):
         shown |= {f"{name}: {prompt}": model.strips[f"strip {i}"] for name, model in models.items()}
@@ -316,6 +338,21 @@ def picture(bench: Bench, models: dict[str, Model]) -> None:
         }
         axis = "step along the path"
         panels.append(Panel(prompt, axis, "distance to the next image", series, {"ylim": (0, None)}))
+    by_kind = {
+        "λ, guidance 2": {name: model for name, model in models.items() if name != "base"},
+        "base, guidance": {"base": models["base"], **{n: m for n, m in guided.items() if n[:4] == "base"}},
+        f"{CONTROL}, guidance": {n: m for n, m in guided.items() if n[:4] != "base"},
+    }
+    front = {
+        kind: Series(
+            [float(m.paths["deviations"].mean()) for m in of.values()],
+            [statistics.distance(m.images, "grader") for m in of.values()],
+            "",
+            [n.removeprefix("base, ").removeprefix("λ = ") for n in of],
+        )
+        for kind, of in by_kind.items()
+    }
+    panels.append(Panel("smoothness and distance", "ISTD", "FD∞", front))
     shown["real images"] = models[CONTROL].inversion["to edit"]
     shown |= {f"edited, {name}": model.inversion["edited"] for name, model in models.items()}
     draw(bench.path("smooth_lora.png"), shown, panels)
