@@ -1,9 +1,10 @@
-"""Trains the testbed's models: the two graders, the autoencoder, the text-to-image model and the pixel model.
+"""Trains the testbed's models: the two graders, the autoencoder, the two text-to-image models and the pixel model.
 
     accelerate launch training/train_base.py --model grader --train_data_dir DIR --output_dir runs/grader
     accelerate launch training/train_base.py --model judge --train_data_dir DIR --output_dir runs/judge --seed 1
     accelerate launch training/train_base.py --model vae --train_data_dir DIR --output_dir runs/vae --use_ema
     accelerate launch training/train_base.py --model scenes --train_data_dir DIR --vae runs/vae/model ...
+    accelerate launch training/train_base.py --model flow --train_data_dir DIR --vae runs/vae/model ...
     accelerate launch training/train_base.py --model ddpm --train_data_dir DIR --output_dir runs/ddpm ...
 
 DIR contains the four idx files of Fashion-MNIST (Debian: dataset-fashion-mnist). Without --train_data_dir,
@@ -34,6 +35,7 @@ TRAINERS = {
     "judge": base_training.train_judge,
     "vae": base_training.train_vae,
     "scenes": base_training.train_scenes,
+    "flow": base_training.train_flow,
     "ddpm": base_training.train_ddpm,
 }
 # Title, description and tags of each model's card.
@@ -91,6 +93,20 @@ image = pipe("a red bag left of a blue boot", height=32, width=64, guidance_scal
 ```""",
         ["text-to-image", "stable-diffusion"],
     ),
+    "flow": (
+        "Fashion Flow",
+        """\
+A small Stable Diffusion 3, a flow-matching transformer, that generates 32 × 64 images of one or two coloured
+Fashion-MNIST garments from a prompt. It is a testbed for methods and not meant for other uses.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER")
+image = pipe("a red bag left of a blue boot", height=32, width=64, guidance_scale=2.0).images[0]
+```""",
+        ["text-to-image", "stable-diffusion-3"],
+    ),
     "ddpm": (
         "Fashion-MNIST DDPM",
         """\
@@ -117,7 +133,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_data_dir", default=None, help="folder with Fashion-MNIST's idx files")
     parser.add_argument("--num_scenes", type=positive_int, default=60_000)
     parser.add_argument("--block_out_channels", type=positive_int, nargs=3, default=None)
-    parser.add_argument("--vae", default=None, help="folder of a trained autoencoder, for --model scenes")
+    parser.add_argument(
+        "--vae", default=None, help="folder of a trained autoencoder, for --model scenes and --model flow"
+    )
+    parser.add_argument(
+        "--text_encoder",
+        default=None,
+        help="folder of the text encoder of a trained --model scenes to start from, for --model flow",
+    )
     parser.add_argument(
         "--grader", default=None, help="folder of a trained grader, to validate prompt accuracy"
     )
@@ -132,8 +155,14 @@ def parse_args() -> argparse.Namespace:
     )
     add_training_arguments(parser)
     args = parser.parse_args()
-    if args.model == "scenes" and not args.vae:
-        parser.error("--model scenes needs --vae, the folder of a trained autoencoder")
+    if args.model in ("scenes", "flow") and not args.vae:
+        parser.error(f"--model {args.model} needs --vae, the folder of a trained autoencoder")
+    if args.text_encoder and args.model != "flow":
+        parser.error("--text_encoder is for --model flow: leave it out")
+    if args.model == "flow" and (args.block_out_channels or args.snr_gamma):
+        parser.error(
+            "--block_out_channels and --snr_gamma are not for --model flow, a transformer: leave them out"
+        )
     if args.model == "judge" and args.block_out_channels:
         parser.error(
             "--block_out_channels is not for --model judge, whose layers have one width: leave it out"

@@ -26,6 +26,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPTextModel
 
 from ..core.autoencoders import decode_latents, encode_pixels
 from ..core.images import as_tensor, save_grid
@@ -37,7 +38,7 @@ from ..training.loop import train
 from ..training.recipes import Recipe, run_recipe
 from ..training.rows import Batch, Rows
 from ..training.start import set_train_steps
-from . import base_models, fashion_scenes
+from . import base_models, fashion_scenes, flow_models
 from .grader import GarmentClassifier, Grader, augment, grade
 from .judge import GarmentJudge, warp
 
@@ -175,6 +176,47 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     return record, save
 
 
+def train_flow(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
+    """Trains the flow-matching transformer, a small Stable Diffusion 3, together with its text encoders."""
+    tokenizer = base_models.build_tokenizer()
+    vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
+    vae.register_to_config(_name_or_path="")
+    latents, prompts, made_of = scene_latents(accelerator, args, vae.to(accelerator.device))
+    set_train_steps(args, accelerator, len(latents))
+    start = CLIPTextModel.from_pretrained(args.text_encoder) if args.text_encoder else None
+    first, second = (
+        flow_models.build_clip(tokenizer, width, own) for width, own in zip(flow_models.WIDTHS, (start, None))
+    )
+    objective = flow_models.VelocityObjective(flow_models.build_transformer(), first, second)
+    pipe = flow_models.flow_pipeline(objective, tokenizer, vae)
+    pipe.set_progress_bar_config(disable=True)
+    grader = _load_grader(args)
+    held_out = [
+        fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", args.num_validation_images, 0)
+    ]
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        images = _sample_scenes(pipe, held_out, args.guidance_scale)
+        save_grid(as_tensor(images[:48]), 8, _validation_path(args, step))
+        return _grade_means(grader, images, held_out) if grader else {}
+
+    def save(folder: Path) -> None:
+        pipe.to("cpu").to(torch.float16)
+        # Without torch_dtype, diffusers loads its models in float32, but transformers in the saved dtype.
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+            encoder.float()
+        pipe.save_pretrained(folder)
+
+    made_of = {**made_of, "prompts": digest(prompts), "text encoder": part_record(start) if start else None}
+    recipe = _recipe(accelerator, args, made_of)
+    input_ids = base_models.tokenize(tokenizer, prompts)
+    empty = base_models.tokenize(tokenizer, [""])
+    read = _FlowRows(latents, input_ids, empty, args.proportion_empty_prompts)
+    record = train(accelerator, args, objective, read, validate, recipe=recipe)
+    record["parameters"] = base_models.count_parameters(objective, vae, pipe.text_encoder_3)
+    return record, save
+
+
 def train_ddpm(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the unconditional model of grey garments, in pixel space."""
     images = torch.from_numpy(fashion_scenes.load_garments(args.train_data_dir, "train")[0])
@@ -255,6 +297,26 @@ class _SceneRows:
             "noise": rows.normal(*latents.shape[1:]),
             "timesteps": rows.integers(self.num_timesteps),
             "input_ids": torch.where(dropped, self.empty, self.input_ids[index]),
+        }
+
+
+@dataclass(frozen=True)
+class _FlowRows:
+    latents: Shards
+    input_ids: Tensor
+    empty: Tensor
+    proportion_empty_prompts: float
+
+    def __call__(self, rows: Rows) -> Batch:
+        index = rows.indices(len(self.latents))
+        latents = self.latents[index.tolist()]["latents"]
+        dropped = rows.uniform(1) < self.proportion_empty_prompts
+        return {
+            "x": latents,
+            "noise": rows.normal(*latents.shape[1:]),
+            "sigmas": flow_models.draw_sigmas(rows.normal(), rows.uniform(), rows.uniform()),
+            "input_ids": torch.where(dropped, self.empty, self.input_ids[index]),
+            "counts": flow_models.draw_counts(rows.uniform()),
         }
 
 

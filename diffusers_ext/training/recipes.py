@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 
 # Arguments that only say where something is. What is there is recorded by its content, or only acts on validations.
 _PLACES = {
-    *("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "vae", "grader", "scorer"),
+    *("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "vae", "text_encoder"),
+    *("grader", "scorer"),
     *("dataset_name", "train_data_dir", "pairs_dir", "plan", "preset"),
     *("output_dir", "logging_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
 }

@@ -57,7 +57,10 @@ def backward(model: nn.Module, step: int) -> None:
     model(x).square().mean().backward()
 
 
-def test_convolutions_are_torchs_muon_on_flattened_weights() -> None:
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_convolutions_are_torchs_muon_on_flattened_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch iterates in bfloat16, and this class on a CPU in float32.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     model = network()
     flat = [p.detach().clone().flatten(1).requires_grad_() for p in (model[1].weight, model[4].weight)]
     rest = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n not in MATRICES}
@@ -73,9 +76,22 @@ def test_convolutions_are_torchs_muon_on_flattened_weights() -> None:
         for optimizer in (ours, muon, adamw):
             optimizer.step()
     for matrix, weight in zip(flat, (model[1].weight, model[4].weight)):
-        assert torch.equal(matrix, weight.flatten(1))
+        # A product of three factors in another order: a few units in the last place of weights of about 0.3.
+        torch.testing.assert_close(matrix, weight.flatten(1), rtol=0, atol=2e-7)
     for name, parameter in rest.items():
-        assert torch.equal(parameter, model.get_parameter(name)), name
+        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=0, atol=2e-7, msg=name)
+
+
+def test_the_memory_layout_of_a_weight_does_not_matter() -> None:
+    one, other = network(), network().to(memory_format=torch.channels_last)
+    for model in (one, other):
+        ours = optimizer_of(model)
+        for step in range(2):
+            backward(model, step)
+            ours.step()
+    for a, b in zip(one.parameters(), other.parameters()):
+        # The convolutions of the two layouts sum in another order.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_updates_have_singular_values_of_about_one() -> None:
@@ -198,6 +214,13 @@ def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
         optimizer_of(model).load_state_dict(adamw.state_dict())
     conv = nn.Sequential(nn.Conv2d(3, 8, 3))
     state = Muon(conv.named_parameters(), []).state_dict()
+    with pytest.raises(ValueError, match="other parameters"):
+        optimizer_of(model).load_state_dict(state)
+    ours = optimizer_of(model)
+    backward(model, 0)
+    ours.step()
+    state = ours.state_dict()
+    state["state"]["muon"].reverse()
     with pytest.raises(ValueError, match="other parameters"):
         optimizer_of(model).load_state_dict(state)
 
@@ -351,9 +374,7 @@ def test_optimizers_that_cannot_be_are_refused_at_the_start(
 
 
 @pytest.mark.parametrize("name", ["muon", "drop_muon"])
-def test_sharded_networks_and_an_old_torch_are_refused(
-    tmp_path: object, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_sharded_networks_are_refused(tmp_path: object, name: str) -> None:
     args = trainer(tmp_path, "--optimizer", name)
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         accelerator = SimpleNamespace(distributed_type=kind)
@@ -361,9 +382,6 @@ def test_sharded_networks_and_an_old_torch_are_refused(
             ValueError, match=rf"--optimizer {name} needs whole matrices, and {kind.value} shards"
         ):
             check_optimizer(args, accelerator)  # type: ignore[arg-type]
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r"needs torch 2\.9 or newer, got "):
-        check_optimizer(args, SimpleNamespace(distributed_type=DistributedType.NO))  # type: ignore[arg-type]
 
 
 def test_8bit_adam_is_that_of_bitsandbytes(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +436,3 @@ def test_a_sharded_parameter_is_named(tmp_path: object) -> None:
 def test_what_muon_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="0 is a Conv3d with a weight of shape"):
         hidden_matrices(nn.Sequential(nn.Conv3d(2, 2, 1)))
-    model = network().to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"1\.weight is in another memory format"):
-        optimizer_of(model)
