@@ -77,13 +77,12 @@ def main(bench: Bench) -> None:
     """Trains what is missing, and writes the page."""
     quick = Settings((8, 8), (2, 2), (1, 1), 2, 1, ("AdamW", "Muon"), ("AdamW", "Muon"), 4, 2)
     s = bench.pick(Settings(), quick)
-    parts, panels, pixel = [], [], {}
+    parts, panels = [], []
     for number, task in enumerate(TITLES):
         arms, cost = arms_of(bench, s, number, task)
         parts += task_parts(s, number, task, arms, cost)
         panels += task_panels(task, arms)
-        pixel = pixel or arms
-    parts += [iteration(bench, s, pixel["Muon"]), floor(bench, s)]
+    parts.append(floor(bench, s))
     bench.write("optimizers.md", *parts)
     draw(bench.path("optimizers.png"), panels=panels)
 
@@ -134,7 +133,7 @@ def cell(bench: Bench, s: Settings, run: Run) -> Cell:
 
 def equal_time(steps: int, cost: Mapping[str, float]) -> float:
     """CPU seconds after which all optimizers are compared: those of `steps` steps of the cheapest."""
-    return steps * min(value for name, value in cost.items() if "bf16" not in name)
+    return steps * min(cost.values())
 
 
 def t_interval(values: np.ndarray) -> Estimate:
@@ -200,7 +199,6 @@ def task_parts(
         for arm in arms.values()
     ]
     at = equal_time(steps, cost)
-    slow = np.mean([np.interp(at / cost["Muon, bf16"], r["steps"], r["loss"]) for r in arms["Muon"].records])
     return [
         f"## {TITLES[task]}",
         comparison(["optimizer", "learning rate", "CPU s a step"], rows, measures),
@@ -209,9 +207,8 @@ def task_parts(
         "Loss of seed 0 by learning rate:",
         markdown_table(["optimizer", *(f"{rate:g}" for rate in rates)], losses),
         f"{steps} steps with {s.batch_sizes[number]} rows, constant learning rate after a warm-up, averaged weights,"
-        f" {s.seeds} seeds, 95% t intervals. Equal time is {at:.0f} CPU seconds. Seconds are means of steps in turns, with"
-        " Newton–Schulz in float32; as torch computes it, in bfloat16, a step of Muon takes"
-        f" {cost['Muon, bf16']:.2f} s, and its loss at equal time is {slow:.4f}.",
+        f" {s.seeds} seeds, 95% t intervals. Equal time is {at:.0f} CPU seconds. Seconds are means of steps in"
+        " turns.",
     ]
 
 
@@ -227,18 +224,6 @@ def task_panels(task: str, arms: Mapping[str, Arm]) -> list[Panel]:
             series[f"{arm.name}, {arm.rate:g}"] = Series(list(xs), [Estimate(*map(float, r)) for r in ranges])
         panels.append(Panel(TITLES[task], label, "validation loss", series, {"yscale": "log"}))
     return panels
-
-
-def iteration(bench: Bench, s: Settings, muon: Arm) -> str:
-    """Torch's Muon iterates in bfloat16: does float32, which these runs use, change the result?"""
-    single = replace(muon.runs[0], sampled=())
-    cells = [cell(bench, s, single), cell(bench, s, replace(single, bf16=True))]
-    found = bench.run(cells)
-    losses = [float(found[c]["loss"][-1]) for c in cells]
-    return (
-        f"The loss of Muon with seed {single.seed} is {losses[0]:.5f} with Newton–Schulz in float32 and {losses[1]:.5f}"
-        " in bfloat16."
-    )
 
 
 def real(data_dir: Path, count: int) -> dict[str, Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -63,7 +61,6 @@ class Run:
     seed: int
     steps: int
     batch: int
-    bf16: bool = False
     sampled: tuple[int, ...] = ()
 
     def evaluated(self) -> list[int]:
@@ -81,19 +78,6 @@ class Task:
     validate: Callable[[], dict[str, float]]
     network: nn.Module
     pipe: Any = field(default=None)
-
-
-@contextmanager
-def newton_schulz(bf16: bool) -> Iterator[None]:
-    """Within it, torch's Muon iterates in bfloat16 as it does, or in float32.
-
-    A CPU without instructions for bfloat16 takes 15 times as long for it.
-    """
-    if bf16:
-        yield
-    else:
-        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-            yield
 
 
 @lru_cache(maxsize=1)
@@ -234,15 +218,12 @@ def dropped_parameters(
     return [p for k in chosen for p in layers[k]]
 
 
-def one_step(
-    task: Task, optimizer: Any, batch: dict[str, Tensor], dropped: list[nn.Parameter], bf16: bool
-) -> None:
+def one_step(task: Task, optimizer: Any, batch: dict[str, Tensor], dropped: list[nn.Parameter]) -> None:
     """One step as in diffusers_ext/training/loop.py."""
     with frozen(dropped):
         task.objective(**batch).backward()
     nn.utils.clip_grad_norm_([p for p in task.objective.parameters() if p.grad is not None], 1.0)
-    with newton_schulz(bf16):
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad()
 
 
@@ -264,7 +245,7 @@ def train(run: Run, data_dir: Path, images: int, inference_steps: int) -> dict[s
         start = time.process_time()
         draw = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
         batch = task.batch(torch.randint(task.rows, (run.batch,), generator=draw), draw)
-        one_step(task, optimizer, batch, dropped_parameters(run.arm, layers, run.seed, step), run.bf16)
+        one_step(task, optimizer, batch, dropped_parameters(run.arm, layers, run.seed, step))
         schedule.step()
         ema.step(trained)
         found["seconds"] += time.process_time() - start
@@ -294,7 +275,7 @@ def sample(unet: nn.Module, images: int, steps: int) -> dict[str, Any]:
 def seconds_per_step(
     task_name: str, arms: Sequence[str], batch: int, rounds: int, data_dir: Path
 ) -> dict[str, Any]:
-    """Mean CPU seconds of a step of every arm, measured in turns; "Muon, bf16" has torch's own iteration."""
+    """Mean CPU seconds of a step of every arm, measured in turns."""
     torch.set_num_threads(1)
     work: dict[str, Callable[[], None]] = {}
     for arm in arms:
@@ -302,16 +283,12 @@ def seconds_per_step(
         call = partial(
             _timed_step, task, layers_of(task.objective), optimizer_of(arm, task, 1e-4), arm, batch
         )
-        work[arm] = partial(call, iter(range(rounds + 2)), False)
-        if arm == "Muon":
-            work["Muon, bf16"] = partial(call, iter(range(rounds + 2)), True)
+        work[arm] = partial(call, iter(range(rounds + 2)))
     found = take_turns(work, rounds, 2, torch.device("cpu"), f"{task_name}, steps", time.process_time)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def _timed_step(
-    task: Task, layers: Any, optimizer: Any, arm: str, batch: int, rounds: Iterator[int], bf16: bool
-) -> None:
+def _timed_step(task: Task, layers: Any, optimizer: Any, arm: str, batch: int, rounds: Iterator[int]) -> None:
     number = next(rounds)
     draw = torch.Generator().manual_seed(number)
     rows = task.batch(torch.randint(task.rows, (batch,), generator=draw), draw)
@@ -320,4 +297,4 @@ def _timed_step(
     dropped = [p for layer in layers[: number % len(layers)] for p in layer] if first else []
     if ARMS[arm][1] == "subset":
         dropped = dropped_parameters(arm, layers, 0, number)
-    one_step(task, optimizer, rows, dropped, bf16)
+    one_step(task, optimizer, rows, dropped)
