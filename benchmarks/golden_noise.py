@@ -221,7 +221,7 @@ def main(bench: Bench) -> None:
         f" images) {statistics.floor('grader'):.2f}.",
         *more_tables(found, settings, measures),
     )
-    draw(bench.path("golden_noise.png"), panels=panels(found, settings, statistics))
+    draw(bench.path("golden_noise.png"), panels=panels(found, settings, statistics), columns=3)
     shown = [("plain", 1.0), ("npnet", 1.0), ("re-denoised", 1.0), ("plain", 2.0), ("npnet", 2.0)]
     strips = {f"{NAMES[v]}, guidance {g:g}": found[Job(v, g)].pictures[:PLACES] for v, g in shown}
     draw(bench.path("golden_noise_pictures.png"), strips, captions=prompts(settings.prompts)[:PLACES])

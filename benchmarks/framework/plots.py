@@ -85,8 +85,11 @@ def draw(
             axes[-1].text((wide + 2) * number, high + 4, words, fontsize=5.5, va="top")
     if panels:
         names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-        for axis, panel in zip(np.ravel(parts[1].subplots(rows, min(columns, len(panels)))), panels):
+        axes = np.ravel(parts[1].subplots(rows, min(columns, len(panels))))
+        for axis, panel in zip(axes, panels):
             _panel(axis, panel, names)
+        for axis in axes[len(panels) :]:
+            axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -122,5 +125,9 @@ def _panel(axis: Any, panel: Panel, names: Sequence[str]) -> None:
     if panel.floor is not None:
         axis.axhline(panel.floor, color="0.7", linestyle=":", label="floor")
     axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, **panel.options)
+    if panel.options.get("xscale") == "log":
+        xs = sorted({float(x) for series in panel.series.values() for x in series.xs})
+        axis.set_xticks(xs, [f"{x:g}" for x in xs])
+        axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

@@ -190,7 +190,8 @@ def _alternate(
         first, middle, last = sigmas[i : i + 3]
         legs = ((flows[1], first, middle), (flows[0], first, last), (flows[1], middle, last))
         for (index, gaussian, power), before, after in legs:
-            z = transport(z, *gaussian, ve_level(before), ve_level(after), power=power)
+            if columns.shape[1]:  # two isotropic Gaussians span nothing
+                z = transport(z, *gaussian, ve_level(before), ve_level(after), power=power)
             variance = (gaussian.residual + after**2) / (gaussian.residual + before**2)
             gain = variance ** (power / 2)
             share = [gain * s for s in share]

@@ -712,6 +712,18 @@ def test_guidance_between_equal_covariances_only_moves_the_mean():
     assert torch.allclose(moved, expected, atol=5e-3)
 
 
+def test_guidance_between_isotropic_gaussians():
+    """Without eigenvectors as with one whose variance is that of all other directions."""
+    conditional, unconditional = (
+        g._replace(eigenvalues=g.residual * torch.ones(1)) for g in _two_gaussians()
+    )
+    with_one = [g._replace(eigenvectors=g.eigenvectors[:, :1]) for g in (conditional, unconditional)]
+    none = [g._replace(eigenvectors=g.eigenvectors[:, :0], eigenvalues=torch.zeros(0)) for g in with_one]
+    x = torch.randn(4, 6, dtype=torch.float64) * 10
+    expected = guided_transport(x, *with_one, 3.0, (1.0, 10.0), (1.0, 2.0))
+    assert torch.allclose(guided_transport(x, *none, 3.0, (1.0, 10.0), (1.0, 2.0)), expected, atol=1e-10)
+
+
 def test_guided_transport_refuses():
     conditional, unconditional = _two_gaussians()
     x = torch.randn(4, 6, dtype=torch.float64)
