@@ -27,7 +27,7 @@ CHANNELS = {"vae": ["8", "8", "8"], "scenes": ["32", "32", "32"], "ddpm": ["8", 
 
 
 def command(model, output_dir, *extra):
-    channels = ["--block_out_channels", *CHANNELS[model]]
+    channels = ["--block_out_channels", *CHANNELS[model]] if model in CHANNELS else []
     return [SCRIPT, "--model", model, "--output_dir", str(output_dir), *TINY, *channels, *extra]
 
 
@@ -52,21 +52,28 @@ def scenes(runs):
     return train("scenes", runs / "scenes", "--vae", str(vae / "model"), launcher=ACCELERATE)
 
 
+@pytest.fixture(scope="module")
+def flow(runs, scenes):
+    parts = ["--vae", str(runs / "vae" / "model"), "--text_encoder", str(scenes / "model" / "text_encoder")]
+    return train("flow", runs / "flow", *parts, "--optimizer", "muon")
+
+
 PLAIN_DIFFUSERS = """
 import sys
 sys.modules["diffusers_ext"] = None  # importing it fails
 import numpy as np
 from diffusers import DiffusionPipeline
-scenes, ddpm = map(DiffusionPipeline.from_pretrained, sys.argv[1:])
-images = scenes("a red bag", height=32, width=64, num_inference_steps=2, output_type="np").images
-assert images.shape == (1, 32, 64, 3) and np.isfinite(images).all(), images.shape
+scenes, flow, ddpm = map(DiffusionPipeline.from_pretrained, sys.argv[1:])
+for pipe in (scenes, flow):
+    images = pipe("a red bag", height=32, width=64, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 32, 64, 3) and np.isfinite(images).all(), images.shape
 images = ddpm(batch_size=2, num_inference_steps=2, output_type="np").images
 assert images.shape == (2, 32, 32, 1) and np.isfinite(images).all(), images.shape
 """
 
 
-def test_plain_diffusers_loads_and_runs_the_trained_pipelines(scenes, ddpm, tmp_path):
-    folders = [str(scenes / "model"), str(ddpm / "model")]
+def test_plain_diffusers_loads_and_runs_the_trained_pipelines(scenes, flow, ddpm, tmp_path):
+    folders = [str(folder / "model") for folder in (scenes, flow, ddpm)]
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_DIFFUSERS, *folders], cwd=tmp_path, capture_output=True, text=True
     )
@@ -137,6 +144,20 @@ def main(monkeypatch):
 def test_a_missing_data_file_is_named(main, tmp_path):
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz does not exist"):
         main("--model", "ddpm", "--output_dir", tmp_path, "--train_data_dir", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("flow",), "--model flow needs --vae"),
+        (("ddpm", "--text_encoder", "."), "--text_encoder is for --model flow"),
+        (("flow", "--vae", ".", "--snr_gamma", "5"), "--snr_gamma are not for --model flow"),
+    ],
+)
+def test_what_does_not_belong_to_a_model_is_refused(main, tmp_path, capsys, argv, said):
+    with pytest.raises(SystemExit):
+        main("--model", *argv, "--output_dir", tmp_path)
+    assert said in capsys.readouterr().err
 
 
 def test_scenes_need_an_autoencoder(main, tmp_path, capsys):
