@@ -39,20 +39,24 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 96) -> CLIPTextModel:
     """A two-layer CLIP text encoder for `build_tokenizer`."""
+    return CLIPTextModel(clip_config(tokenizer, width, 2))
+
+
+def clip_config(tokenizer: CLIPTokenizer, width: int, num_layers: int) -> CLIPTextConfig:
+    """Of a small CLIP text encoder for `build_tokenizer`."""
     special: dict[str, Any] = {
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=width,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
         **special,
     )
-    return CLIPTextModel(config)
 
 
 def build_vae(channels: Sequence[int] = (24, 48, 64)) -> AutoencoderKL:

@@ -168,9 +168,8 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
     made_of = {**made_of, "prompts": digest(prompts)}
     recipe = _recipe(accelerator, args, made_of)
-    read = _SceneRows(
-        latents, input_ids, empty, args.proportion_empty_prompts, scheduler.config.num_train_timesteps
-    )
+    captions = _CaptionRows(latents, input_ids, empty, args.proportion_empty_prompts)
+    read = _SceneRows(captions, scheduler.config.num_train_timesteps)
     record = train(accelerator, args, objective, read, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(unet, text_encoder, vae)
     return record, save
@@ -211,7 +210,7 @@ def train_flow(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     recipe = _recipe(accelerator, args, made_of)
     input_ids = base_models.tokenize(tokenizer, prompts)
     empty = base_models.tokenize(tokenizer, [""])
-    read = _FlowRows(latents, input_ids, empty, args.proportion_empty_prompts)
+    read = _FlowRows(_CaptionRows(latents, input_ids, empty, args.proportion_empty_prompts))
     record = train(accelerator, args, objective, read, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(objective, vae, pipe.text_encoder_3)
     return record, save
@@ -281,12 +280,13 @@ def _picture_rows(pictures: np.ndarray, rows: Rows) -> Batch:
 
 
 @dataclass(frozen=True)
-class _SceneRows:
+class _CaptionRows:
+    """Latents, noise, and prompts of which a share is empty."""
+
     latents: Shards
     input_ids: Tensor
     empty: Tensor
     proportion_empty_prompts: float
-    num_timesteps: int
 
     def __call__(self, rows: Rows) -> Batch:
         index = rows.indices(len(self.latents))
@@ -295,27 +295,27 @@ class _SceneRows:
         return {
             "x": latents,
             "noise": rows.normal(*latents.shape[1:]),
-            "timesteps": rows.integers(self.num_timesteps),
             "input_ids": torch.where(dropped, self.empty, self.input_ids[index]),
         }
 
 
 @dataclass(frozen=True)
-class _FlowRows:
-    latents: Shards
-    input_ids: Tensor
-    empty: Tensor
-    proportion_empty_prompts: float
+class _SceneRows:
+    captions: _CaptionRows
+    num_timesteps: int
 
     def __call__(self, rows: Rows) -> Batch:
-        index = rows.indices(len(self.latents))
-        latents = self.latents[index.tolist()]["latents"]
-        dropped = rows.uniform(1) < self.proportion_empty_prompts
+        return {**self.captions(rows), "timesteps": rows.integers(self.num_timesteps)}
+
+
+@dataclass(frozen=True)
+class _FlowRows:
+    captions: _CaptionRows
+
+    def __call__(self, rows: Rows) -> Batch:
         return {
-            "x": latents,
-            "noise": rows.normal(*latents.shape[1:]),
+            **self.captions(rows),
             "sigmas": flow_models.draw_sigmas(rows.normal(), rows.uniform(), rows.uniform()),
-            "input_ids": torch.where(dropped, self.empty, self.input_ids[index]),
             "counts": flow_models.draw_counts(rows.uniform()),
         }
 

@@ -14,7 +14,6 @@ from diffusers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -22,7 +21,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .base_models import MAX_TOKENS
+from .base_models import clip_config
 
 # Of the two CLIP encoders. Stable Diffusion 3 places their tokens and pooled vectors side by side.
 WIDTHS = (96, 32)
@@ -45,20 +44,7 @@ def build_clip(
     Raises:
         ValueError: `start` has another width.
     """
-    special: dict[str, Any] = {
-        n: getattr(tokenizer, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=width,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        **special,
-    )
-    model = CLIPTextModelWithProjection(config)
+    model = CLIPTextModelWithProjection(clip_config(tokenizer, width, 3))
     if start is not None:
         if start.config.hidden_size != width:
             raise ValueError(
