@@ -211,7 +211,8 @@ def table(found: Found) -> str:
         cells = [name]
         figures = (parameters, macs, found.peaks[name])
         for figure, whole, scale, digits in zip(figures, base, (1e6, 1e9, 1), (1, 1, 2)):
-            cells += [f"{figure / scale:.{digits}f}", f"{figure / whole:.2f}"]
+            # Memory that did not grow: this process had needed more before.
+            cells += [f"{figure / scale:.{digits}f}", f"{figure / whole:.2f}" if whole else "–"]
         for mode in modes:
             cells += _latency(found, name, mode)
         rows.append(cells)
