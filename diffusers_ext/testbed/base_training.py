@@ -150,9 +150,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     )
     pipe.set_progress_bar_config(disable=True)
     grader = _load_grader(args)
-    held_out = [
-        fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", args.num_validation_images, 0)
-    ]
+    held_out = _held_out_prompts(args)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         with scheduler_of(pipe, DPMSolverMultistepScheduler.from_config(scheduler.config)):
@@ -190,9 +188,7 @@ def train_flow(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     pipe = flow_models.flow_pipeline(objective, tokenizer, vae)
     pipe.set_progress_bar_config(disable=True)
     grader = _load_grader(args)
-    held_out = [
-        fashion_scenes.caption(s) for s in fashion_scenes.draw_scenes("test", args.num_validation_images, 0)
-    ]
+    held_out = _held_out_prompts(args)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         images = _sample_scenes(pipe, held_out, args.guidance_scale)
@@ -336,6 +332,11 @@ def reconstruct(vae: Any, pictures: Tensor) -> Tensor:
     """Encodes and decodes images (n, 3, h, w) in [0, 1] with the autoencoder."""
     parts = [decode_latents(vae, encode_pixels(vae, p * 2 - 1)) for p in pictures.split(256)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def _held_out_prompts(args: argparse.Namespace) -> list[str]:
+    scenes = fashion_scenes.draw_scenes("test", args.num_validation_images, 0)
+    return [fashion_scenes.caption(scene) for scene in scenes]
 
 
 def _sample_scenes(pipe: Any, prompts: Sequence[str], guidance_scale: float) -> np.ndarray:

@@ -76,10 +76,9 @@ def test_convolutions_are_torchs_muon_on_flattened_weights(monkeypatch: pytest.M
         for optimizer in (ours, muon, adamw):
             optimizer.step()
     for matrix, weight in zip(flat, (model[1].weight, model[4].weight)):
-        # A product of three factors in another order: a few units in the last place of weights of about 0.3.
-        torch.testing.assert_close(matrix, weight.flatten(1), rtol=0, atol=2e-7)
+        assert torch.equal(matrix, weight.flatten(1))
     for name, parameter in rest.items():
-        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=0, atol=2e-7, msg=name)
+        assert torch.equal(parameter, model.get_parameter(name)), name
 
 
 def test_the_memory_layout_of_a_weight_does_not_matter() -> None:
