@@ -128,14 +128,11 @@ def train_vae(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the text-to-image model, a small Stable Diffusion, together with its text encoder."""
     tokenizer = base_models.build_tokenizer()
-    vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
-    vae.register_to_config(_name_or_path="")  # a saved pipeline should not contain a local path
+    vae = _load_vae(args)
     unet = base_models.build_unet(args.block_out_channels or (64, 96, 128))
     scheduler = base_models.stable_diffusion_scheduler()
     latents, prompts, made_of = scene_latents(accelerator, args, vae.to(accelerator.device))
     set_train_steps(args, accelerator, len(latents))
-    input_ids = base_models.tokenize(tokenizer, prompts)
-    empty = base_models.tokenize(tokenizer, [""])
     text_encoder = base_models.build_text_encoder(tokenizer)
     objective = base_models.NoiseObjective(unet, scheduler, text_encoder, args.snr_gamma)
     pipe = StableDiffusionPipeline(
@@ -155,8 +152,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         with scheduler_of(pipe, DPMSolverMultistepScheduler.from_config(scheduler.config)):
             images = _sample_scenes(pipe, held_out, args.guidance_scale)
-        save_grid(as_tensor(images[:48]), 8, _validation_path(args, step))
-        return _grade_means(grader, images, held_out) if grader else {}
+        return _validated(args, grader, images, held_out, step)
 
     def save(folder: Path) -> None:
         pipe.to("cpu").to(torch.float16)
@@ -166,7 +162,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
     made_of = {**made_of, "prompts": digest(prompts)}
     recipe = _recipe(accelerator, args, made_of)
-    captions = _CaptionRows(latents, input_ids, empty, args.proportion_empty_prompts)
+    captions = _captions(args, tokenizer, latents, prompts)
     read = _SceneRows(captions, scheduler.config.num_train_timesteps)
     record = train(accelerator, args, objective, read, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(unet, text_encoder, vae)
@@ -176,8 +172,7 @@ def train_scenes(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 def train_flow(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
     """Trains the flow-matching transformer, a small Stable Diffusion 3, together with its text encoders."""
     tokenizer = base_models.build_tokenizer()
-    vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
-    vae.register_to_config(_name_or_path="")
+    vae = _load_vae(args)
     latents, prompts, made_of = scene_latents(accelerator, args, vae.to(accelerator.device))
     set_train_steps(args, accelerator, len(latents))
     start = CLIPTextModel.from_pretrained(args.text_encoder) if args.text_encoder else None
@@ -192,8 +187,7 @@ def train_flow(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         images = _sample_scenes(pipe, held_out, args.guidance_scale)
-        save_grid(as_tensor(images[:48]), 8, _validation_path(args, step))
-        return _grade_means(grader, images, held_out) if grader else {}
+        return _validated(args, grader, images, held_out, step)
 
     def save(folder: Path) -> None:
         pipe.to("cpu").to(torch.float16)
@@ -204,9 +198,7 @@ def train_flow(accelerator: Accelerator, args: argparse.Namespace) -> Trained:
 
     made_of = {**made_of, "prompts": digest(prompts), "text encoder": part_record(start) if start else None}
     recipe = _recipe(accelerator, args, made_of)
-    input_ids = base_models.tokenize(tokenizer, prompts)
-    empty = base_models.tokenize(tokenizer, [""])
-    read = _FlowRows(_CaptionRows(latents, input_ids, empty, args.proportion_empty_prompts))
+    read = _FlowRows(_captions(args, tokenizer, latents, prompts))
     record = train(accelerator, args, objective, read, validate, recipe=recipe)
     record["parameters"] = base_models.count_parameters(objective, vae, pipe.text_encoder_3)
     return record, save
@@ -295,6 +287,13 @@ class _CaptionRows:
         }
 
 
+def _captions(
+    args: argparse.Namespace, tokenizer: Any, latents: Shards, prompts: Sequence[str]
+) -> _CaptionRows:
+    ids, empty = (base_models.tokenize(tokenizer, texts) for texts in (prompts, [""]))
+    return _CaptionRows(latents, ids, empty, args.proportion_empty_prompts)
+
+
 @dataclass(frozen=True)
 class _SceneRows:
     captions: _CaptionRows
@@ -332,6 +331,20 @@ def reconstruct(vae: Any, pictures: Tensor) -> Tensor:
     """Encodes and decodes images (n, 3, h, w) in [0, 1] with the autoencoder."""
     parts = [decode_latents(vae, encode_pixels(vae, p * 2 - 1)) for p in pictures.split(256)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def _load_vae(args: argparse.Namespace) -> Any:
+    vae: Any = AutoencoderKL.from_pretrained(args.vae).eval()
+    vae.register_to_config(_name_or_path="")  # a saved pipeline should not contain a local path
+    return vae
+
+
+def _validated(
+    args: argparse.Namespace, grader: Any, images: np.ndarray, prompts: Sequence[str], step: int
+) -> dict[str, float]:
+    """Saves some of the images, and grades all."""
+    save_grid(as_tensor(images[:48]), 8, _validation_path(args, step))
+    return _grade_means(grader, images, prompts) if grader else {}
 
 
 def _held_out_prompts(args: argparse.Namespace) -> list[str]:
