@@ -260,8 +260,10 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, lr: float, weight_decay: float) -> None:
         grad: Any = parameter.grad
-        averaged = self.state[parameter].setdefault("momentum", torch.zeros_like(grad))
-        averaged.lerp_(grad, 1 - self._momentum)
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(grad)
+        averaged = state["momentum"].lerp_(grad, 1 - self._momentum)
         nesterov = grad.lerp(averaged, self._momentum).flatten(1)
         scale = 0.2 * max(nesterov.shape) ** 0.5
         if self._sharp:
