@@ -13,7 +13,7 @@ from diffusers_ext.metrics.comparison import Estimate, markdown_table
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts
 
-from .asdm_plans import NUM_DRAWS, plans_of
+from .asdm_plans import num_draws, plans_of
 from .asdm_runs import AS_IS, BATCHES, FOLDED, TEACHER, latency, pictures, plan, size, training, variants
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
@@ -42,7 +42,7 @@ def controls_of(depth: str) -> dict[str, Control]:
     """The students of one depth, the share of the UNet's time that is left in percent; the first is the others' control."""
     plain = Control(depth)
     found = {ONE_GO: plain, "in stages": replace(plain, staged=True)}
-    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, NUM_DRAWS + 1)}
+    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, num_draws(depth) + 1)}
     if depth in ("63", "40"):
         found |= {
             "with CLME-CondConv": replace(plain, options=()),
@@ -62,12 +62,12 @@ class Settings:
     """How large the benchmark is."""
 
     depths: tuple[str, ...] = ("80", "63", "50", "40")
-    images: int = 334
+    images: int = 250
     seeds: tuple[int, ...] = (31, 32)
     steps: int = 6
     guidance: float = 2.0
     rounds: int = 30
-    train_steps: int = 201
+    train_steps: int = 150
     # Of every stage but the last.
     first_steps: int = 20
     batch_size: int = 32

@@ -47,7 +47,9 @@ STAGES: dict[str, Stages] = {
 BK: tuple[Stages, ...] = ((("layer.0",),), (("layer.0", "mid.attention"),), (("layer.0", "mid"),))
 # Shares of the time that the search by the change of the guidance reaches.
 DEEP = {"50": 0.5, "40": 0.4}
-NUM_DRAWS, SAME_TIME, TRIES = 2, 0.02, 40
+# Random plans of a depth: of that of the included model and of the other ones.
+NUM_DRAWS = {"63": 3}
+SAME_TIME, TRIES = 0.02, 40
 BATCH = 8
 
 
@@ -91,6 +93,11 @@ def plans(repeats: int, depths: tuple[str, ...]) -> dict[str, Any]:
     return {name: np.array(_text(plan)) for name, plan in found.items()}
 
 
+def num_draws(depth: str) -> int:
+    """How many random plans a depth has."""
+    return NUM_DRAWS.get(depth, 1)
+
+
 def _text(plan: PruningPlan) -> str:
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder) / "plan.json")
@@ -124,7 +131,7 @@ def random_plans(
             continue
         seen.add(left)
         draws.append((abs(share(plan.cuts) - goal), plan))
-        if sum(off < SAME_TIME for off, _ in draws) == NUM_DRAWS:
+        if sum(off < SAME_TIME for off, _ in draws) == num_draws(name):
             break
-    best = sorted(draws, key=lambda draw: draw[0])[:NUM_DRAWS]
+    best = sorted(draws, key=lambda draw: draw[0])[: num_draws(name)]
     return {f"{name}-random-{k}": plan for k, (_, plan) in enumerate(best, 1)}

@@ -75,7 +75,7 @@ class Arm:
 
 def main(bench: Bench) -> None:
     """Trains what is missing, and writes the page."""
-    quick = Settings((8, 8), (2, 2), (1, 1), 2, 1, ("AdamW", "Muon"), ("AdamW", "Muon"), 4, 2)
+    quick = Settings((2, 2), (2, 2), (1, 1), 2, 1, ("AdamW", "Muon"), ("AdamW", "Muon"), 4, 2)
     s = bench.pick(Settings(), quick)
     parts, panels = [], []
     for number, task in enumerate(TITLES):

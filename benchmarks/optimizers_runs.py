@@ -65,7 +65,7 @@ class Run:
 
     def evaluated(self) -> list[int]:
         """The steps after which the validation loss is measured."""
-        return [round(self.steps * k / 8) for k in range(1, 9)]
+        return sorted({max(1, round(self.steps * k / 8)) for k in range(1, 9)})
 
 
 @dataclass

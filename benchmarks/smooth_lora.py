@@ -340,8 +340,11 @@ def picture(bench: Bench, statistics: Statistics, models: dict[str, Model], guid
         panels.append(Panel(prompt, axis, "distance to the next image", series, {"ylim": (0, None)}))
     by_kind = {
         "λ, guidance 2": {name: model for name, model in models.items() if name != "base"},
-        "base, guidance": {"base": models["base"], **{n: m for n, m in guided.items() if n[:4] == "base"}},
-        f"{CONTROL}, guidance": {n: m for n, m in guided.items() if n[:4] != "base"},
+        "base, guidance": {
+            "base": models["base"],
+            **{n: m for n, m in guided.items() if n.startswith("base")},
+        },
+        f"{CONTROL}, guidance": {n: m for n, m in guided.items() if not n.startswith("base")},
     }
     front = {
         kind: Series(
