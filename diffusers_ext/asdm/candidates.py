@@ -98,9 +98,11 @@ def find_candidates(
     scores = {"output": measure_sensitivity(unet, inputs, progress=progress)}
     if all(len(item["sample"]) % 2 == 0 and _guided(item) for item in inputs):
         reference = predict(unet, inputs)
-        scores["guidance"] = measure_sensitivity(
+        change = measure_sensitivity(
             unet, [], lambda other: guidance_change(other, inputs, reference), progress
         )
+        kept = {group: change.cuts[group] for group in scores["output"].cuts}
+        scores["guidance"] = replace(change, cuts=kept)
 
     @cache
     def measured(cuts: Cuts) -> tuple[tuple[int, float], ...]:

@@ -77,6 +77,14 @@ def test_the_plain_searchs_plan_is_first(profile: PruningProfile) -> None:
     assert any(not any(cut.startswith("gri") for cut in c.plan.cuts) for c in found)
 
 
+def test_windows_that_cover_the_image_are_no_cut(unet: Any, profile: PruningProfile) -> None:
+    # 16 × 8 latents and windows of 8: at the second resolution, of 8 × 4, GRI attention is full attention.
+    assert ("gri.0",) in profile.sensitivity.cuts
+    assert ("gri.1",) not in profile.sensitivity.cuts
+    found = find_candidates(unet, inputs(), 0.99, num_candidates=4, repeats=1)
+    assert not any("gri.1" in candidate.plan.cuts for candidate in found)
+
+
 def test_a_plan_that_is_measured_as_too_slow_is_replaced(profile: PruningProfile) -> None:
     tables = {8: profile.costs}
     slow = candidates_of(profile, tables, 1.2, num_candidates=3)
