@@ -90,7 +90,6 @@ def student(control: Control, plans: dict[str, Path], data_dir: Path, s: Setting
         "learning_rate": "5e-4",
         "lr_scheduler": "cosine",
         "lr_warmup_steps": min(20, s.train_steps // 4),
-        "mixed_precision": "bf16",
         "checkpointing_steps": 100,
     }
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]

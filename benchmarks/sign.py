@@ -105,7 +105,6 @@ def training(name: str, data_dir: Path, s: Settings) -> Training:
         "learning_rate": "1e-3",
         "lr_warmup_steps": 0 if s.train_steps else 20,
         "ema_decay": 0.99,
-        "mixed_precision": "bf16",
         "checkpointing_steps": 50,
         "idem_weight": 1,
         "dmd_weight": 0,
