@@ -52,7 +52,7 @@ def controls_of(depth: str) -> dict[str, Control]:
     if depth == "80":
         found["with GRI"] = Control("80-gri")
     if depth == "63":
-        found |= {"BK mapping": Control("bk")}
+        found |= {"BK mapping": Control("bk"), "plan of the search": Control("search")}
         found["from scratch"] = replace(plain, options=(*plain.options, "--from_scratch"))
     return found
 

@@ -263,6 +263,6 @@ def panels_of(found: dict[Point, Samples], statistics: Statistics, kind: str, fl
                 ys = [measure(found[p], "grader") for p in chosen]
                 xs = [found[p].calls for p in chosen]
                 series[variant] = Series(xs, ys, "-" if variant == "plain" else "")
-        options = {} if accuracy else {"yscale": "log"}
+        options = {} if accuracy else {"yscale": "symlog"}
         panels.append(Panel(solver, "NFE", name, series, options, None if accuracy else floor))
     return panels
