@@ -158,6 +158,8 @@ def main() -> None:
     # An argument of the validation may change, but not what the model is told in training.
     own = {} if embedded is None else {"embedded guidance": embedded}
     recipe = run_recipe(accelerator, args, {**made_of, **own}, VALIDATION)
+    if flow is not None:
+        args.weighting_scheme = args.weighting_scheme or flow.weighting_scheme
     denoiser = denoiser_of(pipe)
     add_lora(denoiser, args.rank, targets=flow.targets if flow else TARGETS)
     cast_training_params(denoiser)  # PEFT gives the layers the data type of the frozen ones
@@ -203,7 +205,6 @@ def make_objective(
 
     weight = args.variation_weight
     if flow is not None:
-        args.weighting_scheme = args.weighting_scheme or flow.weighting_scheme
         return FlowSmoothLoraObjective(
             pipe.transformer, flow, variation("flow_prediction"), weight, args.weighting_scheme, guidance
         )

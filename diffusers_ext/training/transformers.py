@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.autoencoders import vae_of
+from ..core.autoencoders import latent_channels_of, vae_of
 from ..core.families import FAMILIES, Family, from_grid, to_grid
 from ..core.prompts import embeddings_of, encoded_prompts, prompt_options
 
@@ -253,7 +253,12 @@ def flow_of(pipe: Any) -> Flow:
         raise ValueError(
             f"{name} has no {' and no '.join(missing)}, which training needs: load the whole pipeline."
         )
-    vae_of(pipe)  # refuses those whose scale is not known
+    found, expected = flow.channels(pipe.transformer), latent_channels_of(vae_of(pipe))
+    if found != expected:
+        raise ValueError(
+            f"The transformer of {name} takes {found} channels, and the latents have {expected}: it has further inputs, as"
+            " for inpainting or control, which training does not have."
+        )
     return flow
 
 

@@ -121,6 +121,11 @@ def test_parts_that_are_missing_or_others_are_named() -> None:
     ):
         flow_of(pipe)
     dev = families.build("flux")
+    width = dev.transformer.config.in_channels
+    dev.transformer.register_to_config(in_channels=2 * width)
+    with pytest.raises(ValueError, match="takes 8 channels, and the latents have 4: it has further inputs"):
+        flow_of(dev)
+    dev.transformer.register_to_config(in_channels=width)
     with pytest.raises(ValueError, match=r"takes a guidance scale as an input .* give guidance"):
         flow_of(dev).velocity(
             dev.transformer, torch.zeros(1, 4, 8, 8), torch.ones(1), **encode_captions(dev, ["a"], 16)
