@@ -217,7 +217,8 @@ class FlowSmoothLoraObjective(nn.Module):
             return weighted_mse(output, noise - latents, loss_weights(self.scheme, sigmas))
 
         if self.variation is None:
-            return loss(denoise(torch.lerp(latents, noise, sigmas[:, None, None, None])))
+            levels = sigmas[:, None, None, None].to(latents)
+            return loss(denoise(torch.lerp(latents, noise, levels)))
         twice = self.variation.estimator == "vjp"
         with double_differentiable(self.denoiser) if twice else contextlib.nullcontext():
             found = self.variation(denoise, latents, noise, 1 - sigmas, sigmas, sigmas, direction)

@@ -113,17 +113,17 @@ def test_the_second_derivatives_are_those_of_the_loss(name: str) -> None:
     sigmas = torch.tensor([0.3, 0.9])
     objective(sigmas=sigmas, **batch).backward()
     assert all(p.grad is None for p in pipe.transformer.parameters() if not p.requires_grad)
-    directions = [normal(*p.shape) for p in added]
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(added, directions) if p.grad is not None)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in added]
+    slope = float(torch.cat([g.flatten() for g in gradients]).norm())
     losses = []
-    for size in (1e-4, -2e-4):
+    for size in (1e-3, -2e-3):
         with torch.no_grad():
-            for parameter, direction in zip(added, directions):
-                parameter += size * direction
+            for parameter, gradient in zip(added, gradients):
+                parameter += size * gradient / slope
         losses.append(float(objective(sigmas=sigmas, **batch)))
-    # Some layers compute in float32 whatever their weights are: rounding of 1e-6 over a step of 2e-4.
-    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-2, abs=1e-2)
-    assert abs(slope) > 0.1
+    # Along the gradient. Some layers compute in float32 whatever their weights are, which rounds by 1e-6.
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=1e-2)
+    assert slope > 0.01
 
 
 # The linear layers of one block of each kind, as diffusers' scripts choose them.

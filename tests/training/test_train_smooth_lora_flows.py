@@ -1,6 +1,7 @@
 """A Smooth-LoRA of every flow-matching transformer, trained for two steps as the script does it; of SD3 in all ways."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import families
 from tests.training.launching import TWO_PROCESSES, launch
 from tests.training.scripts import ON_FLOWS, arguments, path_of, run, steps
@@ -118,6 +120,8 @@ def test_ways_to_train_sd3(
 def test_encodings_with_another_number_of_tokens_are_refused(base: Path, tmp_path: Path) -> None:
     argv = [*arguments(SD3, base, tmp_path), *steps(SD3, 1), "--cache_latents"]
     run(SD3, [*argv, "--max_sequence_length", "8"])
+    for checkpoint in list_checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="max_sequence_length"):
         run(SD3, [*argv, "--max_sequence_length", "9"])
 
