@@ -149,8 +149,8 @@ def network_of(given: Any) -> Any:
         linear = any(name.startswith("Sana") for name in parts)
         why = " Its self-attention is linear in the number of tokens already." if linear else ""
         raise ValueError(
-            f"GRI attention needs a {', '.join(known)} or {last}, or a pipeline that has one, got a"
-            f" {' with a '.join(parts)}.{why}"
+            f"GRI attention needs a {', '.join(known)} or {last}, or a pipeline that has one, got"
+            f" {' with '.join(parts)}.{why}"
         )
     return network
 

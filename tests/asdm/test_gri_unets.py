@@ -195,9 +195,9 @@ def test_the_default_is_the_highest_resolution_that_has_attention() -> None:
 
 
 def test_what_apply_refuses(unet: Any) -> None:
-    with pytest.raises(ValueError, match="got a DDPMPipeline with a UNet2DModel"):
+    with pytest.raises(ValueError, match="got DDPMPipeline with UNet2DModel"):
         apply_gri_attention(tiny.build("ddpm"))
-    with pytest.raises(ValueError, match="got a DDPMPipeline"):
+    with pytest.raises(ValueError, match="got DDPMPipeline"):
         remove_gri_attention(tiny.build("ddpm"))
     assert gri_attention_of(tiny.build("ddpm")) is None
     with pytest.raises(
