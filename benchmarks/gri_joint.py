@@ -24,7 +24,7 @@ from diffusers_ext.testbed.runs import held_out_prompts
 
 from .framework.bench import Bench
 from .gri_error import FIELD, HEADER, QKV, cells_of, full_attention, smooth_fields
-from .transformer_layouts import LAYOUTS, Layout, call, smaller
+from .transformer_layouts import LAYOUTS, Layout, smaller
 
 WRITES = ("gri_joint.md",)
 SETTINGS = [(8, 2), (8, 4), (4, 4)]
@@ -32,7 +32,11 @@ SIDE, TEXT, BLUR = 32, 64, 4
 # Blocks of every kind, and few heads, for a page in minutes.
 HEADS = {"Stable Diffusion 3.5 Medium": 6, "Flux.1": 3, "Qwen-Image": 3}
 BLOCKS: dict[str, dict[str, Any]] = {
-    "Stable Diffusion 3.5 Medium": {"num_layers": 4, "dual_attention_layers": (0, 1)},
+    "Stable Diffusion 3.5 Medium": {
+        "num_layers": 4,
+        "dual_attention_layers": (0, 1),
+        "pos_embed_max_size": 64,
+    },
     "Flux.1": {"num_layers": 2, "num_single_layers": 2},
     "Qwen-Image": {"num_layers": 4},
 }
@@ -65,17 +69,17 @@ def recorded(transformer: Any, calls: list[dict[str, Any]]) -> list[QKV]:
     apply_gri_attention(transformer)
     with mock.patch.object(gri_processors, "joint_gri_attention", note):
         for inputs in calls:
-            call(transformer, inputs)
+            transformer(**inputs)
     remove_gri_attention(transformer)
     return found
 
 
 def smooth_images(channels: int, size: int, count: int) -> Tensor:
-    """(count, channels, size, size): white noise after a Gaussian blur, of unit variance."""
+    """(count, channels, size, size): white noise after a Gaussian blur of `BLUR` tokens, of unit variance."""
     draw = torch.Generator().manual_seed(1)
     place = torch.arange(size)
     apart = (place[:, None] - place).abs()
-    blur = torch.exp(-0.5 * (torch.minimum(apart, size - apart) / BLUR) ** 2)
+    blur = torch.exp(-0.5 * (torch.minimum(apart, size - apart) * SIDE / size / BLUR) ** 2)
     blur = blur / blur.square().sum(1, keepdim=True).sqrt()
     return blur @ torch.randn(count, channels, size, size, generator=draw) @ blur
 

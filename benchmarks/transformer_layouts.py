@@ -82,7 +82,8 @@ LAYOUTS = {
             "qk_norm": "rms_norm",
         },
         {"dual": 13, "plain": 10, "last": 1},
-        {"num_layers": 3, "dual_attention_layers": (0,)},
+        # A smaller table of positions, which costs nothing in a call.
+        {"num_layers": 3, "dual_attention_layers": (0,), "pos_embed_max_size": 192},
         24,
         64,
         333,

@@ -9,6 +9,7 @@ all its blocks and with as many fewer tokens, so that attention has the same sha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_ext.asdm.apply import apply_gri_attention, remove_gri_attention
 from diffusers_ext.asdm.gri_attention import full_macs, gri_macs, joint_gri_attention
@@ -24,7 +26,7 @@ from diffusers_ext.metrics.comparison import Estimate, markdown_table
 from .framework.bench import Bench
 from .framework.cells import Cell
 from .framework.statistics import paired_ratio
-from .framework.timing import device_name, multiply_adds, take_turns, wait
+from .framework.timing import device_name, take_turns, wait
 from .gri_error import full_attention
 from .transformer_layouts import LAYOUTS, blocks_of, call, smaller
 
@@ -94,17 +96,34 @@ def layout_of(name: str, s: Settings) -> Any:
 
 @torch.no_grad()
 def count(name: str, s: Settings) -> dict[str, Any]:
-    """Parameters, and the multiply-accumulates of a call by "side/attention"."""
+    """Parameters, and the multiply-accumulates of a call by "side/attention"; all blocks of a kind are alike."""
     layout = layout_of(name, s)
-    transformer = layout.build()
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in transformer.parameters())}
+    transformer = layout.build(**layout.shallow)
+
+    def whole(rest: float, parts: Iterable[float]) -> float:
+        return rest + sum(number * part for number, part in zip(layout.kinds.values(), parts, strict=True))
+
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(transformer)]
+    rest = sum(p.numel() for p in transformer.parameters()) - sum(sizes)
+    found: dict[str, Any] = {"parameters": whole(rest, sizes)}
     for side in s.sides:
-        predict = partial(call, transformer, layout.inputs(side, side, device="meta"))
-        found[f"{side}/{FULL}"] = multiply_adds(predict)
-        apply_gri_attention(transformer, window=WINDOW, pool=POOL)
-        found[f"{side}/{GRI}"] = multiply_adds(predict)
+        inputs = layout.inputs(side, side, device="meta")
+        for attention in (FULL, GRI):
+            if attention == GRI:
+                apply_gri_attention(transformer, window=WINDOW, pool=POOL)
+            with FlopCounterMode(display=False) as counter:
+                # It counts two operations for each.
+                meter = _Meter(transformer, list(layout.kinds), partial(_half, counter))
+                meter.run("", inputs)
+            meter.remove()
+            macs = {part.strip("/"): values[0] for part, values in meter.found.items()}
+            found[f"{side}/{attention}"] = whole(macs["rest"], [macs[kind] for kind in layout.kinds])
         remove_gri_attention(transformer)
     return found
+
+
+def _half(counter: FlopCounterMode) -> float:
+    return counter.get_total_flops() / 2
 
 
 def attention_macs(name: str, side: int, s: Settings, kind: str | None = None) -> dict[str, int]:
@@ -146,7 +165,7 @@ def blocks(name: str, s: Settings) -> dict[str, np.ndarray]:
     layout, device = layout_of(name, s), torch.device(s.device)
     transformer = layout.build(s.device, **layout.shallow).to(s.place["dtype"])
     inputs = layout.inputs(s.block_side, s.block_side, **s.place)
-    clock = _Clock(transformer, list(layout.kinds), device)
+    clock = _Meter(transformer, list(layout.kinds), partial(_seconds, device))
 
     def run(attention: str) -> None:
         if attention == GRI:
@@ -156,39 +175,52 @@ def blocks(name: str, s: Settings) -> dict[str, np.ndarray]:
 
     work = {attention: lambda attention=attention: run(attention) for attention in (FULL, GRI)}
     take_turns(work, s.block_repetitions, 1, device, f"blocks, {name}")
-    return {key: np.array(values[1:]) for key, values in clock.seconds.items()}
+    return {key: np.array(values[1:]) for key, values in clock.found.items()}
 
 
-class _Clock:
-    """Takes the time of every block of a transformer that has one of each kind."""
+class _Meter:
+    """Reads time, or something else, at every block of a transformer that has one of each kind.
 
-    def __init__(self, transformer: Any, kinds: list[str], device: torch.device) -> None:
-        self.transformer, self.device = transformer, device
-        self.seconds: dict[str, list[float]] = {}
+    Args:
+        transformer: which.
+        kinds: names of its blocks.
+        now: what is read.
+    """
+
+    def __init__(self, transformer: Any, kinds: list[str], now: Callable[[], float]) -> None:
+        self.transformer, self.now = transformer, now
+        self.found: dict[str, list[float]] = {}
         self.of_call: dict[str, float] = {}
         self.started = 0.0
+        self.handles: list[Any] = []
         for kind, block in zip(kinds, blocks_of(transformer), strict=True):
-            block.register_forward_pre_hook(lambda *_: self._start())
-            block.register_forward_hook(lambda *_, kind=kind: self._stop(kind))
+            self.handles.append(block.register_forward_pre_hook(lambda *_: self._start()))
+            self.handles.append(block.register_forward_hook(lambda *_, kind=kind: self._stop(kind)))
 
-    def run(self, attention: str, inputs: dict[str, Any]) -> None:
-        """One call."""
+    def run(self, name: str, inputs: dict[str, Any]) -> None:
+        """One call; adds what each block has taken to `found["name/kind"]`, and what is left to `found["name/rest"]`."""
         self.of_call = {}
-        begun = self._now()
+        begun = self.now()
         call(self.transformer, inputs)
-        self.of_call["rest"] = self._now() - begun - sum(self.of_call.values())
-        for part, seconds in self.of_call.items():
-            self.seconds.setdefault(f"{attention}/{part}", []).append(seconds)
+        self.of_call["rest"] = self.now() - begun - sum(self.of_call.values())
+        for part, taken in self.of_call.items():
+            self.found.setdefault(f"{name}/{part}", []).append(taken)
 
-    def _now(self) -> float:
-        wait(self.device)
-        return time.perf_counter()
+    def remove(self) -> None:
+        """Leaves the transformer as it was."""
+        for handle in self.handles:
+            handle.remove()
 
     def _start(self) -> None:
-        self.started = self._now()
+        self.started = self.now()
 
     def _stop(self, kind: str) -> None:
-        self.of_call[kind] = self._now() - self.started
+        self.of_call[kind] = self.now() - self.started
+
+
+def _seconds(device: torch.device) -> float:
+    wait(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
