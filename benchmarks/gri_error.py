@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_ext.asdm.calibration import record_calibration_inputs
-from diffusers_ext.asdm.gri_attention import gri_attention
+from diffusers_ext.asdm.gri_attention import joint_gri_attention
 from diffusers_ext.metrics.comparison import bootstrap, markdown_table
 from diffusers_ext.testbed.runs import held_out_prompts
 
@@ -57,7 +57,10 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def counted_once(
     query: Tensor, key: Tensor, value: Tensor, height: int, width: int, window: int, pool: int
 ) -> Tensor:
-    """The window and all cells in one softmax, each cell as one key; arguments as of `gri_attention`."""
+    """The window, all cells and all text in one softmax, each cell as one key; arguments as of `joint_gri_attention`."""
+    text = query.shape[1] - height * width
+    everything = key, value
+    (text_key, key), (text_value, value) = ((x[:, :text], x[:, text:]) for x in everything)
 
     def cells(x: Tensor) -> Tensor:
         image = x.flatten(2).transpose(1, 2).unflatten(2, (height, width))
@@ -68,10 +71,11 @@ def counted_once(
     near = [of[:, None] == of for of in window_of]
     own = (near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(2).flatten(0, 1)
     pooled = cells(key)
-    seen = torch.cat([own, torch.ones(len(own), pooled.shape[1], dtype=torch.bool)], 1)
-    keys, values = torch.cat([key, pooled], 1), torch.cat([value, cells(value)], 1)
-    tensors = (x.transpose(1, 2) for x in (query, keys, values))
-    return F.scaled_dot_product_attention(*tensors, attn_mask=seen).transpose(1, 2)
+    seen = torch.cat([own, torch.ones(len(own), pooled.shape[1] + text, dtype=torch.bool)], 1)
+    keys, values = torch.cat([key, pooled, text_key], 1), torch.cat([value, cells(value), text_value], 1)
+    tensors = (x.transpose(1, 2) for x in (query[:, text:], keys, values))
+    image = F.scaled_dot_product_attention(*tensors, attn_mask=seen).transpose(1, 2)
+    return torch.cat([full_attention(query[:, :text], *everything), image], 1)
 
 
 @torch.no_grad()
@@ -112,22 +116,24 @@ def smooth_fields(count: int) -> QKV:
     return made[0], made[1], made[2]
 
 
-def relative_errors(found: list[QKV], approximation: Callable[..., Tensor], count: int) -> np.ndarray:
-    """(count,): of every prompt over its timesteps and its rows with and without guidance."""
+def relative_errors(
+    found: list[QKV], approximation: Callable[..., Tensor], count: int, image: int
+) -> np.ndarray:
+    """(count,): of every prompt over its timesteps and its rows with and without guidance, at its last `image` tokens."""
     off, norm = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for tensors in found:
         wanted = full_attention(*tensors)
         for total, x in ((off, approximation(*tensors) - wanted), (norm, wanted)):
-            total += x.double().square().flatten(1).sum(1).view(-1, count).sum(0)
+            total += x[:, -image:].double().square().flatten(1).sum(1).view(-1, count).sum(0)
     return (off / norm).sqrt().numpy()
 
 
 def cells_of(found: list[QKV], height: int, width: int, window: int, pool: int, count: int) -> list[str]:
-    """One row of the table, after the name of the attention."""
+    """One row of the table, after the name of the attention; text tokens, if there are any, come first in `found`."""
     grid = (height, width, window, pool)
     before, after = (
-        relative_errors(found, lambda *tensors, of=of: of(*tensors, *grid), count)
-        for of in (counted_once, gri_attention)
+        relative_errors(found, lambda *tensors, of=of: of(*tensors, *grid), count, height * width)
+        for of in (counted_once, joint_gri_attention)
     )
     estimates = [bootstrap(lambda rows, x=x: float(x[rows].mean()), count) for x in (before, after)]
     estimates.append(bootstrap(lambda rows: float(after[rows].mean() / before[rows].mean()), count))

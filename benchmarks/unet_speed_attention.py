@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, gri_attention, padded_width
+from diffusers_ext.asdm.gri_attention import gri_attention, padded_width
+from diffusers_ext.asdm.gri_processors import GRIAttnProcessor
 from diffusers_ext.metrics.comparison import markdown_table
 
 from .framework.statistics import paired_ratio

@@ -15,5 +15,6 @@ __getattr__, __dir__ = register(
     commands="commands:add_commands",
     checks={
         "A-SDM": "apply:check_pipeline",
+        "GRI attention": "apply:check_gri_attention",
     },
 )

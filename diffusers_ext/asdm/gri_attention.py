@@ -5,139 +5,26 @@ query attends to the tokens of its own window and to the rest of the image avera
 A cell of n tokens counts n times: log n is added to its logit. Every token is thus represented exactly once,
 and the result approximates full attention. There are no new weights, so it can be added to any trained model.
 The loss of quality without training has to be measured for each model.
+
+In the joint attention of transformers, image and text are one sequence. There, image tokens attend to all text tokens
+too, in the same softmax, and text tokens attend to everything, as in CLEAR (arXiv:2412.16112), whose pooled keys are
+learned.
 """
 
 from __future__ import annotations
 
 from itertools import groupby, pairwise
-from math import isqrt, log
+from math import log
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-
-class GRIGrid(NamedTuple):
-    """The settings of one call of a processor, in tokens: image size, side of a window and side of a cell."""
-
-    height: int | None
-    width: int | None
-    window: int
-    pool: int
-
-
-class GRIAttnProcessor:
-    """Self-attention processor without parameters; `apply_gri_attention` adds it to a whole UNet.
-
-    Keys and values are pooled after their projections (and after `norm_k`, if there is one). Averaging
-    commutes with affine layers, so pooling before to_k and to_v, with or without a LoRA, would give the same
-    result. The processor uses the attention dispatch of diffusers with its own `_attention_backend`, which
-    `unet.set_attention_backend` sets.
-
-    Args:
-        window: side of a window in tokens.
-        pool: side of a pooled cell in tokens.
-        height, width: size of the images in tokens. With None, each call passes the size, as
-            `apply_gri_attention` does; a processor that is set by hand then assumes square images.
-
-    Raises:
-        ValueError: a size is not a whole number of 1 or more, or only one of height and width is given. In a
-            call: the tokens do not match the image size, or there is cross-attention, an attention mask or
-            context parallelism.
-    """
-
-    # diffusers sets these attributes if a processor has them.
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(
-        self, window: int = 8, pool: int = 4, height: int | None = None, width: int | None = None
-    ) -> None:
-        if (height is None) != (width is None):
-            raise ValueError(f"Give both height and width or neither, got {height} and {width}.")
-        for name, size in {"window": window, "pool": pool, "height": height, "width": width}.items():
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r}.")
-        self.window, self.pool, self.height, self.width = window, pool, height, width
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        gri_grid: GRIGrid | None = None,
-    ) -> Tensor:
-        """Same as `AttnProcessor2_0`, for (b, tokens, channels) or (b, channels, height, width).
-
-        Args:
-            attn: the attention layer.
-            hidden_states: the input.
-            encoder_hidden_states, attention_mask: must be None.
-            temb: time embedding for a spatial norm.
-            gri_grid: overrides the settings of the processor.
-
-        Returns:
-            The output, in the shape of the input.
-        """
-        self._refuse(encoder_hidden_states, attention_mask)
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        if residual.ndim == 4:
-            gri_grid = GRIGrid(residual.shape[2], residual.shape[3], self.window, self.pool)
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        height, width, window, pool = self._grid(hidden_states.shape[1], gri_grid)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        # Typed as optional, but never None here: attention with added keys only, which has no to_k and to_v,
-        # is rejected when GRI attention is added.
-        projections: list[Any] = [attn.to_q, attn.to_k, attn.to_v]
-        query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in projections)
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        out = gri_attention(
-            query, key, value, height, width, window, pool, scale=attn.scale, backend=self._attention_backend
-        )
-        out = out.flatten(2).to(query.dtype)
-        for layer in attn.to_out:  # type: ignore[union-attr]
-            out = layer(out)
-        if residual.ndim == 4:
-            out = out.transpose(1, 2).reshape(residual.shape)
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor
-
-    def _refuse(self, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
-        if encoder_hidden_states is not None:
-            raise ValueError(
-                "GRI attention is self-attention on an image: it takes no encoder_hidden_states."
-            )
-        if attention_mask is not None:
-            raise ValueError("GRI attention takes no attention_mask: omit it, or call remove_gri_attention.")
-        if self._parallel_config is not None:
-            raise ValueError(
-                "GRI attention needs all tokens of an image on one device: disable context parallelism."
-            )
-
-    def _grid(self, tokens: int, given: GRIGrid | None) -> tuple[int, int, int, int]:
-        height, width, window, pool = given or (self.height, self.width, self.window, self.pool)
-        if height is None or width is None:
-            height = width = isqrt(tokens)
-            if height * width != tokens:
-                raise ValueError(
-                    f"{tokens} tokens are not a square image: give GRIAttnProcessor height and width, or use"
-                    " apply_gri_attention, which passes the size of every call."
-                )
-        if height * width != tokens:
-            raise ValueError(f"GRIAttnProcessor expected {height} × {width} tokens, got {tokens}.")
-        return height, width, window, pool
-
-
-# --- on tensors ---
+# Each window has a copy of all cells and text tokens among its keys. Windows are computed in groups whose keys have at
+# most this many elements, 256 MiB in float32. At 128 × 128 tokens and Flux's width, all at once would be 26 times the
+# keys of full attention.
+_MOST = 2**26
 
 # The bias of the cells in a query's own window. The logit of a cell is the mean of its tokens' logits, so its
 # exponential is at most the mean of theirs, which are in the same softmax: e^-40 leaves such a cell less than
@@ -154,6 +41,8 @@ def gri_attention(
     window: int,
     pool: int,
     *,
+    text: tuple[Tensor, Tensor] | None = None,
+    text_mask: Tensor | None = None,
     scale: float | None = None,
     backend: Any = None,
 ) -> Tensor:
@@ -173,7 +62,7 @@ def gri_attention(
     the parts between the edges, the last cell of a part is smaller. A `pool` above `window` has the cells of
     `pool = window`.
 
-    No mask is needed, which flash kernels would not support: log n_c is the product of one more dimension of
+    Without a `text_mask` no mask is needed, which flash kernels would not support: log n_c is the product of one more dimension of
     queries (1) and keys (log n_c / s). Queries, keys and values are padded to the next multiple of 8.
 
     Args:
@@ -181,28 +70,119 @@ def gri_attention(
         height, width: size of the image in tokens.
         window: side of a window in tokens, 1 or more; limited to each side of the image.
         pool: side of a pooled cell in tokens, 1 or more.
+        text: more keys and values, (b, m, heads, d), that all queries attend to as they are.
+        text_mask: (b, m), True for the text tokens that count; default: all.
         scale: factor s of the logits; default: 1/√d.
         backend: attention backend of diffusers; default: the active one.
 
     Returns:
         (b, height·width, heads, d).
     """
-    if window >= max(height, width) or pool == 1:
-        return dispatch_attention_fn(query, key, value, scale=scale, backend=backend)
+    key_text, value_text = text or (key[:, :0], value[:, :0])
+    if _is_full(height, width, window, pool):
+        mask = _key_mask(text_mask, query.shape[1])
+        key, value = (torch.cat(pair, 1) for pair in ((key_text, key), (value_text, value)))
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, scale=scale, backend=backend)
     rows, columns = _Side(height, min(window, height)), _Side(width, min(window, width))
-    dim = query.shape[-1]
+    batch, _, heads, dim = query.shape
     factor: float = dim**-0.5 if scale is None else scale
     # 1 in the dimension of the biases and 0 in those that only pad.
     one = (torch.arange(padded_width(dim) - dim, device=query.device) == 0).to(query.dtype)
-    queries = _windows(query, rows, columns)
-    queries = torch.cat([queries, one.expand(*queries.shape[:-1], -1)], -1).flatten(3, 4).flatten(0, 2)
-    keys, values = (_keys(x, rows, columns, pool) for x in (key, value))
+    queries, own_keys, own_values = (_windows(x, rows, columns) for x in (query, key, value))
+    queries = torch.cat([queries, one.expand(*queries.shape[:-1], -1)], -1)
+    shared_keys = torch.cat([_cells(key, rows, columns, pool), key_text], 1)
+    shared_values = torch.cat([_cells(value, rows, columns, pool), value_text], 1)
     bias = _bias(rows, columns, pool, query) / factor
-    keys[:, :, -bias.shape[1] :, :, dim] = bias[:, :, None]
-    out = dispatch_attention_fn(
-        queries, keys.flatten(0, 1), values.flatten(0, 1), scale=factor, backend=backend
+    mask = _key_mask(text_mask, rows.window * columns.window + bias.shape[1], image_first=True)
+    windows, tokens = queries.shape[1:3]
+    each = batch * (tokens + shared_keys.shape[1]) * heads * padded_width(dim)
+    out = []
+    step = max(1, _MOST // each)
+    for part in (slice(start, start + step) for start in range(0, windows, step)):
+        keys, values = (
+            _keys(own[:, part], shared)
+            for own, shared in ((own_keys, shared_keys), (own_values, shared_values))
+        )
+        keys[:, :, tokens : tokens + bias.shape[1], :, dim] = bias[part, :, None]
+        found = dispatch_attention_fn(
+            queries[:, part].flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            attn_mask=None if mask is None else mask.repeat_interleave(keys.shape[1], 0),
+            scale=factor,
+            backend=backend,
+        )
+        out.append(found[..., :dim].unflatten(0, (batch, -1)))
+    return _from_windows(out[0] if len(out) == 1 else torch.cat(out, 1), rows, columns)
+
+
+def joint_gri_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    height: int,
+    width: int,
+    window: int,
+    pool: int,
+    *,
+    text_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: Any = None,
+) -> Tensor:
+    """Approximates the full attention of text and image tokens in one sequence.
+
+    Image queries attend to all text keys and, by `gri_attention`, to the image. Text queries attend to all keys. The
+    number m of text tokens is what the image leaves of the sequence; it may be 0.
+
+    Args:
+        query, key, value: (b, m + height·width, heads, d), the text first and the image in row-major order.
+        height, width, window, pool, scale, backend: see `gri_attention`.
+        text_mask: (b, m), True for the text tokens that count as keys; default: all.
+
+    Returns:
+        (b, m + height·width, heads, d), in the same order.
+
+    Raises:
+        ValueError: there are fewer tokens than the image has.
+    """
+    text = query.shape[1] - height * width
+    if text < 0:
+        raise ValueError(
+            f"GRI attention expected the {height} × {width} tokens of an image and more of its text, got"
+            f" {query.shape[1]} in all."
+        )
+    full: Any = {"attn_mask": _key_mask(text_mask, height * width), "scale": scale, "backend": backend}
+    if _is_full(height, width, window, pool):
+        return dispatch_attention_fn(query, key, value, **full)
+    image = gri_attention(
+        query[:, text:],
+        key[:, text:],
+        value[:, text:],
+        height,
+        width,
+        window,
+        pool,
+        text=(key[:, :text], value[:, :text]),
+        text_mask=text_mask,
+        scale=scale,
+        backend=backend,
     )
-    return _from_windows(out[..., :dim], len(query), rows, columns)
+    if text == 0:
+        return image
+    return torch.cat([dispatch_attention_fn(query[:, :text], key, value, **full), image], 1)
+
+
+def _is_full(height: int, width: int, window: int, pool: int) -> bool:
+    """Whether windows or cells leave nothing to approximate."""
+    return window >= max(height, width) or pool == 1
+
+
+def _key_mask(text_mask: Tensor | None, others: int, image_first: bool = False) -> Tensor | None:
+    """(b, 1, 1, m + others): `text_mask` for the text, True for all other keys."""
+    if text_mask is None:
+        return None
+    parts = [text_mask.bool(), text_mask.new_ones(len(text_mask), others, dtype=torch.bool)]
+    return torch.cat(parts[::-1] if image_first else parts, 1)[:, None, None]
 
 
 class _Side(NamedTuple):
@@ -256,43 +236,44 @@ def _bias(rows: _Side, columns: _Side, pool: int, like: Tensor) -> Tensor:
     return torch.where(own, _LEFT_OUT, logs[0][:, None] + logs[1]).flatten(2).flatten(0, 1)
 
 
-def _keys(x: Tensor, rows: _Side, columns: _Side, pool: int) -> Tensor:
-    """Keys or values of every window: its tokens, then all cells of the image.
+def _cells(x: Tensor, rows: _Side, columns: _Side, pool: int) -> Tensor:
+    """(b, n, heads, d) to (b, cells, heads, d)."""
+    image = x.unflatten(1, (rows.size, columns.size))
+    return _means(_means(image, 1, rows.cells(pool)), 2, columns.cells(pool)).flatten(1, 2)
+
+
+def _keys(own: Tensor, shared: Tensor) -> Tensor:
+    """Keys or values of some windows: their tokens, then what all windows share.
 
     Args:
-        x: (b, n, heads, d).
-        rows, columns: the sides of the image.
-        pool: side of a cell.
+        own: (b, windows, tokens, heads, d).
+        shared: (b, m, heads, d).
 
     Returns:
-        (b, windows, tokens per window + cells, heads, padded d), zero in the padding.
+        (b, windows, tokens + m, heads, padded d), zero in the padding.
     """
-    batch, _, heads, dim = x.shape
-    image = x.unflatten(1, (rows.size, columns.size))
-    cells = _means(_means(image, 1, rows.cells(pool)), 2, columns.cells(pool)).flatten(1, 2)
-    windows, tokens = rows.count * columns.count, rows.window * columns.window
+    batch, windows, tokens, heads, dim = own.shape
     # Filled in place, as concatenating windows, cells and padding would copy most of it twice.
-    out = x.new_zeros(batch, windows, tokens + cells.shape[1], heads, padded_width(dim))
-    local = out[:, :, :tokens, :, :dim].unflatten(2, (rows.window, columns.window))
-    local.unflatten(1, (rows.count, columns.count)).copy_(_windows(x, rows, columns))
-    out[:, :, tokens:, :, :dim] = cells[:, None]
+    out = own.new_zeros(batch, windows, tokens + shared.shape[1], heads, padded_width(dim))
+    out[:, :, :tokens, :, :dim] = own
+    out[:, :, tokens:, :, :dim] = shared[:, None]
     return out
 
 
 def _windows(x: Tensor, rows: _Side, columns: _Side) -> Tensor:
-    """(b, n, heads, d) to (b, rows of windows, windows, rows, columns, heads, d)."""
+    """(b, n, heads, d) to (b, windows, tokens of a window, heads, d)."""
     x = x.unflatten(1, (rows.size, columns.size))
     for dim, side in ((1, rows), (2, columns)):
         if side.size % side.window:
             last = x.narrow(dim, side.size - side.window, side.window)
             x = torch.cat([x.narrow(dim, 0, side.before_last), last], dim)
     x = x.unflatten(2, (columns.count, columns.window)).unflatten(1, (rows.count, rows.window))
-    return x.transpose(2, 3)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _from_windows(x: Tensor, batch: int, rows: _Side, columns: _Side) -> Tensor:
-    """(b·windows, tokens per window, heads, d) to (b, n, heads, d), each token from one window."""
-    x = x.unflatten(1, (rows.window, columns.window)).unflatten(0, (batch, rows.count, columns.count))
+def _from_windows(x: Tensor, rows: _Side, columns: _Side) -> Tensor:
+    """(b, windows, tokens of a window, heads, d) to (b, n, heads, d), each token from one window."""
+    x = x.unflatten(2, (rows.window, columns.window)).unflatten(1, (rows.count, columns.count))
     x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     for dim, side in ((1, rows), (2, columns)):
         if side.size % side.window:
@@ -307,20 +288,23 @@ def padded_width(dim: int) -> int:
     return dim + 8 - dim % 8
 
 
-def full_macs(height: int, width: int, channels: int) -> int:
-    """Multiply-accumulates of full attention for one image: QKᵀ and the weighted sum, without projections."""
-    return 2 * (height * width) ** 2 * channels
+def full_macs(height: int, width: int, channels: int, text: int = 0) -> int:
+    """Multiply-accumulates of full attention for one image and `text` tokens: QKᵀ and the weighted sum, without projections."""
+    return 2 * (height * width + text) ** 2 * channels
 
 
-def gri_macs(height: int, width: int, heads: int, dim: int, window: int = 8, pool: int = 4) -> int:
+def gri_macs(
+    height: int, width: int, heads: int, dim: int, window: int = 8, pool: int = 4, text: int = 0
+) -> int:
     """The same count for GRI attention with `heads` heads of width `dim`, with all that is computed.
 
     That includes windows that overlap at the edge, the cells of the own window, and the padded dimensions.
     """
-    if window >= max(height, width) or pool == 1:
-        return full_macs(height, width, heads * dim)
+    if _is_full(height, width, window, pool):
+        return full_macs(height, width, heads * dim, text)
     rows, columns = _Side(height, min(window, height)), _Side(width, min(window, width))
     tokens = rows.window * columns.window
     cells = [sum(number for _, number in side.cells(pool)) for side in (rows, columns)]
     windows = rows.count * columns.count
-    return 2 * windows * tokens * (tokens + cells[0] * cells[1]) * heads * padded_width(dim)
+    image = 2 * windows * tokens * (tokens + cells[0] * cells[1] + text) * heads * padded_width(dim)
+    return image + 2 * text * (text + height * width) * heads * dim

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_ext.asdm import gri_attention as module
-from diffusers_ext.asdm.gri_attention import GRIAttnProcessor, full_macs, gri_attention, gri_macs
+from diffusers_ext.asdm.gri_attention import full_macs, gri_attention, gri_macs
+from diffusers_ext.asdm.gri_processors import GRIAttnProcessor
 
 # Sums of at most a few hundred terms of order 1 in another order: float64 and float32 rounding.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -39,11 +40,16 @@ def start_of_window(place: int, size: int, window: int) -> int:
     return max(min(place // window * window, size - window), 0)
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int, pool: int) -> Tensor:
-    """One query at a time: its window's tokens, and n times the mean of every cell of n tokens outside."""
+def by_hand(
+    q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int, pool: int, text: int = 0
+) -> Tensor:
+    """One query at a time: its window's tokens, n times the mean of every cell of n tokens outside, and all text tokens.
+
+    The first `text` tokens are text. As queries they attend to every token.
+    """
     if window >= height and window >= width:
         return full(q, k, v)
-    grid = torch.arange(height * width).view(height, width)
+    grid = text + torch.arange(height * width).view(height, width)
 
     def edges(size: int) -> list[int]:
         starts = {start_of_window(i, size, window) for i in range(size)}
@@ -54,7 +60,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: in
         cut = edges(size)
         return [(i, min(i + pool, end)) for start, end in pairwise(cut) for i in range(start, end, pool)]
 
-    out = []
+    out = list(full(q, k, v)[:, :text].unbind(1))
     for i in range(height * width):
         top, left = start_of_window(i // width, height, window), start_of_window(i % width, width, window)
         groups = [[token] for row in grid[top : top + window, left : left + window].tolist() for token in row]
@@ -64,8 +70,9 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: in
                 cell = grid[r:r_end, c:c_end].flatten().tolist()
                 assert own.isdisjoint(cell) or own.issuperset(cell)
                 groups += [] if own & set(cell) else [cell]
+        groups += [[token] for token in range(text)]
         keys, values = (torch.stack([x[:, group].mean(1) for group in groups], 1) for x in (k, v))
-        logits = torch.einsum("bhd,bkhd->bhk", q[:, i], keys) / q.shape[-1] ** 0.5
+        logits = torch.einsum("bhd,bkhd->bhk", q[:, text + i], keys) / q.shape[-1] ** 0.5
         logits = logits + torch.tensor([float(len(group)) for group in groups]).double().log()
         out.append(torch.einsum("bhk,bkhd->bhd", logits.softmax(-1), values))
     return torch.stack(out, 1)
@@ -238,8 +245,10 @@ def test_macs_of_stable_diffusion() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(sides, sides, st.integers(1, 6), st.integers(1, 5))
-def test_macs_are_those_of_the_dispatched_attention(height: int, width: int, window: int, pool: int) -> None:
+@given(sides, sides, st.integers(1, 6), st.integers(1, 5), st.integers(0, 4))
+def test_macs_are_those_of_the_dispatched_attention(
+    height: int, width: int, window: int, pool: int, text: int
+) -> None:
     seen = []
 
     def spy(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
@@ -248,8 +257,9 @@ def test_macs_are_those_of_the_dispatched_attention(height: int, width: int, win
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "dispatch_attention_fn", spy)
-        gri_attention(*qkv(height, width, batch=1), height, width, window, pool)
-    assert seen == [gri_macs(height, width, 2, 3, window, pool)]
+        tensors = qkv(1, text + height * width, batch=1)
+        module.joint_gri_attention(*tensors, height, width, window, pool)
+    assert sum(seen) == gri_macs(height, width, 2, 3, window, pool, text)
 
 
 # The processor

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 import diffusers_ext as dx
 from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.asdm.gri_attention import GRIAttnProcessor
+from diffusers_ext.asdm.gri_processors import GRIAttnProcessor
 from diffusers_ext.asdm.prune import prune_unet
 from diffusers_ext.asdm.sensitivity import skipped
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel, SkippedAttention

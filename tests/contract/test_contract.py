@@ -72,7 +72,8 @@ def _smooth_lora(pipe: Any, name: str) -> Any:
 
 
 def _gri_attention(pipe: Any, name: str) -> Any:
-    return dx.apply_gri_attention(pipe, window=4, pool=2)
+    # Flux has 4 × 4 tokens here, of which a window has to leave some.
+    return dx.apply_gri_attention(pipe, window=2 if name == "flux" else 4, pool=2)
 
 
 METHODS = {
@@ -115,7 +116,7 @@ METHODS = {
         _gri_attention,
         dx.remove_gri_attention,
         twice="GRI attention is on",
-        pipelines=("sd", "sdxl"),
+        pipelines=("sd", "sdxl", "sd3", "flux"),
         saves=False,
         on_denoiser=True,
     ),

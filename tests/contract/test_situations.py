@@ -19,7 +19,7 @@ import diffusers_ext as dx
 from tests import tiny
 from tests.contract.test_contract import METHODS, Method
 
-NAMES = ("teleport", "teleport-first-call", "golden-noise", "smooth-lora")
+NAMES = ("teleport", "teleport-first-call", "golden-noise", "smooth-lora", "gri-attention")
 QUICK = ("sd", "flux")  # the two others take as long again
 STEPS = 5  # teleportation skips two
 
@@ -168,7 +168,7 @@ COMPILED = [
         id=f"{case.id}-{'in place' if in_place else 'wrapped'}-{'after' if method_first else 'before'}",
         marks=() if case.id == "teleport-flux" and not (in_place or method_first) else pytest.mark.slow,
     )
-    for case in [*cases().args[1], *cases("gri-attention", pipelines=("sd", "sdxl")).args[1]]
+    for case in cases().args[1]
     for in_place in (False, True)
     for method_first in (False, True)
 ]
