@@ -16,7 +16,7 @@ from ..training.checkpoints import list_checkpoints
 from .cost import count_macs
 from .distill import DistillObjective, DistillWeights
 from .plan import PruningPlan
-from .prune import inherit_convs, prune_unet
+from .prune import inherit_convs, prune_network
 from .unet import ASDMUNet2DConditionModel, empty_unet, unet_config
 
 RECIPE_NAME = "incubation.json"
@@ -91,10 +91,10 @@ def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = 
         cond_convs: keep the removed convolutions as experts (CLME-CondConv).
 
     Raises:
-        ValueError: see `prune_unet`.
+        ValueError: see `prune_network`.
     """
     stages = {"from_stage": stage - 1, "num_stages": stage}
-    student = prune_unet(source, plan, **stages)
+    student = prune_network(source, plan, **stages)
     return inherit_convs(student, source, plan, **stages) if cond_convs else student
 
 
