@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.asdm.plan import PruningPlan, preset_stages
+from diffusers_ext.asdm.plan import PruningPlan
+from diffusers_ext.asdm.presets import preset_stages
 from diffusers_ext.asdm.prune import cut_network, removed_convs
 from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.core.extras import require

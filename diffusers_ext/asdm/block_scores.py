@@ -54,7 +54,7 @@ def block_costs(network: Any, given: CalibrationInput, repeats: int = 0) -> Cost
         for path in (unit, *(f"{unit}.{name}" for name in own))
         if modules.get(path) is not None
     ]
-    macs, rows = _macs(network, given), num_rows(given)
+    macs, rows = macs_of(network, lambda: network(**given)), num_rows(given)
     times = measure_milliseconds(network, given, paths, repeats) if repeats else {}
 
     def cost(path: str) -> Cost:
@@ -69,11 +69,11 @@ def block_costs(network: Any, given: CalibrationInput, repeats: int = 0) -> Cost
 
 
 @torch.no_grad()
-def _macs(network: Any, given: CalibrationInput) -> dict[str, int]:
-    """MACs by module path, with the whole network under ""."""
+def macs_of(network: Any, run: Callable[[], Any]) -> dict[str, int]:
+    """MACs by module path of what `run` does with a network, with all of them under ""."""
     # The counter knows no fused attention of the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(**given)
+        run()
     prefix = type(network).__name__ + "."
     found = {
         name[len(prefix) :]: sum(counts.values()) // 2
@@ -169,10 +169,10 @@ def similarity(network: Any, inputs: Sequence[CalibrationInput]) -> dict[str, fl
     try:
         network.eval()
         for given in inputs:
-            with recorded_blocks(network, paths) as states:
+            with recorded_blocks(network, paths) as calls:
                 network(**given)
-            for path, (entering, leaving) in states.items():
-                sums[path] += _turn(entering, leaving) / len(inputs)
+            for path, call in calls.items():
+                sums[path] += _turn(call.entering, call.leaving) / len(inputs)
     finally:
         network.train(training)
     return sums

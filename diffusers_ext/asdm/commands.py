@@ -45,14 +45,19 @@ def add_commands(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub repository of a pipeline, or with --preset of a UNet.")
+        str,
+        typer.Argument(
+            help="Folder or Hub repository of a pipeline, or with --preset of a UNet or transformer."
+        ),
     ],
     target: Annotated[
         float | None, typer.Option(help="Share of the cost that may remain: 0.78 saves 22%.")
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Use a preset instead: bk-base, bk-small, bk-tiny or incubation."),
+        typer.Option(
+            help="Use a preset instead: bk-base, bk-small, bk-tiny or incubation; late, flux-lite, flux-mini or ppcl."
+        ),
     ] = None,
     by: Annotated[str, typer.Option(help="Measure of the cost: macs, milliseconds or parameters.")] = "macs",
     criterion: Annotated[
@@ -191,22 +196,41 @@ def _finish(found: PruningPlan, output: Path) -> None:
 
     found.save(output)
     Console().print(plan_table(found))
+    if not found.predictions:
+        from .presets import parameters_of
+
+        before, *_, after = parameters_of(found)
+        say(f"{after:,} of {before:,} parameters are left ({after / before:.1%}).")
     say(f"Written to {output}")
 
 
 def _preset_plan(model: str, preset: str) -> PruningPlan:
-    """A preset needs no weights, so only the config of the pipeline's UNet or of the UNet is read."""
+    """A preset needs no weights, so only the config of the pipeline's network or of the network is read."""
+    import diffusers
     import torch
+    from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
-    from .plan import preset_plan
+    from .networks import empty_network
+    from .presets import preset_plan
+    from .transformers import LISTS
     from .unet import ASDMUNet2DConditionModel
 
-    config: Any
-    try:
-        config = UNet2DConditionModel.load_config(model, subfolder="unet")
-    except OSError:
-        config = UNet2DConditionModel.load_config(model)
+    config: Any = None
+    for folder in ("unet", "transformer", None):
+        named = {} if folder is None else {"subfolder": folder}
+        try:
+            config = UNet2DConditionModel.load_config(model, **named)
+            break
+        except OSError:
+            if folder is None:
+                raise
+    kind = config.get("_class_name")
+    if kind in LISTS:
+        names = getattr(diffusers, kind)._get_init_keys(getattr(diffusers, kind))
+        given = {name: value for name, value in config.items() if name in names}
+        with init_empty_weights():
+            return preset_plan(preset, empty_network({"_class_name": kind, **given}))
     with torch.device("meta"):
         # This class accepts the configs of stock UNets too.
         unet: Any = ASDMUNet2DConditionModel.from_config(config)

@@ -14,7 +14,7 @@ from ..core.families import denoiser_of, uncompiled
 from ..core.storage import digest
 from .shape import UNetShape, possible_cuts
 from .transformers import TransformerShape, check_class, is_transformer, possible_block_cuts
-from .unet import build_unet, check_fits, check_not_cast, unet_config
+from .unet import build_unet, check_fits, check_not_cast, empty_unet, unet_config
 
 Shape = UNetShape | TransformerShape
 
@@ -73,10 +73,9 @@ def build_network(config: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
     """
     if not is_transformer(config):
         return build_unet(dict(config), weights)
-    arguments = {name: value for name, value in config.items() if name != "_class_name"}
     # Not the meta device: tables of positions are computed here, and some are neither parameters nor buffers.
     with init_empty_weights(include_buffers=False):
-        network = getattr(diffusers, config["_class_name"])(**arguments)
+        network = empty_network(config)
     buffers = dict(network.named_buffers())
     check_fits(weights, {**network.state_dict(), **buffers}, "transformer")
     saved = {name: weights[name] for name in network.state_dict()}
@@ -85,6 +84,18 @@ def build_network(config: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
         parent, _, own = name.rpartition(".")
         network.get_submodule(parent)._buffers[own] = weights[name]
     return network
+
+
+def empty_network(config: Mapping[str, Any]) -> Any:
+    """An untrained network on the default device.
+
+    Args:
+        config: as from `network_config`.
+    """
+    if not is_transformer(config):
+        return empty_unet(dict(config))
+    arguments = {name: value for name, value in config.items() if name != "_class_name"}
+    return getattr(diffusers, config["_class_name"])(**arguments)
 
 
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`PruningPlan`: the cuts for one architecture, in stages; and published plans as presets."""
+"""`PruningPlan`: the cuts for one architecture, in stages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.storage import digest, write_json
-from .cost import Cost, CostTable, cost_table
+from .cost import Cost, CostTable
 from .networks import Shape, fingerprint, network_config, network_name, shape_of
-from .shape import Config, UNetShape
-from .unet import unet_config
-
-PRESETS = ("bk-base", "bk-small", "bk-tiny", "incubation")
+from .shape import Config
 
 
 @dataclass(frozen=True)
@@ -186,65 +183,3 @@ def make_plan(
     known: list[float | None] = [None] * (len(stages) + 1) if losses is None else [0.0, *losses]
     predictions = tuple(Prediction(costs.of_shape(bare.shape(k)), loss) for k, loss in enumerate(known))
     return PruningPlan(bare.config, bare.stages, predictions, costs.height, costs.width, costs.tokens)
-
-
-def preset_stages(name: str, config: Mapping[str, Any]) -> list[list[str]]:
-    """The cuts of a preset, for Stable Diffusion 1.5 and 2, SDXL and similar UNets.
-
-    - "bk-base" removes one layer per resolution, "bk-small" also the mid block, and "bk-tiny" also the
-      innermost resolution. These are the plans of BK-SDM (Kim et al., arXiv:2305.15798) for Stable
-      Diffusion 1. BK-SDM prunes in one stage.
-    - "incubation" is A-SDM as rebuilt here, in three stages. The first one removes a layer at the outermost
-      and one at the innermost resolution. The second one removes a layer at the resolution next to the
-      innermost, and the attention of the mid block. The third one adds GRI attention at the finest
-      resolution with attention.
-
-    Raises:
-        ValueError: the name is unknown, or the UNet does not allow the cuts.
-    """
-    shape = UNetShape(config)
-    inner = shape.num_stages - 1
-    if name not in PRESETS:
-        raise ValueError(f"Presets are {', '.join(PRESETS)}, got {name!r}.")
-    thick = [s for s in range(shape.num_stages) if shape.layers(s) > 1]
-    if name == "incubation":
-        chosen = [s for s in (0, inner, inner - 1) if s in thick]
-        with_attention = [s for s in range(shape.num_stages) if shape.attentions(s)]
-        if len(set(chosen)) < 3 or not with_attention or shape.mid is None:
-            raise ValueError(
-                f"The preset {name!r} needs three or more resolutions, two layers in the outermost and the"
-                " two innermost ones, attention and a mid block: plan this UNet with plan_pruning."
-            )
-        stages = [[f"layer.{s}" for s in chosen[:2]], [f"layer.{chosen[2]}", "mid.attention"]]
-        stages.append([f"gri.{with_attention[0]}"])
-    else:
-        if not thick:
-            raise ValueError(
-                f"The preset {name!r} removes a layer where there are two or more; this UNet has"
-                f" {[shape.layers(s) for s in range(shape.num_stages)]} layers: plan it with plan_pruning."
-            )
-        tiny = name == "bk-tiny"
-        stages = [[f"layer.{s}" for s in thick if not (tiny and s == inner)]]
-        stages[0] += {"bk-base": [], "bk-small": ["mid"], "bk-tiny": [f"stage.{inner}"]}[name]
-    shape.cut(*(cut for stage in stages for cut in stage))
-    return stages
-
-
-def preset_plan(
-    name: str, unet: Any, height: int | None = None, width: int | None = None, tokens: int = 77
-) -> PruningPlan:
-    """A preset as a plan for a UNet, with MACs and parameters.
-
-    Args:
-        name: one of `PRESETS`.
-        unet: the UNet that the plan is for. It can be on the meta device.
-        height, width: size of the latents for which the MACs are counted; default: `sample_size` of the
-            config.
-        tokens: length of the prompt.
-
-    Raises:
-        ValueError: see `preset_stages` and `cost_table`.
-    """
-    config = unet_config(unet)
-    stages = preset_stages(name, config)
-    return make_plan(config, stages, cost_table(unet, height, width, tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,25 +92,43 @@ class _Bypass:
         return self.ports.output(self.ports.entering(args, kwargs))
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block."""
+
+    ports: Ports
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def entering(self) -> States:
+        """The states in its arguments."""
+        return self.ports.entering(self.args, self.kwargs)
+
+    @property
+    def leaving(self) -> States:
+        """The states in its output."""
+        return self.ports.leaving(self.output)
+
+
 @contextmanager
-def recorded_blocks(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tuple[States, States]]]:
-    """Records the states that enter and leave these blocks in every call within the `with` block.
+def recorded_blocks(network: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, BlockCall]]:
+    """Records the calls of these blocks within the `with` block.
 
     Yields:
-        {path: (entering, leaving)}, of the last call.
+        {path: its last call}.
     """
-    found: dict[str, tuple[States, States]] = {}
+    found: dict[str, BlockCall] = {}
     handles = []
     for path in paths:
-        block = network.get_submodule(path)
 
         def keep(
             block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str = path
         ) -> None:
-            ports = ports_of(block)
-            found[path] = ports.entering(args, kwargs), ports.leaving(output)
+            found[path] = BlockCall(ports_of(block), args, kwargs, output)
 
-        handles.append(block.register_forward_hook(keep, with_kwargs=True))
+        handles.append(network.get_submodule(path).register_forward_hook(keep, with_kwargs=True))
     try:
         yield found
     finally:

@@ -14,7 +14,8 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.calibration import noised_calibration_inputs
 from diffusers_ext.asdm.cost import CostTable, cost_table, count_macs, example_inputs, measure_milliseconds
 from diffusers_ext.asdm.networks import fingerprint
-from diffusers_ext.asdm.plan import PRESETS, make_plan, preset_plan, preset_stages
+from diffusers_ext.asdm.plan import make_plan
+from diffusers_ext.asdm.presets import PRESETS, preset_plan, preset_stages
 from diffusers_ext.asdm.prune import cut_network, prune_network
 from diffusers_ext.asdm.report import cuts_table, plan_table, profile_table, save_plot
 from diffusers_ext.asdm.search import PruningProfile
