@@ -15,6 +15,7 @@ from diffusers.training_utils import (
 from torch import Tensor
 
 from ..core.schedules import first_order_scheduler, prediction_type
+from .arguments import positive_int
 from .rows import Rows
 
 SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -31,6 +32,12 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
         help="of flow-matching models: how noise levels are drawn (none, sigma_sqrt, cosmap: uniform; logit_normal; mode)"
         " and weighted (sigma_sqrt, cosmap). Default: that of diffusers' script for the model, logit_normal for Stable"
         " Diffusion 3 and none for all others",
+    )
+    parser.add_argument(
+        "--max_sequence_length",
+        type=positive_int,
+        default=None,
+        help="of flow-matching models: tokens of a caption, as in the call of the pipeline; default: that of the pipeline",
     )
 
 

@@ -89,6 +89,10 @@ class Flow:
         """Layout of the latents, and direction of the time."""
         return FAMILIES[self.transformer]
 
+    def channels(self, transformer: Any) -> int:
+        """Channels of the latents in the grid layout."""
+        return transformer.config.in_channels // (4 if self.family.layout == "patches" else 1)
+
     def velocity(
         self,
         transformer: Any,
@@ -251,6 +255,15 @@ def flow_of(pipe: Any) -> Flow:
         )
     vae_of(pipe)  # refuses those whose scale is not known
     return flow
+
+
+def patch_of(pipe: Any) -> int:
+    """Latents of an image side that make one token inside of the transformer, beyond the packing of the loop layout."""
+    flow = flow_of_class(type(pipe))
+    if flow is None or flow.family.layout != "grid":
+        return 1
+    config = pipe.transformer.config
+    return config.get("patch_size") or config["all_patch_size"][0]
 
 
 # --- captions ---
