@@ -248,7 +248,7 @@ class Incubation:
         """Saves validation images of the teacher (top row) and of the student."""
         args, pipe, rows = self.args, self.pipe, []
         part, teacher = self.teaching.part, self.teaching.teacher
-        height, width = (side * pipe.vae_scale_factor for side in self.batches.size)
+        height, width = (length * self.batches.read.side for length in self.batches.size)
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
         call |= {"height": height, "width": width}
         try:

@@ -152,7 +152,7 @@ def search_plans(
         write_json(output / "recipe.json", recipe)
     batches = CaptionedBatches(args, accelerator, pipe, trained_on, made_of, _EMPTY_PROMPTS)
     if not (output / "candidates.json").is_file():
-        height, width = (side * pipe.vae_scale_factor for side in batches.size)
+        height, width = (length * batches.read.side for length in batches.size)
         captions = Captions(args, held_out)
         inputs = record_calibration_inputs(
             pipe,

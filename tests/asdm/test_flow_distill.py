@@ -100,7 +100,8 @@ def test_the_target_of_a_block_is_the_output_of_its_interval(name: str) -> None:
     pair = _Both(getattr(teacher, blocks)[1], getattr(teacher, blocks)[2])
     own[1].forward = pair
     after = given.losses(**batch)["feature"]
-    assert float(before["feature"].detach()) > 1e-3 > 1e-6 > abs(float(after.detach()))
+    # Rounding of directions of float32, 1e-7, squared.
+    assert abs(float(after.detach())) < 1e-6 * float(before["feature"].detach())
 
 
 class _Both:
