@@ -91,7 +91,9 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of the run, or of a stage with its arguments."""
     cuts = {"fingerprint": plan.fingerprint, "stages": plan.stages}
-    free = ("num_inference_steps", "guidance_scale")
+    # A transformer with embedded guidance is told the scale in training too.
+    embedded = bool(plan.config.get("guidance_embeds"))
+    free = ("num_inference_steps",) if embedded else ("num_inference_steps", "guidance_scale")
     return run_recipe(accelerator, args, {**made_of, "plan": cuts}, free)
 
 
