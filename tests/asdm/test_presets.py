@@ -102,11 +102,11 @@ def test_the_blocks_that_are_left(name: str, config: dict[str, Any], kept: list[
     ("name", "config", "before", "after"),
     [
         ("flux-lite", FLUX, 11.9, 8.16),
-        ("flux-mini", FLUX, 11.9, 3.17),
+        ("flux-mini", FLUX, 11.9, 3.18),
         ("ppcl", QWEN, 20.4, 11.9),
-        ("late", SD35_LARGE, 8.06, 5.95),
-        ("late", SD35_MEDIUM, 2.24, 1.72),
-        ("late", FLUX2, 32.2, 25.4),
+        ("late", SD35_LARGE, 8.06, 5.92),
+        ("late", SD35_MEDIUM, 2.24, 1.73),
+        ("late", FLUX2, 32.2, 26.3),
     ],
 )
 def test_parameters_before_and_after(name: str, config: dict[str, Any], before: float, after: float) -> None:
