@@ -28,7 +28,7 @@ def base(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("asdm-flows")
     pipe = deep("sd3")
     # Without T5, plain diffusers does not load the pipeline.
-    config = T5Config(len(pipe.tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    config = T5Config(vocab_size=len(pipe.tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipe.register_modules(text_encoder_3=T5EncoderModel(config).eval(), tokenizer_3=pipe.tokenizer)
     pipe.save_pretrained(folder / "sd3")
     dx.PruningPlan(network_config(pipe.transformer), (CUTS,)).save(folder / "plan.json")
