@@ -287,7 +287,9 @@ def test_presets() -> None:
         ("gri.1",),
     )
     assert preset_plan("bk-small", sdxl).stages == (("layer.0", "layer.1", "layer.2", "mid"),)
-    with pytest.raises(ValueError, match="Presets of UNets are bk-base, bk-small, bk-tiny, incubation, got 'bk'"):
+    with pytest.raises(
+        ValueError, match="Presets of UNets are bk-base, bk-small, bk-tiny, incubation, got 'bk'"
+    ):
         preset_plan("bk", small)
     with pytest.raises(ValueError, match="resolution 2 has 32 channels and the one above 16"):
         preset_plan("bk-tiny", sdxl)
