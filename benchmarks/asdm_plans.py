@@ -21,10 +21,10 @@ import torch
 from diffusers_ext.asdm.calibration import record_calibration_inputs
 from diffusers_ext.asdm.candidates import find_candidates
 from diffusers_ext.asdm.cost import example_inputs, time_ratio
+from diffusers_ext.asdm.networks import fingerprint
 from diffusers_ext.asdm.plan import PruningPlan, make_plan
-from diffusers_ext.asdm.prune import cut_unet
-from diffusers_ext.asdm.search import PruningProfile, profile_unet
-from diffusers_ext.asdm.shape import fingerprint
+from diffusers_ext.asdm.prune import cut_network
+from diffusers_ext.asdm.search import PruningProfile, profile_network
 from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts
@@ -73,12 +73,12 @@ def plans(repeats: int, depths: tuple[str, ...]) -> dict[str, Any]:
     # With guidance eight rows.
     options: dict[str, Any] = {"height": 32, "width": 64, "guidance_scale": 2.0}
     probes = record_calibration_inputs(pipe, held_out_prompts(4, seed=5), **options)
-    profile = profile_unet(pipe.unet, probes, repeats=repeats)
+    profile = profile_network(pipe.unet, probes, repeats=repeats)
     inputs = example_inputs(unet_config(pipe.unet), BATCH, *LATENT, pipe.tokenizer.model_max_length)
 
     @cache
     def share(cuts: tuple[str, ...]) -> float:
-        return time_ratio(cut_unet(pipe.unet, *cuts).eval(), pipe.unet, inputs, repeats)
+        return time_ratio(cut_network(pipe.unet, *cuts).eval(), pipe.unet, inputs, repeats)
 
     found = {name: staged(profile, stages) for name, stages in STAGES.items()}
     for name in set(depths) & set(DEEP):

@@ -16,7 +16,7 @@ from diffusers_ext.asdm.apply import gri_attention_of
 from diffusers_ext.asdm.calibration import record_calibration_inputs
 from diffusers_ext.asdm.condconv import fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.asdm.prune import cut_unet
+from diffusers_ext.asdm.prune import cut_network
 from diffusers_ext.asdm.sensitivity import output_change, predict
 from diffusers_ext.asdm.training import cost_figures, load_student
 from diffusers_ext.asdm.unet import unet_config
@@ -111,11 +111,11 @@ def plan(folder: Path) -> dict[str, Any]:
     teacher, cuts = load(), dx.PruningPlan.load(folder / "plan.json").cuts
     probes = record_calibration_inputs(teacher, held_out_prompts(8, seed=5), **SIZE, guidance_scale=2.0)
     whole = predict(teacher.unet, probes)
-    alone = [output_change(cut_unet(teacher.unet, cut), probes, whole) for cut in cuts]
+    alone = [output_change(cut_network(teacher.unet, cut), probes, whole) for cut in cuts]
     return {
         "cuts": np.array(cuts),
         "alone": np.array(alone),
-        "together": output_change(cut_unet(teacher.unet, *cuts), probes, whole),
+        "together": output_change(cut_network(teacher.unet, *cuts), probes, whole),
     }
 
 

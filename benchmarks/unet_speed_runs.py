@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
-from diffusers_ext.asdm.plan import PruningPlan, preset_stages
-from diffusers_ext.asdm.prune import cut_unet, removed_convs
+from diffusers_ext.asdm.plan import PruningPlan
+from diffusers_ext.asdm.presets import preset_stages
+from diffusers_ext.asdm.prune import cut_network, removed_convs
 from diffusers_ext.asdm.unet import unet_config
 from diffusers_ext.core.extras import require
 
@@ -146,7 +147,7 @@ def make(variant: Variant, original: Any) -> Any:
     """
     config = unet_config(original)
     cuts = variant.cuts(config)
-    unet = cut_unet(original, *cuts)
+    unet = cut_network(original, *cuts)
     # Folding looks at weights. Without any, the plain convolutions that it would leave stand there already.
     if not variant.experts or (variant.folded and original.device.type == "meta"):
         return unet

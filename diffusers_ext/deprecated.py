@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 
 RENAMED = {
-    "analyse_pruning": "profile_unet",
+    "analyse_pruning": "profile_network",
     "encode_pictures": "encode_images",
+    "prune_unet": "prune_network",
     "record_probes": "record_calibration_inputs",
 }
 

@@ -22,7 +22,7 @@ for number, stage in enumerate(plan.stages, 1):
     share = predicted.cost.macs / plan.predictions[0].cost.macs
     print(f"stage {number}: {', '.join(stage)}: {share:.1%} of the MACs, predicted loss {predicted.loss:.3g}")
 
-student = dx.prune_unet(pipe.unet, plan)
+student = dx.prune_network(pipe.unet, plan)
 with TemporaryDirectory() as folder:
     student.save_pretrained(folder)
     loaded: Any = UNet2DConditionModel.from_pretrained(folder)

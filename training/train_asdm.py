@@ -1,13 +1,15 @@
-"""Prunes a UNet by a plan and trains it stage by stage: progressive incubation of A-SDM.
+"""Prunes a UNet or transformer by a plan and trains it stage by stage: progressive incubation of A-SDM.
 
     accelerate launch training/train_asdm.py --pretrained_model_name_or_path MODEL --preset incubation \\
         --train_data_dir FOLDER --resolution 512 --use_ema --steps_per_stage 5000 --output_dir runs/asdm
 
-MODEL is a Stable Diffusion or SDXL pipeline. FOLDER is an image folder with captions in metadata.jsonl, as
+MODEL is a pipeline of Stable Diffusion, SDXL, Stable Diffusion 3, Flux.1, Flux.2, Qwen-Image, Z-Image, Sana or
+Lumina 2. FOLDER is an image folder with captions in metadata.jsonl, as
 for the training scripts of diffusers. --dataset_name selects a data set on the Hub, or `fashion-scenes`,
 which needs the files of Fashion-MNIST in --train_data_dir. --plan takes a plan.json of
 `diffusers-ext asdm plan`. Every stage starts from the student of the previous one and learns from the full
-UNet. The stages are saved to OUTPUT_DIR/stage-1, stage-2, …; the final pipeline and its model card to
+network. With --interval_steps, the blocks of a transformer that stand for removed ones first learn this alone, from what
+enters them in the full network. The stages are saved to OUTPUT_DIR/stage-1, stage-2, …; the final pipeline and its model card to
 OUTPUT_DIR/model. An interrupted run resumes in its current stage with --resume_from_checkpoint latest. On
 several CPUs, start one process per CPU with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
 """
@@ -19,8 +21,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.incubation import (
     Incubation,
@@ -30,8 +30,12 @@ from diffusers_ext.asdm.incubation import (
     save_pipeline,
     start_or_resume,
 )
-from diffusers_ext.asdm.plan import PRESETS, PruningPlan
+from diffusers_ext.asdm.networks import network_name
+from diffusers_ext.asdm.plan import PruningPlan
+from diffusers_ext.asdm.presets import BLOCK_PRESETS, PRESETS
 from diffusers_ext.asdm.training import summarise
+from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
+from diffusers_ext.core.families import denoiser_of
 from diffusers_ext.training.arguments import (
     add_model_arguments,
     add_training_arguments,
@@ -48,23 +52,24 @@ from diffusers_ext.training.data import (
     load_dataset,
     require_data,
 )
+from diffusers_ext.training.levels import add_flow_arguments
 from diffusers_ext.training.loop import make_accelerator
 from diffusers_ext.training.recipes import dataset_record
 
 ABOUT = """\
 # {model}, pruned
 
-`{model}` with a smaller UNet, pruned in {stages} and trained by distillation from the full UNet ({how}).
+`{model}` with a smaller {kind}, pruned in {stages} and trained by distillation from the full {kind} ({how}).
 A-SDM (Zhu et al., arXiv:2312.15516) as rebuilt in diffusers-ext. The cuts are in `plan.json`.
 
 {usage}
 
-In the table, MACs are multiply-accumulates of one UNet call for one image of the training size. `loss` is
+In the table, MACs are multiply-accumulates of one {kind} call for one image of the training size. `loss` is
 the last training loss; task, output, feature and semantic are its terms without weights, on 64 fixed noisy
 training images."""
 
 STOCK = """\
-The UNet is a stock `UNet2DConditionModel`: plain diffusers loads it, without this package.
+The {kind} is a stock `{name}`: plain diffusers loads it, without this package.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -73,7 +78,7 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER")
 ```"""
 
 SUBCLASS = """\
-The UNet is an `ASDMUNet2DConditionModel`, which diffusers can load once this package is imported.
+The {kind} is an `{name}`, which diffusers can load once this package is imported.
 
 ```python
 import diffusers_ext
@@ -91,8 +96,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(parser, "the teacher, a pipeline")
     cuts = parser.add_mutually_exclusive_group(required=True)
-    cuts.add_argument("--plan", default=None, help="a plan.json for this UNet")
-    cuts.add_argument("--preset", choices=PRESETS, default=None, help="a published plan")
+    cuts.add_argument("--plan", default=None, help="a plan.json for this network")
+    cuts.add_argument("--preset", choices=[*PRESETS, *BLOCK_PRESETS], default=None, help="a published plan")
     add(
         "--steps_per_stage",
         type=positive_int,
@@ -102,6 +107,13 @@ def parse_args() -> argparse.Namespace:
     )
     add("--one_shot", action="store_true", help="make all cuts at once, with the steps of all stages")
     add("--no_cond_convs", action="store_true", help="discard the removed convolutions (no CLME-CondConv)")
+    add(
+        "--interval_steps",
+        type=positive_int,
+        default=None,
+        help="of transformers: steps of every stage in which the blocks that stand for removed ones learn this alone, before"
+        " the whole student is trained; default: none",
+    )
     add("--from_scratch", action="store_true", help="start from random weights, as a control")
     add_data_arguments(parser)
     add_augmentation_arguments(parser)
@@ -118,10 +130,16 @@ def parse_args() -> argparse.Namespace:
         "--validation_prompts",
         nargs="*",
         default=[],
-        help="prompts for images of all UNets",
+        help="prompts for images of the full network and of the students",
     )
     add("--num_inference_steps", type=positive_int, default=20, help="for the validation images")
-    add("--guidance_scale", type=non_negative_float, default=7.5, help="for the validation images")
+    add(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=7.5,
+        help="for the validation images, and what a transformer with embedded guidance (Flux.1 dev) is told",
+    )
+    add_flow_arguments(parser)
     add_training_arguments(parser)
     args = parser.parse_args()
     require_data(parser, args)
@@ -145,7 +163,7 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     data = load_dataset(args)
     pipe, stored = load_teacher(args, accelerator)
-    plan, steps = load_plan(args, pipe.unet)
+    plan, steps = load_plan(args, denoiser_of(pipe))
     made_of = {"model": stored, "data": dataset_record(args, data)}
     start_or_resume(args, accelerator, plan, steps, made_of)
     if args.enable_xformers_memory_efficient_attention:
@@ -156,9 +174,9 @@ def main() -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
-        record = summarise(run.figures(pipe.unet), records, len(data))
+        record = summarise(run.figures(run.teaching.teacher), records, len(data))
         about = describe(args, plan, student)
-        pipe.unet = student
+        setattr(pipe, run.teaching.part, student)
 
         def save(folder: Path) -> None:
             save_pipeline(pipe, folder, args, accelerator)
@@ -170,14 +188,16 @@ def main() -> None:
 
 def describe(args: argparse.Namespace, plan: PruningPlan, student: Any) -> str:
     """The text of the model card."""
-    number = len(plan.stages)
+    number, kind = len(plan.stages), network_name(student)
+    usage = SUBCLASS if isinstance(student, ASDMUNet2DConditionModel) else STOCK
     how = "starting from random weights" if args.from_scratch else "starting from its weights"
     how += ", removed convolutions discarded" if args.no_cond_convs else ""
     return ABOUT.format(
         model=Path(args.pretrained_model_name_or_path).name,
         stages="one stage" if number == 1 else f"{number} stages",
         how=how,
-        usage=STOCK if type(student) is UNet2DConditionModel else SUBCLASS,
+        kind=kind,
+        usage=usage.format(kind=kind, name=type(student).__name__),
     )
 
 

@@ -1,7 +1,7 @@
 """A-SDM: block pruning of a UNet, with GRI attention, CLME-CondConv and progressive incubation.
 
 Zhu et al., *A-SDM*, arXiv:2312.15516, rebuilt from the paper's description: its code and the exact form of
-its attention are not public. `plan_pruning` and `prune_unet` prune a UNet, and `search_plans`
+its attention are not public. `plan_pruning` and `prune_network` prune a UNet, and `search_plans`
 chooses among plans; `apply_gri_attention` and `remove_gri_attention` add and remove the attention.
 """
 
@@ -14,7 +14,7 @@ __getattr__, __dir__ = register(
     describe="apply:describe",
     commands="commands:add_commands",
     checks={
-        "A-SDM": "apply:check_pipeline",
+        "A-SDM": "networks:check_pipeline",
         "GRI attention": "apply:check_gri_attention",
     },
 )

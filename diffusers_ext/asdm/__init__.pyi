@@ -3,9 +3,9 @@ from .apply import remove_gri_attention as remove_gri_attention
 from .calibration import record_calibration_inputs as record_calibration_inputs
 from .halving import Halving as Halving
 from .plan import PruningPlan as PruningPlan
-from .plan import preset_plan as preset_plan
 from .plan_search import search_plans as search_plans
-from .prune import prune_unet as prune_unet
+from .presets import preset_plan as preset_plan
+from .prune import prune_network as prune_network
 from .search import plan_pruning as plan_pruning
-from .search import profile_unet as profile_unet
+from .search import profile_network as profile_network
 from .unet import ASDMUNet2DConditionModel as ASDMUNet2DConditionModel

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import (
@@ -17,7 +16,6 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from ..core.families import uncompiled
 from .gri_places import by_place, chosen_attentions, found_network, network_of, place_of, replaced_in
 from .gri_processors import GRIAttnProcessor, GRIGrid, JointProcessor
 
@@ -171,16 +169,6 @@ def gri_attention_of(model: Any) -> tuple[list[str], int, int] | None:
         return None
     paths = [".".join(filter(None, (name, inner))) for name, _, hook in found for inner in hook.originals]
     return paths, found[0][2].window, found[0][2].pool
-
-
-def check_pipeline(pipe: Any) -> None:
-    """Raises a ValueError unless the pipeline's `unet` is a `UNet2DConditionModel`, which A-SDM prunes."""
-    unets = (uncompiled(part) for part in (pipe, getattr(pipe, "unet", None)))
-    if not any(isinstance(unet, UNet2DConditionModel) for unet in unets):
-        raise ValueError(
-            "A-SDM needs a UNet2DConditionModel, or a pipeline whose .unet is one, got"
-            f" {type(pipe).__name__}."
-        )
 
 
 def check_gri_attention(pipe: Any) -> None:

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .calibration import CalibrationInput
+from .block_scores import block_costs
+from .calibration import CalibrationInput, num_rows, the_latents, with_rows
 from .cost import Cost, CostTable, cost_table, example_inputs, time_ratio
+from .fronts import Cuts
+from .networks import Shape, network_config, shape_of
 from .plan import PruningPlan
-from .prune import cut_unet
-from .search import Cuts, PruningProfile, check_goal
+from .prune import cut_network
+from .search import PruningProfile, check_goal
 from .sensitivity import Sensitivity, guidance_change, measure_sensitivity, predict
-from .shape import UNetShape, architecture_config, fingerprint
-from .unet import unet_config
+from .transformers import is_transformer
 
 Times = dict[int, float]
 # Standard deviation of the logarithm of the factors of perturbed losses. The losses of cuts differ by orders of
@@ -54,7 +56,7 @@ class _Source:
 
 
 def find_candidates(
-    unet: Any,
+    network: Any,
     inputs: Sequence[CalibrationInput],
     target: float,
     *,
@@ -65,16 +67,17 @@ def find_candidates(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Candidate]:
-    """Plans after which a call of the UNet takes at most `target` of its time, for every batch size.
+    """Plans after which a call of the network takes at most `target` of its time, for every batch size.
 
     The first one is that of the plain search: the smallest sum of the changes of the output
     (`output_change`). The others come from the losses of `guidance_change`, from the time at single batch
     sizes in place of their mean, from searches without GRI attention, and then from losses multiplied by
-    random log-normal factors. Two plans that leave the same UNet count once. The time of every plan is
-    measured in turns with the full UNet; a plan that is too slow is replaced by the next one of its search.
+    random log-normal factors. For transformers there are also the losses of intervals and the similarity in place of GRI
+    attention, see `PruningProfile`. Two plans that leave the same network count once. The time of every plan is
+    measured in turns with the full network; a plan that is too slow is replaced by the next one of its search.
 
     Args:
-        unet: the full UNet, with weights, on its target device.
+        network: the full network, with weights, on its target device.
         inputs: calibration inputs. Only those of a run with guidance have `guidance_change`.
         target: share of the time that may remain, between 0 and 1.
         batch_sizes: rows of the timed calls.
@@ -88,38 +91,40 @@ def find_candidates(
         `num_candidates` plans, or fewer if there are no more, that of the plain search first.
 
     Raises:
-        ValueError: see `profile_unet`; or the plain search does not reach the target.
+        ValueError: see `profile_network`; or the plain search does not reach the target.
     """
     check_goal(target, "milliseconds")
-    first, tokens = inputs[0]["sample"], inputs[0]["encoder_hidden_states"].shape[1]
-    height, width = first.shape[2:]
-    tables = {b: cost_table(unet, height, width, tokens, repeats, b) for b in batch_sizes}
-    config = unet_config(unet)
-    scores = {"output": measure_sensitivity(unet, inputs, progress=progress)}
-    if all(len(item["sample"]) % 2 == 0 and _guided(item) for item in inputs):
-        reference = predict(unet, inputs)
+    config = network_config(network)
+    rows_of = _calls(config, inputs[0])
+    if is_transformer(config):
+        tables = {b: block_costs(network, rows_of(b), repeats) for b in batch_sizes}
+        scores = _block_scores(measure_sensitivity(network, inputs, None, progress, "contiguous"))
+    else:
+        sizes = _sizes(inputs[0])
+        tables = {b: cost_table(network, *sizes, repeats, b) for b in batch_sizes}
+        scores = {"output": measure_sensitivity(network, inputs, progress=progress)}
+    if all(num_rows(item) % 2 == 0 and _guided(item) for item in inputs):
+        reference = predict(network, inputs)
         change = measure_sensitivity(
-            unet, [], lambda other: guidance_change(other, inputs, reference), progress
+            network, inputs, lambda other: guidance_change(other, inputs, reference), progress
         )
         kept = {group: change.cuts[group] for group in scores["output"].cuts}
         scores["guidance"] = replace(change, cuts=kept)
 
     @cache
     def measured(cuts: Cuts) -> tuple[tuple[int, float], ...]:
-        pruned = cut_unet(unet, *cuts).eval()
-        like = {"device": first.device, "dtype": first.dtype}
+        pruned = cut_network(network, *cuts).eval()
         found = []
         # The smallest is timed first: it takes the least time and is usually the first to be too slow.
         for b in sorted(tables):
-            inputs_of = example_inputs(config, b, height, width, tokens, **like)
-            found.append((b, time_ratio(pruned, unet, inputs_of, repeats)))
+            found.append((b, time_ratio(pruned, network, rows_of(b), repeats)))
             if found[-1][1] > target:
                 break
         return tuple(found)
 
-    unet = unet.eval()
+    network = network.eval()
     return choose_candidates(
-        architecture_config(config),
+        shape_of(config).base,
         scores,
         tables,
         target,
@@ -131,9 +136,35 @@ def find_candidates(
     )
 
 
+def _sizes(given: CalibrationInput) -> tuple[int, int, int]:
+    """Height and width of the latents, and the length of the prompts."""
+    height, width = given["sample"].shape[2:]
+    return height, width, given["encoder_hidden_states"].shape[1]
+
+
+def _calls(config: Mapping[str, Any], given: CalibrationInput) -> Callable[[int], CalibrationInput]:
+    """A function that makes the inputs of a call with a number of rows, of the sizes of a calibration input."""
+    if is_transformer(config):
+        return lambda rows: with_rows(given, rows)
+    height, width, tokens = _sizes(given)
+    like = {"device": given["sample"].device, "dtype": given["sample"].dtype}
+    return lambda rows: example_inputs(config, rows, height, width, tokens, **like)
+
+
+def _block_scores(measured: Sensitivity) -> dict[str, Sensitivity]:
+    """The losses of the blocks of a transformer by all criteria, from those of "contiguous"."""
+    single = {cuts: loss for cuts, loss in measured.cuts.items() if "-" not in cuts[0]}
+    turns = {cuts: measured.turns[cuts[0].removeprefix("block:")] for cuts in single}
+    return {
+        "output": replace(measured, cuts=single),
+        "interval": measured,
+        "similarity": replace(measured, cuts=turns),
+    }
+
+
 def _guided(item: CalibrationInput) -> bool:
     """Whether the two halves of the rows have the same latents, and so differ in the prompt alone."""
-    one, other = item["sample"].chunk(2)
+    one, other = the_latents(item).chunk(2)
     return torch.equal(one, other)
 
 
@@ -152,7 +183,7 @@ def choose_candidates(
     """The plans of `find_candidates` from measurements.
 
     Args:
-        config: `architecture_config` of the UNet.
+        config: entries of the config that determine the modules, as in a `PruningPlan`.
         scores: {name of a score: the losses of the cuts}, that of the plain search first.
         tables: {rows of a call: cost of the parts, with milliseconds}.
         target, num_candidates, stock_only, seed, progress: see `find_candidates`.
@@ -173,7 +204,7 @@ def choose_candidates(
                     " target, or allow more cuts."
                 )
             if candidate is not None:
-                found.setdefault(fingerprint(candidate.plan.shape().config()), candidate)
+                found.setdefault(candidate.plan.shape().identity(), candidate)
             bar.update(len(found) - bar.n)
             if len(found) == num_candidates:
                 break
@@ -189,7 +220,7 @@ def _sources(
         times |= {f", time of {b} row{'s' if b > 1 else ''}": {b: 1.0} for b in batch_sizes}
     plain = [
         _Source(f"{score} change{time}{'' if gri else ', no GRI'}", _allowed(losses, gri), weights)
-        for gri in (True, False)
+        for gri in ((True, False) if _has_gri(scores) else (True,))
         for time, weights in times.items()
         for score, losses in scores.items()
     ]
@@ -201,6 +232,10 @@ def _sources(
             label=f"{source.label}, perturbed {number}",
             sensitivity=_perturbed(source.sensitivity, rng),
         )
+
+
+def _has_gri(scores: Mapping[str, Sensitivity]) -> bool:
+    return any(cuts[0].startswith("gri.") for losses in scores.values() for cuts in losses.cuts)
 
 
 def _allowed(losses: Sensitivity, gri: bool) -> Sensitivity:
@@ -226,7 +261,7 @@ def _first_fast(
 ) -> Candidate | None:
     """The plan of one search with the smallest loss that is fast enough by prediction and by measurement."""
     profile = PruningProfile(dict(config), _weighted(tables, source.weights), source.sensitivity)
-    shape = UNetShape(config)
+    shape = shape_of(config)
     for option in profile.front("milliseconds", stock_only):
         after = shape.cut(*option.cuts)
         predicted = [_left(table, after) for table in tables.values()]
@@ -239,7 +274,7 @@ def _first_fast(
     return None
 
 
-def _left(table: CostTable, shape: UNetShape) -> float:
+def _left(table: CostTable, shape: Shape) -> float:
     """The share of the time that remains, by the sum of the times of the parts."""
     return table.of_shape(shape).of("milliseconds") / table.total.of("milliseconds")
 

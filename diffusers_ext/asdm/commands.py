@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands of A-SDM to the command line."""
-    asdm = typer.Typer(no_args_is_help=True, help="Prunes a UNet: A-SDM (arXiv:2312.15516) as rebuilt here.")
+    asdm = typer.Typer(
+        no_args_is_help=True, help="Prunes a UNet or transformer: A-SDM (arXiv:2312.15516) as rebuilt here."
+    )
 
     @asdm.callback()
     def _group() -> None:
-        """Prunes a UNet: A-SDM (arXiv:2312.15516) as rebuilt here."""
+        """Prunes a UNet or transformer: A-SDM (arXiv:2312.15516) as rebuilt here."""
 
     asdm.command("plan")(one_line_errors(plan))
     asdm.command("search")(one_line_errors(search))
@@ -43,16 +45,24 @@ def add_commands(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub repository of a pipeline, or with --preset of a UNet.")
+        str,
+        typer.Argument(
+            help="Folder or Hub repository of a pipeline, or with --preset of a UNet or transformer."
+        ),
     ],
     target: Annotated[
         float | None, typer.Option(help="Share of the cost that may remain: 0.78 saves 22%.")
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Use a preset instead: bk-base, bk-small, bk-tiny or incubation."),
+        typer.Option(
+            help="Use a preset instead: bk-base, bk-small, bk-tiny or incubation; late, flux-lite, flux-mini or ppcl."
+        ),
     ] = None,
     by: Annotated[str, typer.Option(help="Measure of the cost: macs, milliseconds or parameters.")] = "macs",
+    criterion: Annotated[
+        str, typer.Option(help="For transformers: drop, similarity or contiguous, see the documentation.")
+    ] = "drop",
     stages: Annotated[int, typer.Option(min=1, help="Number of stages to divide the cuts into.")] = 3,
     stock_only: Annotated[
         bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the UNet.")
@@ -74,7 +84,7 @@ def plan(
         Path | None, typer.Option(help="PNG for a plot, with --target; needs matplotlib.")
     ] = None,
 ) -> None:
-    """Measures the cost of every part of a UNet and the loss without it, and plans the cuts."""
+    """Measures the cost of every part of a UNet or transformer and the loss without it, and plans the cuts."""
     if (target is None) == (preset is None):
         raise ValueError("Give either --target SHARE or --preset NAME.")
     if preset is not None and (plot, prompts, height, width) != (None,) * 4:
@@ -85,8 +95,9 @@ def plan(
         found = _preset_plan(model, preset)
     else:
         from .calibration import record_calibration_inputs
+        from .networks import prunable
         from .report import cuts_table, profile_table, require_matplotlib, save_plot
-        from .search import profile_unet
+        from .search import profile_network
 
         if plot is not None:
             require_matplotlib()
@@ -97,8 +108,10 @@ def plan(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height=height, width=width
         )
         inputs = record_calibration_inputs(pipe, texts, num_timesteps=timesteps, seed=seed, **call)
-        profile = profile_unet(pipe.unet, inputs, repeats=repeats, progress=True)
-        Console().print(profile_table(profile), cuts_table(profile), sep="\n")
+        profile = profile_network(prunable(pipe), inputs, repeats=repeats, criterion=criterion, progress=True)
+        Console().print(profile_table(profile))
+        if profile.kind == "UNet":  # those of a transformer are its parts, and intervals of them
+            Console().print(cuts_table(profile))
         found = profile.plan(float(str(target)), by, stages, stock_only)
         if plot is not None:
             save_plot(profile, plot, found)
@@ -183,22 +196,41 @@ def _finish(found: PruningPlan, output: Path) -> None:
 
     found.save(output)
     Console().print(plan_table(found))
+    if not found.predictions:
+        from .presets import parameters_of
+
+        before, *_, after = parameters_of(found)
+        say(f"{after:,} of {before:,} parameters are left ({after / before:.1%}).")
     say(f"Written to {output}")
 
 
 def _preset_plan(model: str, preset: str) -> PruningPlan:
-    """A preset needs no weights, so only the config of the pipeline's UNet or of the UNet is read."""
+    """A preset needs no weights, so only the config of the pipeline's network or of the network is read."""
+    import diffusers
     import torch
+    from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
-    from .plan import preset_plan
+    from .networks import empty_network
+    from .presets import preset_plan
+    from .transformers import LISTS
     from .unet import ASDMUNet2DConditionModel
 
-    config: Any
-    try:
-        config = UNet2DConditionModel.load_config(model, subfolder="unet")
-    except OSError:
-        config = UNet2DConditionModel.load_config(model)
+    config: Any = None
+    for folder in ("unet", "transformer", None):
+        named = {} if folder is None else {"subfolder": folder}
+        try:
+            config = UNet2DConditionModel.load_config(model, **named)
+            break
+        except OSError:
+            if folder is None:
+                raise
+    kind = config.get("_class_name")
+    if kind in LISTS:
+        names = getattr(diffusers, kind)._get_init_keys(getattr(diffusers, kind))
+        given = {name: value for name, value in config.items() if name in names}
+        with init_empty_weights():
+            return preset_plan(preset, empty_network({"_class_name": kind, **given}))
     with torch.device("meta"):
         # This class accepts the configs of stock UNets too.
         unet: Any = ASDMUNet2DConditionModel.from_config(config)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.checks import check_counts
+from .networks import Shape, shape_of
 from .shape import UNetShape
 from .unet import build_unet, empty_unet, unet_config
 
@@ -53,6 +55,15 @@ class Cost:
             self.milliseconds + sign * other.milliseconds if known else None,  # type: ignore[operator]
         )
 
+    def times(self, share: Fraction) -> Cost:
+        """A share of this cost."""
+        time = self.milliseconds
+        return Cost(
+            int(self.parameters * share),
+            int(self.macs * share),
+            None if time is None else time * float(share),
+        )
+
     def of(self, measure: str) -> float:
         """The cost by the name of its measure: "macs", "milliseconds" or "parameters".
 
@@ -70,35 +81,34 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The cost of a UNet and of its parts.
+    """The cost of a network and of its parts.
 
     Attributes:
-        total: cost of the full UNet.
-        parts: cost by module path, of resnets, attentions, samplers and the blocks that contain them.
+        total: cost of the full network.
+        parts: cost by module path, of resnets, attentions, samplers and the blocks that contain them; of transformers, of
+            blocks and of what a block may lose when it becomes the last one.
         gri: cost of attentions with GRI attention in place of self-attention.
-        height, width: size of the latents.
-        tokens: length of the prompt.
+        height, width: size of the latents; None if they are packed.
+        tokens: length of the prompt; None if the prompts of a batch have their own.
     """
 
     total: Cost
     parts: dict[str, Cost]
     gri: dict[str, Cost]
-    height: int
-    width: int
-    tokens: int
+    height: int | None
+    width: int | None
+    tokens: int | None
 
-    def of_shape(self, shape: UNetShape) -> Cost:
+    def of_shape(self, shape: Shape) -> Cost:
         """The cost after cuts.
 
         Parameters and MACs are exact, because a kept module keeps its shape and its resolution. Milliseconds
         assume that the times of the parts add up.
         """
-        kept = set(shape.units().values())
         found = self.total
-        for path in UNetShape(shape.base).units().values():
-            if path not in kept:
-                found -= self.parts[path]
-        before = set(UNetShape(shape.base).gri())
+        for path, share in shape.removed().items():
+            found -= self.parts[path].times(share)
+        before = set(shape_of(shape.base).gri())
         for path in shape.gri():
             if path not in before and path in self.gri:
                 found += self.gri[path] - self.parts[path]

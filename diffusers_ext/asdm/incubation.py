@@ -12,46 +12,47 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
-from ..core.schedules import noising_scheduler
 from ..core.storage import whole_folder, write_json
-from ..training.captioned import CaptionedBatches, check_captioned_training
+from ..training.captioned import CaptionedBatches
 from ..training.loop import make_accelerator, train
 from ..training.models import as_stored, freeze, frozen_dtype, load_frozen
 from ..training.recipes import Recipe, run_recipe
 from ..training.rows import on_device, rows_of_step
 from . import training as asdm
 from .distill import DistillWeights
-from .plan import PruningPlan, preset_stages
-from .prune import teacher_blocks
+from .flow_distill import IntervalObjective
+from .networks import network_config
+from .plan import PruningPlan
+from .presets import preset_stages
+from .teaching import Teaching, check_teacher
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, dict[str, Any]]:
     """The pipeline of the teacher, with all parameters frozen, and its record.
 
-    Its UNet is in float32, for the students that start from it.
+    Its UNet or transformer is in float32, for the students that start from it.
 
     Raises:
-        ValueError: see `check_captioned_training`.
+        ValueError: see `check_teacher`.
     """
-    pipe, stored = load_frozen(args, accelerator, trained=("unet",))
-    check_captioned_training(pipe)
+    pipe, stored = load_frozen(args, accelerator, trained=("unet", "transformer"))
+    check_teacher(pipe)
     return pipe, stored
 
 
-def load_plan(args: argparse.Namespace, unet: Any) -> tuple[PruningPlan, list[int]]:
+def load_plan(args: argparse.Namespace, network: Any) -> tuple[PruningPlan, list[int]]:
     """The plan to train and the number of steps per stage."""
     if args.plan:
         plan = PruningPlan.load(args.plan)
     else:
-        stages = preset_stages(args.preset, unet.config)
-        plan = PruningPlan(dict(unet.config), tuple(map(tuple, stages)))
-    plan.check(unet)
+        config = network_config(network)
+        plan = PruningPlan(config, tuple(map(tuple, preset_stages(args.preset, config))))
+    plan.check(network)
     steps = asdm.stage_steps(args.steps_per_stage, len(plan.stages), args.one_shot)
     return (asdm.in_one_go(plan) if args.one_shot else plan), steps
 
@@ -90,7 +91,9 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of the run, or of a stage with its arguments."""
     cuts = {"fingerprint": plan.fingerprint, "stages": plan.stages}
-    free = ("num_inference_steps", "guidance_scale")
+    # A transformer with embedded guidance is told the scale in training too.
+    embedded = bool(plan.config.get("guidance_embeds"))
+    free = ("num_inference_steps",) if embedded else ("num_inference_steps", "guidance_scale")
     return run_recipe(accelerator, args, {**made_of, "plan": cuts}, free)
 
 
@@ -116,25 +119,32 @@ class Incubation:
     accelerator: Accelerator
     made_of: Mapping[str, Any]
 
-    def all_stages(self) -> tuple[UNet2DConditionModel, list[dict[str, Any]]]:
+    def __post_init__(self) -> None:
+        self.teaching = Teaching(self.args, self.pipe)
+        if self.args.interval_steps and self.teaching.flow is None:
+            raise ValueError(
+                f"--interval_steps is for transformers, and {type(self.pipe).__name__} has a UNet: omit it."
+            )
+
+    def all_stages(self) -> tuple[Any, list[dict[str, Any]]]:
         """Trains all stages and skips those whose student is already saved.
 
         Returns:
             The student of the last stage, and the record of every stage.
         """
-        done = 0
-        while done < len(self.steps) and (self._folder(done + 1) / "unet").is_dir():
+        done, part, teacher = 0, self.teaching.part, self.teaching.teacher
+        while done < len(self.steps) and (self._folder(done + 1) / part).is_dir():
             done += 1
         if done:
-            student = asdm.load_student(self._folder(done) / "unet").to(self.pipe.device).eval()
+            student = asdm.load_student(self._folder(done) / part).to(self.pipe.device).eval()
         elif self.args.from_scratch:
-            student = asdm.random_unet(self.pipe.unet, self.args.seed)
+            student = asdm.random_network(teacher, self.args.seed)
         else:
             # A teacher that stays in float32 is not changed by training.
             exact = frozen_dtype(self.accelerator) == torch.float32
-            student = self.pipe.unet if exact else copy.deepcopy(self.pipe.unet).cpu()
-        freeze(self.pipe.unet, self.accelerator)
-        paths = [self._folder(k) / "unet" / "stage.json" for k in range(1, done + 1)]
+            student = teacher if exact else copy.deepcopy(teacher).cpu()
+        freeze(teacher, self.accelerator)
+        paths = [self._folder(k) / part / "stage.json" for k in range(1, done + 1)]
         records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         sources = [student]
         del student
@@ -145,31 +155,26 @@ class Incubation:
             records.append(record)
         return sources.pop(), records
 
-    def figures(self, unet: Any) -> dict[str, int]:
-        """The cost of a UNet for images of the training size."""
-        return asdm.cost_figures(unet, *self.batches.size, self.pipe.tokenizer.model_max_length)
+    def figures(self, network: Any) -> Mapping[str, int]:
+        """The cost of a network for images of the training size."""
+        return self.teaching.figures(network, self.batches)
 
     def _folder(self, stage: int) -> Path:
         return Path(self.args.output_dir) / f"stage-{stage}"
 
-    def _stage(self, stage: int, sources: list[Any]) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    def _stage(self, stage: int, sources: list[Any]) -> tuple[Any, dict[str, Any]]:
         """The student of a stage, made of the last of `sources`, which is taken out and not kept in memory."""
-        folder, steps = self._folder(stage), self.steps[stage - 1]
-        own = {
-            "output_dir": str(folder),
-            "max_train_steps": steps,
-            "seed": (1000 * self.args.seed + stage) % 2**32,
-        }
-        args = argparse.Namespace(**{**vars(self.args), **own})
-        # Without the task and output losses, the last layers have no gradient.
-        accelerator = make_accelerator(args, idle_parameters=not (self.weights.task or self.weights.output))
-        student = asdm.make_student(sources.pop(), self.plan, stage, not args.no_cond_convs)
+        folder, part = self._folder(stage), self.teaching.part
+        student = asdm.make_student(sources.pop(), self.plan, stage, not self.args.no_cond_convs)
+        if self.args.interval_steps:
+            student = self._intervals(student, stage)
+        args = self._arguments(folder, self.steps[stage - 1], stage)
+        # Without the task and output losses, the last layers have no gradient. The last text states of a transformer
+        # have none either, if they are not compared.
+        idle = self.teaching.flow is not None or not (self.weights.task or self.weights.output)
+        accelerator = make_accelerator(args, idle_parameters=idle)
         student = student.to(accelerator.device)
-        scheduler = noising_scheduler(self.pipe.scheduler)
-        blocks = teacher_blocks(self.plan, stage)
-        objective = asdm.StageObjective(
-            student, self.pipe.unet, blocks, scheduler, self.weights, args.snr_gamma
-        )
+        objective = self.teaching.objective(student, self.plan, stage, self.weights)
 
         def validate(model: nn.Module, step: int) -> dict[str, float]:
             if args.validation_prompts:
@@ -189,13 +194,51 @@ class Incubation:
             encode=self.batches.encode,
         )
         record |= self.figures(student)
-        if accelerator.is_main_process:
-            with whole_folder(folder / "unet") as partial:
-                student.save_pretrained(partial)
-                write_json(partial / "stage.json", record)
+        self._save(accelerator, student, folder / part, {"stage.json": record})
         return student, record
 
-    def _fixed_losses(self, objective: asdm.StageObjective) -> dict[str, float]:
+    def _intervals(self, student: Any, stage: int) -> Any:
+        """The student after its blocks have learned their intervals alone, see `IntervalObjective`."""
+        teaching, folder = self.teaching, self._folder(stage) / "intervals"
+        if (folder / teaching.part).is_dir():
+            return asdm.load_student(folder / teaching.part)
+        assert teaching.flow is not None
+        args = self._arguments(folder, self.args.interval_steps, stage)
+        accelerator = make_accelerator(args)
+        student = student.to(accelerator.device)
+        shape: Any = self.plan.shape(stage)
+        objective = IntervalObjective(
+            student, teaching.teacher, teaching.flow, shape.intervals(), teaching.guidance
+        )
+        recipe = recipe_of(args, accelerator, self.plan, self.made_of)
+        train(
+            accelerator,
+            args,
+            objective,
+            self.batches.read,
+            last=False,
+            recipe=recipe,
+            encode=self.batches.encode,
+        )
+        self._save(accelerator, student, folder / teaching.part, {})
+        return student.requires_grad_(True)
+
+    def _arguments(self, folder: Path, steps: int, stage: int) -> argparse.Namespace:
+        own = {
+            "output_dir": str(folder),
+            "max_train_steps": steps,
+            "seed": (1000 * self.args.seed + stage) % 2**32,
+        }
+        return argparse.Namespace(**{**vars(self.args), **own})
+
+    def _save(self, accelerator: Accelerator, student: Any, folder: Path, records: Mapping[str, Any]) -> None:
+        if accelerator.is_main_process:
+            with whole_folder(folder) as partial:
+                student.save_pretrained(partial)
+                for name, record in records.items():
+                    write_json(partial / name, record)
+
+    def _fixed_losses(self, objective: Any) -> dict[str, float]:
         """The losses on 64 rows that are the same for every student."""
         found: list[dict[str, Tensor]] = []
         for step in range(16):
@@ -205,26 +248,27 @@ class Incubation:
 
     def _draw(self, student: Any, path: Path) -> None:
         """Saves validation images of the teacher (top row) and of the student."""
-        args, pipe, rows, teacher = self.args, self.pipe, [], self.pipe.unet
-        height, width = (side * pipe.vae_scale_factor for side in self.batches.size)
+        args, pipe, rows = self.args, self.pipe, []
+        part, teacher = self.teaching.part, self.teaching.teacher
+        height, width = (length * self.batches.read.side for length in self.batches.size)
         call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
         call |= {"height": height, "width": width}
         try:
-            for unet in (teacher, student):
-                pipe.unet = unet
+            for network in (teacher, student):
+                setattr(pipe, part, network)
                 seeds = [torch.Generator().manual_seed(i) for i in range(len(args.validation_prompts))]
                 found = call_pipeline(
                     pipe, args.validation_prompts, generator=seeds, output_type="pt", **call
                 ).images
                 rows.append(found.float().cpu())
         finally:
-            pipe.unet = teacher
+            setattr(pipe, part, teacher)
         save_grid(torch.cat(rows), len(args.validation_prompts), path)
 
 
 def save_pipeline(pipe: Any, folder: Path, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Saves the pipeline in half precision, except for the models of transformers (float32)."""
-    as_stored(pipe, args, accelerator, trained=("unet",)).to(torch.float16)
+    as_stored(pipe, args, accelerator, trained=("unet", "transformer")).to(torch.float16)
     for part in pipe.components.values():
         if isinstance(part, PreTrainedModel):
             part.float()

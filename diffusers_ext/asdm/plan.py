@@ -1,4 +1,4 @@
-"""`PruningPlan`: the cuts for one architecture, in stages; and published plans as presets."""
+"""`PruningPlan`: the cuts for one architecture, in stages."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.storage import write_json
-from .cost import Cost, CostTable, cost_table
-from .shape import Config, UNetShape, architecture_config, fingerprint
-from .unet import unet_config
-
-PRESETS = ("bk-base", "bk-small", "bk-tiny", "incubation")
+from ..core.storage import digest, write_json
+from .cost import Cost, CostTable
+from .networks import Shape, fingerprint, network_config, network_name, shape_of
+from .shape import Config
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted cost and loss of the UNet after a stage.
+    """The predicted cost and loss of the network after a stage.
 
     Attributes:
         cost: exact for parameters and MACs; milliseconds are the sum of those of the parts.
@@ -32,16 +30,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """An ordered list of stages, each a list of cuts. `diffusers_ext.asdm.shape` lists the cuts.
+    """An ordered list of stages, each a list of cuts.
 
-    A student is trained after every stage, and the next stage starts from it.
+    `diffusers_ext.asdm.shape` lists the cuts of UNets, `diffusers_ext.asdm.transformers` those of transformers. A student
+    is trained after every stage, and the next stage starts from it.
 
     Args:
-        config: config of the UNet that the plan is for, stored as its `architecture_config`.
+        config: config of the network that the plan is for, as from `diffusers_ext.asdm.networks.network_config`. Only the
+            entries that determine its modules are stored.
         stages: the cuts of every stage.
-        predictions: predictions for the full UNet and after every stage, or empty.
+        predictions: predictions for the full network and after every stage, or empty.
         height, width, tokens: size of the latents and length of the prompt for which the MACs were counted,
-            if there are predictions.
+            if there are predictions. None for transformers whose pipeline packs its latents.
 
     Raises:
         ValueError: a cut is unknown, not possible or was made before, or the number of predictions does not
@@ -54,15 +54,15 @@ class PruningPlan:
     height: int | None = None
     width: int | None = None
     tokens: int | None = None
-    _shapes: tuple[UNetShape, ...] = field(init=False, repr=False, compare=False)
+    _shapes: tuple[Shape, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "config", architecture_config(self.config))
+        put(self, "config", shape_of(self.config).base)
         if any(isinstance(stage, str) for stage in self.stages):
             raise ValueError(f"stages must be lists of cuts, such as [['mid'], …], got {self.stages!r}.")
         put(self, "stages", tuple(tuple(stage) for stage in self.stages))
-        shapes = [UNetShape(self.config)]
+        shapes: list[Shape] = [shape_of(self.config)]
         for number, stage in enumerate(self.stages, 1):
             try:
                 shapes.append(shapes[-1].cut(*stage))
@@ -72,7 +72,7 @@ class PruningPlan:
         if self.predictions and len(self.predictions) != len(shapes):
             raise ValueError(
                 f"A plan of {len(self.stages)} stages has {len(shapes)} predictions, the first one for the"
-                f" full UNet; got {len(self.predictions)}."
+                f" full network; got {len(self.predictions)}."
             )
 
     @property
@@ -85,7 +85,7 @@ class PruningPlan:
         """All cuts in order."""
         return tuple(cut for stage in self.stages for cut in stage)
 
-    def shape(self, num_stages: int | None = None) -> UNetShape:
+    def shape(self, num_stages: int | None = None) -> Shape:
         """The modules that remain after the first `num_stages` stages; None for all.
 
         Raises:
@@ -96,22 +96,28 @@ class PruningPlan:
             raise ValueError(f"The plan has the stages 0 (no cuts) to {len(self.stages)}, got {num_stages}.")
         return self._shapes[num_stages]
 
-    def check(self, unet: Any, num_stages: int = 0) -> None:
-        """Checks that a UNet has the architecture that this plan leaves after `num_stages`.
+    def check(self, network: Any, num_stages: int = 0) -> None:
+        """Checks that a network has the architecture that this plan leaves after `num_stages`.
 
         Raises:
-            ValueError: the UNet has another architecture. The message names the differences.
+            ValueError: the network has another architecture. The message names the differences.
         """
-        found, wanted = UNetShape(unet_config(unet)).config(), self.shape(num_stages).config()
+        found, wanted = shape_of(network_config(network)).config(), self.shape(num_stages).config()
         if found == wanted:
             return
-        different = [name for name in wanted if found[name] != wanted[name]]
+        kind = network_name(network)
         which = "the one it was made for" if num_stages == 0 else f"its student of stage {num_stages}"
+        if found.get("_class_name") != wanted.get("_class_name"):
+            expected, given = (
+                entries.get("_class_name", "UNet2DConditionModel") for entries in (wanted, found)
+            )
+            raise ValueError(f"This plan is for a {expected}, got a {given}: make a plan for it.")
+        different = [name for name in wanted if found[name] != wanted[name]]
         raise ValueError(
-            f"This plan is for another UNet: {which} has the fingerprint {fingerprint(wanted)}, the given"
-            f" UNet has {fingerprint(found)}. They differ in "
+            f"This plan is for another {kind}: {which} has the fingerprint {digest(wanted)}, the given"
+            f" {kind} has {digest(found)}. They differ in "
             + "; ".join(f"{name}: {wanted[name]!r} expected, {found[name]!r} given" for name in different[:3])
-            + ". Make a plan for this UNet, or set from_stage to the stage that it was pruned to."
+            + f". Make a plan for this {kind}, or set from_stage to the stage that it was pruned to."
         )
 
     def save(self, path: str | Path) -> None:
@@ -165,9 +171,9 @@ def make_plan(
     """A plan with predictions.
 
     Args:
-        config: config of the UNet.
+        config: config of the network.
         stages: the cuts of every stage.
-        costs: cost of the UNet and its parts.
+        costs: cost of the network and its parts.
         losses: predicted loss after each stage; None if unknown.
 
     Raises:
@@ -177,65 +183,3 @@ def make_plan(
     known: list[float | None] = [None] * (len(stages) + 1) if losses is None else [0.0, *losses]
     predictions = tuple(Prediction(costs.of_shape(bare.shape(k)), loss) for k, loss in enumerate(known))
     return PruningPlan(bare.config, bare.stages, predictions, costs.height, costs.width, costs.tokens)
-
-
-def preset_stages(name: str, config: Mapping[str, Any]) -> list[list[str]]:
-    """The cuts of a preset, for Stable Diffusion 1.5 and 2, SDXL and similar UNets.
-
-    - "bk-base" removes one layer per resolution, "bk-small" also the mid block, and "bk-tiny" also the
-      innermost resolution. These are the plans of BK-SDM (Kim et al., arXiv:2305.15798) for Stable
-      Diffusion 1. BK-SDM prunes in one stage.
-    - "incubation" is A-SDM as rebuilt here, in three stages. The first one removes a layer at the outermost
-      and one at the innermost resolution. The second one removes a layer at the resolution next to the
-      innermost, and the attention of the mid block. The third one adds GRI attention at the finest
-      resolution with attention.
-
-    Raises:
-        ValueError: the name is unknown, or the UNet does not allow the cuts.
-    """
-    shape = UNetShape(config)
-    inner = shape.num_stages - 1
-    if name not in PRESETS:
-        raise ValueError(f"Presets are {', '.join(PRESETS)}, got {name!r}.")
-    thick = [s for s in range(shape.num_stages) if shape.layers(s) > 1]
-    if name == "incubation":
-        chosen = [s for s in (0, inner, inner - 1) if s in thick]
-        with_attention = [s for s in range(shape.num_stages) if shape.attentions(s)]
-        if len(set(chosen)) < 3 or not with_attention or shape.mid is None:
-            raise ValueError(
-                f"The preset {name!r} needs three or more resolutions, two layers in the outermost and the"
-                " two innermost ones, attention and a mid block: plan this UNet with plan_pruning."
-            )
-        stages = [[f"layer.{s}" for s in chosen[:2]], [f"layer.{chosen[2]}", "mid.attention"]]
-        stages.append([f"gri.{with_attention[0]}"])
-    else:
-        if not thick:
-            raise ValueError(
-                f"The preset {name!r} removes a layer where there are two or more; this UNet has"
-                f" {[shape.layers(s) for s in range(shape.num_stages)]} layers: plan it with plan_pruning."
-            )
-        tiny = name == "bk-tiny"
-        stages = [[f"layer.{s}" for s in thick if not (tiny and s == inner)]]
-        stages[0] += {"bk-base": [], "bk-small": ["mid"], "bk-tiny": [f"stage.{inner}"]}[name]
-    shape.cut(*(cut for stage in stages for cut in stage))
-    return stages
-
-
-def preset_plan(
-    name: str, unet: Any, height: int | None = None, width: int | None = None, tokens: int = 77
-) -> PruningPlan:
-    """A preset as a plan for a UNet, with MACs and parameters.
-
-    Args:
-        name: one of `PRESETS`.
-        unet: the UNet that the plan is for. It can be on the meta device.
-        height, width: size of the latents for which the MACs are counted; default: `sample_size` of the
-            config.
-        tokens: length of the prompt.
-
-    Raises:
-        ValueError: see `preset_stages` and `cost_table`.
-    """
-    config = unet_config(unet)
-    stages = preset_stages(name, config)
-    return make_plan(config, stages, cost_table(unet, height, width, tokens))

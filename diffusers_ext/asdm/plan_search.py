@@ -17,12 +17,14 @@ from ..metrics.comparison import Estimate, paired_difference
 from ..training.arguments import add_model_arguments, add_training_arguments
 from ..training.captioned import CaptionedBatches
 from ..training.data import Captions, add_augmentation_arguments, add_data_arguments, load_dataset
+from ..training.levels import add_flow_arguments
 from ..training.loop import make_accelerator
 from ..training.recipes import dataset_record, run_recipe
 from .calibration import record_calibration_inputs
 from .candidates import Candidate, find_candidates
 from .halving import Halving, Rung, ranking, successive_halving
 from .incubation import load_teacher
+from .networks import prunable
 from .plan import PruningPlan
 from .search import check_goal
 from .students import Students
@@ -127,6 +129,7 @@ def search_plans(
         check_counts(batch_sizes=size)
     halving.sizes(num_candidates)
     args = _arguments(model, output_dir, halving, training)
+    args.guidance_scale = guidance_scale  # of transformers with embedded guidance
     accelerator = make_accelerator(args)
     if accelerator.num_processes > 1:
         raise ValueError(f"The search runs in one process, got {accelerator.num_processes}.")
@@ -149,7 +152,7 @@ def search_plans(
         write_json(output / "recipe.json", recipe)
     batches = CaptionedBatches(args, accelerator, pipe, trained_on, made_of, _EMPTY_PROMPTS)
     if not (output / "candidates.json").is_file():
-        height, width = (side * pipe.vae_scale_factor for side in batches.size)
+        height, width = (length * batches.read.side for length in batches.size)
         captions = Captions(args, held_out)
         inputs = record_calibration_inputs(
             pipe,
@@ -161,7 +164,7 @@ def search_plans(
             width=width,
         )
         found = find_candidates(
-            pipe.unet,
+            prunable(pipe),
             inputs,
             target,
             batch_sizes=list(dict.fromkeys(batch_sizes)),
@@ -199,6 +202,7 @@ def _arguments(
     add_data_arguments(parser)
     add_augmentation_arguments(parser)
     add_training_arguments(parser)
+    add_flow_arguments(parser)
     own = {
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": max(halving.steps // 10, 1),

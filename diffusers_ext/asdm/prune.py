@@ -1,4 +1,4 @@
-"""Builds the pruned UNet of a plan, with the weights of the full one."""
+"""Builds the pruned network of a plan, with the weights of the full one."""
 
 from __future__ import annotations
 
@@ -8,50 +8,53 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from .networks import build_network, network_config, tensors_of
 from .plan import PruningPlan
-from .shape import UNetShape
 from .unet import build_unet, unet_config
 
 
-def prune_unet(
-    unet: Any, plan: PruningPlan, *, num_stages: int | None = None, from_stage: int = 0
-) -> UNet2DConditionModel:
-    """The pruned UNet of a plan, with the weights of the given one, which is not changed.
+def prune_network(
+    network: Any, plan: PruningPlan, *, num_stages: int | None = None, from_stage: int = 0
+) -> Any:
+    """The pruned UNet or transformer of a plan, with the weights of the given one, which is not changed.
 
-    The result is a stock `UNet2DConditionModel`, which loads without this package. If single attentions are
+    The result has the class of the given network and loads without this package. If single attentions of a UNet are
     removed, or there are GRI attention or CLME-CondConv layers, it is an `ASDMUNet2DConditionModel`.
 
+    A pruned transformer computes exactly what the full one does without the removed blocks.
+
     ```python
-    first = prune_unet(unet, plan, num_stages=1)                  # train it, then
-    second = prune_unet(first, plan, from_stage=1, num_stages=2)  # start the next stage from it
+    first = prune_network(unet, plan, num_stages=1)                  # train it, then
+    second = prune_network(first, plan, from_stage=1, num_stages=2)  # start the next stage from it
     ```
 
     Args:
-        unet: the UNet that the plan is for, or its student after `from_stage`.
+        network: the network that the plan is for, or its student after `from_stage`.
         plan: see `PruningPlan`.
         num_stages: make the cuts up to and including this stage; None for all.
-        from_stage: the stage that `unet` was pruned to; 0 for the full UNet.
+        from_stage: the stage that `network` was pruned to; 0 for the full one.
 
     Raises:
-        ValueError: the plan is for another UNet, the stages do not exist or are in the wrong order, or the
+        ValueError: the plan is for another network, the stages do not exist or are in the wrong order, or the
             weights do not match the config (for example because of a LoRA).
     """
-    last = _checked(unet, plan, from_stage, num_stages)
-    weights = {name: value.detach().clone() for name, value in _weights(unet, plan, from_stage, last).items()}
-    return build_unet(_config(unet, plan, from_stage, last), weights).train(unet.training)
+    last = _checked(network, plan, from_stage, num_stages)
+    found = _weights(network, plan, from_stage, last)
+    weights = {name: value.detach().clone() for name, value in found.items()}
+    return build_network(_config(network, plan, from_stage, last), weights).train(network.training)
 
 
-def cut_unet(unet: Any, *cuts: str) -> UNet2DConditionModel:
-    """A UNet after some cuts, for measurements.
+def cut_network(network: Any, *cuts: str) -> Any:
+    """A UNet or transformer after some cuts, for measurements.
 
-    It shares its weights with the given one; use `prune_unet` for training.
+    It shares its weights with the given one; use `prune_network` for training.
 
     Raises:
         ValueError: see `PruningPlan`.
     """
-    plan = PruningPlan(unet_config(unet), (cuts,))
-    weights = _weights(unet, plan, 0, 1)
-    return build_unet(_config(unet, plan, 0, 1), weights).train(unet.training)
+    plan = PruningPlan(network_config(network), (cuts,))
+    weights = _weights(network, plan, 0, 1)
+    return build_network(_config(network, plan, 0, 1), weights).train(network.training)
 
 
 def unit_sources(plan: PruningPlan, from_stage: int = 0, num_stages: int | None = None) -> dict[str, str]:
@@ -66,10 +69,11 @@ def unit_sources(plan: PruningPlan, from_stage: int = 0, num_stages: int | None 
 
 
 def teacher_blocks(plan: PruningPlan, num_stages: int | None = None) -> dict[str, str]:
-    """{block of the student: block of the full UNet with the target output}, for the feature loss.
+    """{block of the student: block of the full network with the target output}, for the feature loss.
 
-    The names are the same, except after a "stage.S" cut, which changes the numbers of the up blocks. That cut
-    also omits the down block that lost its downsampler, since its output has another size.
+    In UNets the names are the same, except after a "stage.S" cut, which changes the numbers of the up blocks. That cut
+    also omits the down block that lost its downsampler, since its output has another size. In transformers, the target
+    of a block is the output of the last of the removed blocks that follow it.
     """
     return plan.shape(num_stages).blocks()
 
@@ -85,13 +89,13 @@ def removed_convs(
     removed completely are not assigned.
 
     Args:
-        unet, plan, num_stages, from_stage: see `prune_unet`.
+        unet, plan, num_stages, from_stage: see `prune_network`.
 
     Returns:
         {path in the student: paths in `unet`}, without convolutions that are CLME-CondConv layers already.
 
     Raises:
-        ValueError: see `prune_unet`.
+        ValueError: see `prune_network`.
     """
     last = _checked(unet, plan, from_stage, num_stages)
     kept = {old: now for now, old in unit_sources(plan, from_stage, last).items()}
@@ -118,15 +122,15 @@ def inherit_convs(
     """A student with the removed convolutions as experts of the kept ones (CLME-CondConv).
 
     Args:
-        student: the result of `prune_unet` for `unet` and the same stages. It is not changed.
-        unet, plan, num_stages, from_stage: see `prune_unet`.
+        student: the result of `prune_network` for `unet` and the same stages. It is not changed.
+        unet, plan, num_stages, from_stage: see `prune_network`.
 
     Returns:
         An `ASDMUNet2DConditionModel` with the same output as the student and the layers of `removed_convs`,
         or a copy of the student if there are none.
 
     Raises:
-        ValueError: see `prune_unet`; also if the student belongs to other stages.
+        ValueError: see `prune_network`; also if the student belongs to other stages.
     """
     from .condconv import CLMECondConv2d
 
@@ -166,27 +170,29 @@ def _checked(unet: Any, plan: PruningPlan, from_stage: int, num_stages: int | No
     return last
 
 
-def _config(unet: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[str, Any]:
-    config = unet_config(unet)
-    before: UNetShape = plan.shape(from_stage)
+def _config(network: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[str, Any]:
+    config = network_config(network)
+    found = {**config, **plan.shape(last).config()}
+    if not config.get("cond_convs"):
+        return found
+    before = plan.shape(from_stage)
     after = {old: now for now, old in unit_sources(plan, from_stage, last).items()}
     conds = {}
-    for path, experts in (config.get("cond_convs") or {}).items():
+    for path, experts in config["cond_convs"].items():
         unit = next((u for u in before.units() if path.startswith(f"{u}.")), None)
         if unit is None or unit in after:
             conds[path if unit is None else after[unit] + path[len(unit) :]] = experts
-    return {**config, **plan.shape(last).config(), "cond_convs": conds or None}
+    return {**found, "cond_convs": conds or None}
 
 
 @torch.no_grad()
-def _weights(unet: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[str, Tensor]:
-    """The state dict of the student, with the tensors of the UNet itself."""
+def _weights(network: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[str, Tensor]:
+    """The weights of the student, with the tensors of the network itself."""
     sources = unit_sources(plan, from_stage, last)
     units = set(plan.shape(from_stage).units())
     inside: dict[str, dict[str, Tensor]] = {}
     found: dict[str, Tensor] = {}
-    for name, value in unet.state_dict().items():
-        # The path of a unit has four parts in the down and up blocks, and three in the mid block.
+    for name, value in tensors_of(network).items():
         unit = next((u for u in _heads(name) if u in units), None)
         if unit is None:
             found[name] = value
@@ -194,9 +200,10 @@ def _weights(unet: Any, plan: PruningPlan, from_stage: int, last: int) -> dict[s
             inside.setdefault(unit, {})[name[len(unit) :]] = value
     for now, old in sources.items():
         found |= {now + tail: value for tail, value in inside.get(old, {}).items()}
-    return found
+    return plan.shape(last).fit(found)
 
 
 def _heads(name: str) -> list[str]:
+    # The path of a unit has two parts in a transformer, three in the mid block of a UNet, and four in its other blocks.
     parts = name.split(".")
-    return [".".join(parts[:k]) for k in (3, 4)]
+    return [".".join(parts[:k]) for k in (2, 3, 4)]

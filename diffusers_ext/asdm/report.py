@@ -1,4 +1,4 @@
-"""The profile of a UNet and a pruning plan as tables for the terminal and as a plot."""
+"""The profile of a network and a pruning plan as tables for the terminal and as a plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..core.extras import require
+from .networks import shape_of
 
 if TYPE_CHECKING:
     from .cost import Cost
@@ -20,25 +21,29 @@ _SIDES = {"down_blocks": "tab:blue", "mid_block": "tab:green", "up_blocks": "tab
 
 
 def profile_table(profile: PruningProfile) -> Table:
-    """A table of all blocks, layers and attentions: cost, and the loss without each one."""
-    table = _table("part", "loss without it", title="Parts of the UNet, each skipped alone")
+    """A table of all blocks, layers and attentions: cost, and the loss without each one.
+
+    For the blocks of a transformer also 1 − cosine of the states that enter and leave them.
+    """
+    turns, kind = profile.sensitivity.turns, profile.kind
+    columns = ("loss without it", "1 − cos(in, out)") if turns else ("loss without it",)
+    table = _table("part", *columns, title=f"Parts of the {kind}, each skipped alone")
     for path, loss in profile.sensitivity.parts.items():
-        name = (
-            path
-            if path.count(".") < 2 and "resnets" not in path and "attentions" not in path
-            else f"  {path}"
+        whole = kind == "transformer" or (
+            path.count(".") < 2 and "resnets" not in path and "attentions" not in path
         )
-        table.add_row(name, *_figures(profile.costs.parts[path]), _loss(loss))
-    table.add_row("full UNet", *_figures(profile.costs.total), "")
+        turn = [_loss(turns[path])] if turns else []
+        table.add_row(
+            path if whole else f"  {path}", *_figures(profile.costs.parts[path]), _loss(loss), *turn
+        )
+    table.add_row(f"full {kind}", *_figures(profile.costs.total), "")
     return table
 
 
 def cuts_table(profile: PruningProfile) -> Table:
     """A table of all cuts: what each one saves, and the loss that it causes alone."""
-    from .shape import UNetShape
-
     table = _table("cut", "loss", title="Cuts, each made alone, and what they save")
-    shape = UNetShape(profile.config)
+    shape = shape_of(profile.config)
     for group, loss in profile.sensitivity.cuts.items():
         saved = profile.costs.total - profile.costs.of_shape(shape.cut(*group))
         name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
@@ -49,7 +54,7 @@ def cuts_table(profile: PruningProfile) -> Table:
 def plan_table(plan: PruningPlan) -> Table:
     """A table of the stages of a plan and the cost that remains after each."""
     table = _table("after stage", "predicted loss", "cuts", title="Pruning plan")
-    stages = [("0 (full UNet)", ()), *((str(k), cuts) for k, cuts in enumerate(plan.stages, 1))]
+    stages = [("0 (all)", ()), *((str(k), cuts) for k, cuts in enumerate(plan.stages, 1))]
     for index, (name, cuts) in enumerate(stages):
         figures, loss = ["", "", ""], None
         if plan.predictions:
@@ -139,13 +144,18 @@ def save_plot(profile: PruningProfile, path: str | Path, plan: PruningPlan | Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    units = {p: loss for p, loss in profile.sensitivity.parts.items() if "resnets" in p or "attentions" in p}
+    parts = profile.sensitivity.parts
+    if profile.kind == "UNet":
+        parts = {path: loss for path, loss in parts.items() if "resnets" in path or "attentions" in path}
+    units = dict(parts)
     # Not pyplot, because it sets a backend for the whole process.
     figure = Figure(figsize=(13, max(4, 0.17 * len(units) + 1)), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 0.6, 1.4))
     names, rows = list(units), range(len(units))
-    colors = [_SIDES[name.split(".")[0]] for name in names]
+    sides = dict.fromkeys(name.split(".")[0] for name in names)
+    palette = {side: _SIDES.get(side, f"C{number}") for number, side in enumerate(sides)}
+    colors = [palette[name.split(".")[0]] for name in names]
     left.barh(
         rows, [100 * profile.costs.parts[n].macs / profile.costs.total.macs for n in names], color=colors
     )
@@ -162,9 +172,7 @@ def save_plot(profile: PruningProfile, path: str | Path, plan: PruningPlan | Non
 
 
 def _plot_cuts(profile: PruningProfile, axes: Any, plan: PruningPlan | None) -> None:
-    from .shape import UNetShape
-
-    shape, chosen = UNetShape(profile.config), list(plan.cuts) if plan else []
+    shape, chosen = shape_of(profile.config), list(plan.cuts) if plan else []
     labels: dict[tuple[int, int], tuple[tuple[float, float], list[str]]] = {}
     for group, loss in profile.sensitivity.cuts.items():
         cost = profile.costs.of_shape(shape.cut(*group))
@@ -173,7 +181,7 @@ def _plot_cuts(profile: PruningProfile, axes: Any, plan: PruningPlan | None) -> 
         face = "tab:red" if taken else "none"
         axes.scatter(saved, loss, s=30, facecolors=face, edgecolors="tab:red" if taken else "gray")
         name = group[0] if len(group) == 1 else f"{group[0]} × {len(group)}"
-        if not name.startswith("attention:") or taken:
+        if not name.startswith(("attention:", "block:")) or taken:
             # Points that are close together share a label.
             place = round(saved / 4), round(2 * math.log10(max(loss, 1e-5)))
             labels.setdefault(place, ((saved, loss), []))[1].append(name)

@@ -11,31 +11,27 @@ from typing import Any
 import numpy as np
 
 from ..core.checks import check_counts
+from .block_scores import block_costs
 from .calibration import CalibrationInput
 from .cost import CostTable, check_measure, cost_table
+from .fronts import Cuts, Option, block_front, cross, pareto
+from .networks import Shape, network_config, shape_of, single_cuts
 from .plan import PruningPlan, make_plan
 from .sensitivity import Score, Sensitivity, measure_sensitivity
-from .shape import Config, UNetShape, architecture_config, possible_cuts
-from .unet import unet_config
-
-Cuts = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Option:
-    """A set of cuts: the sum of their losses, and the cost that they save."""
-
-    loss: float
-    saved: float
-    cuts: Cuts
+from .shape import Config, UNetShape
 
 
 @dataclass(frozen=True)
 class PruningProfile:
-    """The cost of a UNet's parts, and the loss without them.
+    """The cost of a network's parts, and the loss without them.
+
+    The loss of a cut is the change of the output, or for transformers by one of three criteria: "drop", the change of the
+    output without a block; "similarity", 1 − cosine of the states that enter and leave a block; "contiguous", the change
+    of the output without an interval of blocks. Intervals are measured as a whole, so only the losses of different
+    intervals are added.
 
     Attributes:
-        config: `architecture_config` of the UNet.
+        config: entries of the config that determine the network's modules, as in a `PruningPlan`.
         costs: cost of its parts.
         sensitivity: loss without its parts, and loss of its cuts.
     """
@@ -57,7 +53,7 @@ class PruningProfile:
             by: "macs", "milliseconds" or "parameters".
             num_stages: number of stages with about the same savings, or fewer if there are fewer cuts. Cuts
                 with the smallest loss per saving come first, GRI attention comes last.
-            stock_only: use only cuts whose result is a stock `UNet2DConditionModel`.
+            stock_only: use only cuts whose result is a stock `UNet2DConditionModel`; transformers always are.
 
         Raises:
             ValueError: the target is out of range or cannot be reached, the cost was not measured, or
@@ -70,9 +66,9 @@ class PruningProfile:
         if not enough:
             best = 1 - max(option.saved for option in found) / total
             raise ValueError(
-                f"No cuts that this UNet allows leave {target:.1%} of its {by}: they leave at least"
+                f"No cuts that this {self.kind} allows leave {target:.1%} of its {by}: they leave at least"
                 f" {best:.1%}. Set a target of {np.ceil(1000 * best) / 1000:g} or more"
-                f"{', or allow more than a stock UNet' if stock_only else ''}."
+                f"{', or allow more than a stock UNet' if stock_only and self.kind == 'UNet' else ''}."
             )
         chosen = min(enough, key=lambda option: (option.loss, -option.saved))
         return self.staged(chosen.cuts, by, num_stages)
@@ -93,10 +89,13 @@ class PruningProfile:
         total, draw = self.costs.total.of(by), random.Random(seed)
         allowed = self._allowed(by, stock_only)
         # Once per layer. If no layer is left, the loop below continues with the next cut.
-        allowed += [c for c in allowed if c.startswith("layer.")] * (max(self.config["layers_per_block"]) - 1)
+        if self.kind == "UNet":
+            allowed += [c for c in allowed if c.startswith("layer.")] * (
+                max(self.config["layers_per_block"]) - 1
+            )
         found: list[tuple[float, Cuts]] = []
         for _ in range(200):
-            shape, cuts = UNetShape(self.config), ()
+            shape, cuts = self._shape, ()
             for name in draw.sample(allowed, len(allowed)):
                 try:
                     shape = shape.cut(name)
@@ -113,9 +112,18 @@ class PruningProfile:
             raise ValueError(f"No random cuts left {target:.1%} of the {by}: set a larger target.")
         return make_plan(self.config, [min(found)[1]], self.costs)
 
+    @property
+    def _shape(self) -> Shape:
+        return shape_of(self.config)
+
+    @property
+    def kind(self) -> str:
+        """ "UNet" or "transformer"."""
+        return "UNet" if isinstance(self._shape, UNetShape) else "transformer"
+
     def _allowed(self, by: str, stock_only: bool) -> list[str]:
         """The single cuts that save some cost."""
-        cuts = possible_cuts(self.config, stock_only)
+        cuts = single_cuts(self.config, stock_only)
         return [c for c in cuts if (c,) in self.sensitivity.cuts and self._saved((c,), by) > 0]
 
     def front(self, by: str, stock_only: bool) -> list[Option]:
@@ -124,20 +132,27 @@ class PruningProfile:
         Args:
             by, stock_only: see `plan`.
         """
-        shape, last = UNetShape(self.config), len(self.config["layers_per_block"]) - 1
+        shape = self._shape
+        if not isinstance(shape, UNetShape):
+            losses = self.sensitivity.cuts
+            cuts = [cut for (cut,) in losses]
+            # Rounded, so that equal savings are equal: otherwise nearly all sets of cuts would be on the front.
+            saved = {cut: round(self._saved((cut,), by), 9) for cut in cuts}
+            return block_front(cuts, shape.lists(), lambda cut: losses[cut,], saved.__getitem__)
+        last = len(self.config["layers_per_block"]) - 1
         allowed = self._allowed(by, stock_only)
         fronts = []
         for s in range(shape.num_stages):
-            fronts.append(_pareto(self._options(_of_stage(shape, allowed, s), by)))
+            fronts.append(pareto(self._options(_of_stage(shape, allowed, s), by)))
         middle = ("mid.attention", "mid", "attention:mid_block.attentions.0")
-        fronts.append(_pareto(self._options([c for c in allowed if c in middle], by)))
+        fronts.append(pareto(self._options([c for c in allowed if c in middle], by)))
         # The innermost resolution and the mid block can also be removed together, by a cut of their own.
-        inner = _cross(fronts.pop(), fronts.pop())
+        inner = cross(fronts.pop(), fronts.pop())
         whole = f"stage.{last}"
         if whole in allowed:
-            inner = _pareto([*inner, *self._options([whole], by)])
+            inner = pareto([*inner, *self._options([whole], by)])
         for front in fronts:
-            inner = _cross(inner, front)
+            inner = cross(inner, front)
         return inner
 
     def _options(self, names: list[str], by: str) -> list[Option]:
@@ -184,7 +199,7 @@ class PruningProfile:
         return make_plan(self.config, [stages[k] for k in kept], self.costs, sums)
 
     def _saved(self, cuts: Sequence[str], by: str) -> float:
-        shape = UNetShape(self.config).cut(*cuts)
+        shape = self._shape.cut(*cuts)
         return self.costs.total.of(by) - self.costs.of_shape(shape).of(by)
 
 
@@ -214,69 +229,56 @@ def _of_stage(shape: UNetShape, cuts: Sequence[str], stage: int) -> list[str]:
     return [cut for cut in cuts if cut in whole | single]
 
 
-def _pareto(options: Sequence[Option]) -> list[Option]:
-    """The options for which no other one has a smaller loss and saves as much, sorted by loss."""
-    found: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.loss, -o.saved, len(o.cuts))):
-        if not found or option.saved > found[-1].saved:
-            found.append(option)
-    return found
-
-
-def _cross(one: list[Option], other: list[Option]) -> list[Option]:
-    """The best combinations of two lists of options.
-
-    The lists concern different parts of the UNet, so losses and savings add up.
-    """
-    loss = np.add.outer([o.loss for o in one], [o.loss for o in other]).ravel()
-    saved = np.add.outer([o.saved for o in one], [o.saved for o in other]).ravel()
-    order = np.lexsort((-saved, loss))
-    best = np.maximum.accumulate(saved[order])
-    keep = order[np.concatenate([[True], best[1:] > best[:-1]])]
-    pairs = [divmod(int(index), len(other)) for index in keep]
-    return [
-        Option(float(loss[i]), float(saved[i]), one[a].cuts + other[b].cuts) for i, (a, b) in zip(keep, pairs)
-    ]
-
-
-def profile_unet(
-    unet: Any,
+def profile_network(
+    network: Any,
     inputs: Sequence[CalibrationInput],
     *,
     height: int | None = None,
     width: int | None = None,
     repeats: int = 10,
     score: Score | None = None,
+    criterion: str = "drop",
     progress: bool = False,
 ) -> PruningProfile:
-    """Measures cost and sensitivity of all blocks, layers, attentions and cuts of a UNet.
+    """Measures cost and sensitivity of all blocks, layers, attentions and cuts of a network.
 
     Args:
-        unet: a stock UNet or an `ASDMUNet2DConditionModel`, with weights, on its target device.
-        inputs: calibration inputs, see `record_calibration_inputs` and `noised_calibration_inputs`.
-        height, width: size of the latents for the costs; default: that of the inputs, or `sample_size` of the
+        network: a stock UNet, an `ASDMUNet2DConditionModel` or a transformer, with weights, on its target device.
+        inputs: calibration inputs, see `record_calibration_inputs` and `noised_calibration_inputs`. The cost of a
+            transformer is that of a call with the first one.
+        height, width: size of the latents for the costs of a UNet; default: that of the inputs, or `sample_size` of the
             config.
         repeats: number of time measurements, with the batch size of the inputs; 0: none.
         score: see `measure_sensitivity`.
+        criterion: of the cuts of a transformer: "drop", "similarity" or "contiguous", see `PruningProfile`.
         progress: show a progress bar.
 
     Raises:
-        ValueError: there are neither inputs nor a score, or the UNet cannot be pruned.
+        ValueError: there are neither inputs nor a score, a transformer has no inputs or is given another size, the
+            criterion is unknown or not possible, or the network cannot be pruned.
     """
-    config = unet_config(unet)
+    shape = shape_of(network_config(network))
+    if not isinstance(shape, UNetShape):
+        if not inputs or height is not None or width is not None:
+            raise ValueError(
+                "The cost of a transformer is measured in a call of its pipeline: give the inputs of"
+                " record_calibration_inputs, with the height and width for the pipeline."
+            )
+        sensitivity = measure_sensitivity(network, inputs, score, progress, criterion)
+        return PruningProfile(shape.base, block_costs(network, inputs[0], repeats), sensitivity)
+    sensitivity = measure_sensitivity(network, inputs, score, progress, criterion)
     batch, tokens = 1, 77
     if inputs:
         first = inputs[0]
         batch, tokens = len(first["sample"]), first["encoder_hidden_states"].shape[1]
         if height is None and width is None:
             height, width = first["sample"].shape[2:]
-    sensitivity = measure_sensitivity(unet, inputs, score, progress)
-    costs = cost_table(unet, height, width, tokens, repeats, batch)
-    return PruningProfile(architecture_config(config), costs, sensitivity)
+    costs = cost_table(network, height, width, tokens, repeats, batch)
+    return PruningProfile(shape.base, costs, sensitivity)
 
 
 def plan_pruning(
-    unet: Any,
+    network: Any,
     inputs: Sequence[CalibrationInput],
     target: float,
     *,
@@ -284,6 +286,7 @@ def plan_pruning(
     num_stages: int = 3,
     stock_only: bool = False,
     score: Score | None = None,
+    criterion: str = "drop",
 ) -> PruningPlan:
     """The plan that reaches a target cost with the smallest predicted loss.
 
@@ -291,17 +294,17 @@ def plan_pruning(
 
     ```python
     plan = plan_pruning(pipe.unet, record_calibration_inputs(pipe, prompts), 0.78)
-    student = prune_unet(pipe.unet, plan, num_stages=1)
+    student = prune_network(pipe.unet, plan, num_stages=1)
     ```
 
     Args:
-        unet, inputs, score: see `profile_unet`, which also returns the measurements.
+        network, inputs, score, criterion: see `profile_network`, which also returns the measurements.
         target, by, num_stages, stock_only: see `PruningProfile.plan`.
 
     Raises:
-        ValueError: see `profile_unet` and `PruningProfile.plan`.
+        ValueError: see `profile_network` and `PruningProfile.plan`.
     """
     check_goal(target, by, num_stages)  # before the measurements, which take long
     repeats = 10 if by == "milliseconds" else 0
-    profile = profile_unet(unet, inputs, repeats=repeats, score=score)
+    profile = profile_network(network, inputs, repeats=repeats, score=score, criterion=criterion)
     return profile.plan(target, by, num_stages, stock_only)

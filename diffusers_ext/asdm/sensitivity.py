@@ -1,20 +1,21 @@
-"""Sensitivity: how much the output of a UNet changes without a part, on latents from sampling."""
+"""Sensitivity: how much the output of a network changes without a part, on latents from sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .calibration import CalibrationInput
-from .prune import cut_unet
+from .block_scores import block_losses, check_criterion, cut_losses, similarity
+from .calibration import CalibrationInput, the_latents
+from .networks import network_config, shape_of
+from .prune import cut_network
 from .shape import UNetShape, possible_cuts
-from .unet import unet_config
 
 Score = Callable[[Any], float]
 
@@ -28,30 +29,39 @@ class Sensitivity:
             skipped because its number of channels changes. For a block, all of its parts that can be skipped
             are skipped together.
         cuts: {cut: the loss if it alone is made}. The key of two layers is ("layer.S", "layer.S").
+        turns: of the blocks of a transformer, 1 − cosine of what enters and leaves them; see `block_scores.similarity`.
     """
 
     parts: dict[str, float | None]
     cuts: dict[tuple[str, ...], float]
+    turns: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def predict(unet: Any, inputs: Sequence[CalibrationInput]) -> list[Tensor]:
-    """The output (b, C, H, W) of the UNet for every input, float32, in evaluation mode."""
-    training = unet.training
+def predict(network: Any, inputs: Sequence[CalibrationInput]) -> list[Tensor]:
+    """The output (b, ...) of the network for every input, without a learned variance, float32, in evaluation mode."""
+    training = network.training
     try:
-        unet.eval()
-        return [unet(**item, return_dict=False)[0].float() for item in inputs]
+        network.eval()
+        return [_prediction(network(**item, return_dict=False)[0], the_latents(item)) for item in inputs]
     finally:
-        unet.train(training)
+        network.train(training)
+
+
+def _prediction(output: Any, latents: Tensor) -> Tensor:
+    output = torch.stack(output) if isinstance(output, list) else output  # as of Z-Image
+    if output.ndim == 4 and output.shape[1] == 2 * latents.shape[1]:
+        output = output[:, : latents.shape[1]]  # as of PixArt
+    return output.float()
 
 
 def output_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Sequence[Tensor]) -> float:
-    """Mean over inputs and rows of ‖ε − ε₀‖²/‖ε₀‖², where ε₀ is the output of the full UNet.
+    """Mean over inputs and rows of ‖ε − ε₀‖²/‖ε₀‖², where ε₀ is the output of the full network.
 
     Args:
-        unet: the UNet to compare.
+        unet: the network to compare.
         inputs: calibration inputs.
-        reference: the outputs of the full UNet, from `predict`.
+        reference: the outputs of the full network, from `predict`.
     """
     errors = []
     for found, wanted in zip(predict(unet, inputs), reference):
@@ -69,7 +79,7 @@ def guidance_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Se
     Args:
         unet: the UNet to compare.
         inputs: calibration inputs of a run with guidance: the rows without prompt, then those with prompt.
-        reference: the outputs of the full UNet, from `predict`.
+        reference: the outputs of the full network, from `predict`.
 
     Raises:
         ValueError: the inputs have an odd number of rows, or the prompts do not change the output of the full
@@ -90,36 +100,52 @@ def guidance_change(unet: Any, inputs: Sequence[CalibrationInput], reference: Se
 
 
 def measure_sensitivity(
-    unet: Any, inputs: Sequence[CalibrationInput], score: Score | None = None, progress: bool = False
+    network: Any,
+    inputs: Sequence[CalibrationInput],
+    score: Score | None = None,
+    progress: bool = False,
+    criterion: str = "drop",
 ) -> Sensitivity:
     """Measures the loss of every part and every cut alone.
 
     Args:
-        unet: the UNet, with weights.
+        network: the UNet or transformer, with weights.
         inputs: see `record_calibration_inputs` and `noised_calibration_inputs`.
-        score: a function of a UNet to use in place of the change of the output, such as a Fréchet distance
+        score: a function of a network to use in place of the change of the output, such as a Fréchet distance
             after a short sampling run; lower is better. The loss is the difference from the score of the full
-            UNet. It is called about 80 times for Stable Diffusion. The UNet may have forward hooks during the
-            call.
+            network. It is called about 80 times for Stable Diffusion. The network may have forward hooks, and a
+            transformer blocks that are bypassed, during the call.
         progress: show a progress bar.
+        criterion: of the cuts of a transformer, see `PruningProfile`.
 
     Returns:
         Losses of all parts and cuts. Without `score`, GRI attention that does not change the output at all is no cut.
 
     Raises:
-        ValueError: there are neither inputs nor a score, or the UNet cannot be pruned.
+        ValueError: there are neither inputs nor a score, the criterion is unknown or not possible, or the network cannot
+            be pruned.
     """
+    check_criterion(criterion)
     if not inputs and score is None:
         raise ValueError("Expected inputs (see record_calibration_inputs) or a score, got neither.")
-    shape = UNetShape(unet_config(unet))
-    reference = predict(unet, inputs) if score is None else []
-    whole = 0.0 if score is None else score(unet)
+    shape = shape_of(network_config(network))
+    if criterion != "drop" and isinstance(shape, UNetShape):
+        raise ValueError(f"criterion={criterion!r} is for the blocks of transformers: use 'drop' for a UNet.")
+    if criterion == "similarity" and not inputs:
+        raise ValueError("criterion='similarity' compares what enters and leaves a block: give inputs.")
+    reference = predict(network, inputs) if score is None else []
+    whole = 0.0 if score is None else score(network)
 
     def loss(candidate: Any) -> float:
         if score is None:
             return output_change(candidate, inputs, reference)
         return score(candidate) - whole
 
+    if not isinstance(shape, UNetShape):
+        blocks = block_losses(network, loss, progress)
+        turns = similarity(network, inputs) if inputs else {}
+        return Sensitivity(blocks, cut_losses(network, blocks, turns, loss, criterion, progress), turns)
+    unet = network
     parts: dict[str, float | None] = {}
     for path in tqdm(_parts(shape), disable=not progress, desc="parts"):
         units = [u for u in shape.units() if f"{u}.".startswith(f"{path}.") and can_skip(shape, u)]
@@ -129,7 +155,7 @@ def measure_sensitivity(
     for group in tqdm(_groups(shape), disable=not progress, desc="cuts"):
         alone = "mid_block" if group == ("mid",) else group[0].removeprefix("attention:")
         known = parts.get(alone)
-        cuts[group] = loss(cut_unet(unet, *group)) if known is None else known
+        cuts[group] = loss(cut_network(unet, *group)) if known is None else known
         # Windows that cover the whole image are full attention: nothing is cut, and a difference of times is noise.
         if score is None and group[0].startswith("gri.") and cuts[group] == 0:
             del cuts[group]

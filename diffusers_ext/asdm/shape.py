@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -197,6 +198,19 @@ class UNetShape:
         kept = list(self.units().values())
         return [p for a in kept for p in sorted(self._gri) if f"{p}.".startswith(f"{a}.")]
 
+    def identity(self) -> str:
+        """Equal for two shapes only if they have the same modules."""
+        return digest(self.config())
+
+    def removed(self) -> dict[str, Fraction]:
+        """{original path of a removed module: the share of its parameters and of its work that is removed}, all of it."""
+        kept = set(self.units().values())
+        return {path: Fraction(1) for path in UNetShape(self.base).units().values() if path not in kept}
+
+    def fit(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The weights for this shape, which are those of the modules that are left."""
+        return weights
+
     def current(self, path: str) -> str | None:
         """The current path of an original module or of anything inside one, or None if it was removed."""
         for now, old in self.units().items():
@@ -348,11 +362,6 @@ def _keep_depths(config: Config, key: str, index: int, kept: Iterable[int]) -> N
     depths = depths if key == "down_block_types" else f"reverse_{depths}"
     if isinstance(config[depths], list) and isinstance(config[depths][index], list):
         config[depths][index] = [config[depths][index][layer] for layer in kept]
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that are equal for two UNets only if they have the same modules."""
-    return digest(UNetShape(config).config())
 
 
 def possible_cuts(config: Mapping[str, Any], stock_only: bool = False) -> list[str]:

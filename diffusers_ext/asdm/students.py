@@ -18,20 +18,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.schedules import noising_scheduler
 from ..core.storage import write_json
 from ..training.captioned import CaptionedBatches
 from ..training.checkpoints import list_checkpoints
 from ..training.loop import make_accelerator, train
 from ..training.models import freeze, frozen_dtype
 from ..training.recipes import run_recipe
-from ..training.rows import Rows, on_device, rows_of_step
+from ..training.rows import Batch, Rows, on_device, rows_of_step
 from . import training as asdm
-from .calibration import CalibrationInput
 from .candidates import Candidate
 from .halving import Halving
-from .prune import teacher_blocks
-from .sensitivity import predict
+from .teaching import Teaching
 
 _CHOICE_SEED, _COMPARISON_SEED = 10**9, 10**9 + 1
 
@@ -52,7 +49,7 @@ class Students:
     Args:
         args: as of the training scripts, with the folder of the search as `output_dir`.
         accelerator: of the search; every student has its own.
-        pipe: the pipeline, as from `load_teacher`. Its UNet is cast as mixed precision asks.
+        pipe: the pipeline, as from `load_teacher`. Its network is cast as mixed precision asks.
         candidates: {name: candidate}.
         batches: what the students are trained on.
         made_of: records of the pipeline, of the images and of the search.
@@ -73,17 +70,18 @@ class Students:
     ) -> None:
         self.args, self.pipe, self.candidates, self.batches = args, pipe, candidates, batches
         self.made_of, self.halving = made_of, halving
-        self.scheduler = noising_scheduler(pipe.scheduler)
+        self.teaching = Teaching(args, pipe)
+        teacher = self.teaching.teacher
         uncached = argparse.Namespace(**{**vars(args), "cache_latents": False})
         rows = CaptionedBatches(uncached, accelerator, pipe, held_out, made_of)
-        # By the full UNet in float32, before it is cast.
+        # By the full network in float32, before it is cast.
         self.choice, self.comparison = (
             self._inputs(rows, len(held_out), seed) for seed in (_CHOICE_SEED, _COMPARISON_SEED)
         )
-        self.wanted = [predict(pipe.unet, inputs) for inputs in (self.choice, self.comparison)]
+        self.wanted = [self.teaching.predict(teacher, inputs) for inputs in (self.choice, self.comparison)]
         exact = frozen_dtype(accelerator) == torch.float32
-        self.source = pipe.unet if exact else copy.deepcopy(pipe.unet).cpu()
-        freeze(pipe.unet, accelerator)
+        self.source = teacher if exact else copy.deepcopy(teacher).cpu()
+        freeze(teacher, accelerator)
         steps = halving.steps_of_rungs
         self.added = [steps[0], *(b - a for a, b in itertools.pairwise(steps))]
         sizes = halving.sizes(len(candidates))
@@ -114,39 +112,31 @@ class Students:
     def _folder(self, name: str) -> Path:
         return Path(self.args.output_dir) / "candidates" / name
 
-    def _inputs(self, batches: CaptionedBatches, count: int, seed: int) -> list[CalibrationInput]:
-        """Every held-out image once, with the noise and the timestep of the seed."""
+    def _inputs(self, batches: CaptionedBatches, count: int, seed: int) -> list[Batch]:
+        """Every held-out image once, with the noise and the noise level of the seed."""
         found, size = [], self.args.train_batch_size
         for step, first in enumerate(range(0, count, size)):
             draws = rows_of_step(seed, step, 0, min(size, count - first)).generators
             read = on_device(batches.read(_InTurn(draws, first=first)), self.pipe.device)
-            batch = asdm.conditioned(**batches.encode(read))
-            latents, noise, timesteps = (batch.pop(key) for key in ("latents", "noise", "timesteps"))
-            found.append(
-                {
-                    "sample": self.scheduler.add_noise(latents, noise, timesteps),
-                    "timestep": timesteps,
-                    **batch,
-                }
-            )
+            found.append(batches.encode(read))
         return found
 
     def _train(self, name: str, rung: int) -> dict[str, Any]:
-        """Trains a student from its checkpoint, or from the full UNet, to the steps of a rung."""
+        """Trains a student from its checkpoint, or from the full network, to the steps of a rung."""
         steps = self.halving.steps_of_rungs[rung]
         own = {"output_dir": str(self._folder(name)), "max_train_steps": steps}
         args = argparse.Namespace(**{**vars(self.args), **own})
         accelerator = make_accelerator(args)
         plan = asdm.in_one_go(self.candidates[name].plan)
         student = asdm.make_student(self.source, plan, 1, cond_convs=False).to(accelerator.device)
-        objective = asdm.StageObjective(student, self.pipe.unet, teacher_blocks(plan, 1), self.scheduler)
+        objective = self.teaching.objective(student, plan, 1)
         record: dict[str, Any] = {"steps": steps}
 
         def validate(model: nn.Module, step: int) -> dict[str, float]:
-            rows = row_losses(predict(student, self.choice), self.wanted[0])
+            rows = row_losses(self.teaching.predict(student, self.choice), self.wanted[0])
             record.update(loss=float(rows.mean()), rows=rows.tolist())
             if rung == self.halving.rungs - 1:
-                fresh = row_losses(predict(student, self.comparison), self.wanted[1])
+                fresh = row_losses(self.teaching.predict(student, self.comparison), self.wanted[1])
                 record["comparison rows"] = fresh.tolist()
             return {"loss": record["loss"]}
 

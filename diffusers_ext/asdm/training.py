@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from ..core.storage import check_recipe, write_json
 from ..training.checkpoints import list_checkpoints
 from .cost import count_macs
 from .distill import DistillObjective, DistillWeights
+from .networks import empty_network, network_config
 from .plan import PruningPlan
-from .prune import inherit_convs, prune_unet
-from .unet import ASDMUNet2DConditionModel, empty_unet, unet_config
+from .prune import inherit_convs, prune_network
+from .shape import UNetShape
+from .transformers import LISTS
+from .unet import ASDMUNet2DConditionModel, unet_config
 
 RECIPE_NAME = "incubation.json"
 
@@ -81,38 +85,40 @@ def conditioned(
     return found
 
 
-def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = True) -> UNet2DConditionModel:
+def make_student(source: Any, plan: PruningPlan, stage: int, cond_convs: bool = True) -> Any:
     """The untrained student of a stage.
 
     Args:
-        source: the student of the previous stage, or the full UNet for stage 1. It is not changed.
+        source: the student of the previous stage, or the full network for stage 1. It is not changed.
         plan: see `PruningPlan`.
         stage: number of the stage, from 1.
-        cond_convs: keep the removed convolutions as experts (CLME-CondConv).
+        cond_convs: keep the removed convolutions of a UNet as experts (CLME-CondConv).
 
     Raises:
-        ValueError: see `prune_unet`.
+        ValueError: see `prune_network`.
     """
     stages = {"from_stage": stage - 1, "num_stages": stage}
-    student = prune_unet(source, plan, **stages)
-    return inherit_convs(student, source, plan, **stages) if cond_convs else student
+    student = prune_network(source, plan, **stages)
+    convs = cond_convs and isinstance(plan.shape(), UNetShape)
+    return inherit_convs(student, source, plan, **stages) if convs else student
 
 
-def random_unet(unet: Any, seed: int) -> UNet2DConditionModel:
-    """An untrained UNet with the same config.
+def random_network(network: Any, seed: int) -> Any:
+    """An untrained network with the same config.
 
     It depends on the seed only, and the global random state does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return empty_unet(unet_config(unet))
+        return empty_network(network_config(network))
 
 
-def load_student(folder: str | Path) -> UNet2DConditionModel:
+def load_student(folder: str | Path) -> Any:
     """Loads a saved student in float32."""
     kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
     ours = kind == ASDMUNet2DConditionModel.__name__
     loader: Any = ASDMUNet2DConditionModel if ours else UNet2DConditionModel
+    loader = getattr(diffusers, kind) if kind in LISTS else loader
     return loader.from_pretrained(folder, torch_dtype=torch.float32)
 
 
@@ -157,7 +163,8 @@ def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
         ValueError: the folder contains a run that is not resumed, or that has another recipe. The message
             names the differences.
     """
-    begun = [p for p in sorted(output.glob("stage-*")) if list_checkpoints(p) or (p / "unet").is_dir()]
+    stages = sorted(output.glob("stage-*"))
+    begun = [p for p in stages if any(map(_is_begun, (p, p / "intervals")))]
     if not begun:
         return
     if not resumed:
@@ -168,6 +175,11 @@ def check_run(output: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
     check_recipe(
         output / RECIPE_NAME, recipe, "resume it with its own arguments, or choose another --output_dir"
     )
+
+
+def _is_begun(folder: Path) -> bool:
+    done = any((folder / part).is_dir() for part in ("unet", "transformer"))
+    return done or (folder.is_dir() and bool(list_checkpoints(folder)))
 
 
 def write_recipe(output: Path, recipe: Mapping[str, Any]) -> None:

@@ -121,15 +121,34 @@ def build_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> UNet2DCond
     """
     with torch.device("meta"):
         unet = empty_unet(config)
-    found = unet.state_dict()
-    wrong = sorted({*found} ^ {*weights}) or [n for n in found if found[n].shape != weights[n].shape]
-    if wrong:
-        raise ValueError(
-            f"These weights do not fit the config of the UNet: {', '.join(wrong[:4])} ({len(wrong)} in all)."
-            " A UNet with a LoRA or with fused projections cannot be pruned: fuse or unload the LoRA first."
-        )
+    check_fits(weights, unet.state_dict(), "UNet")
     unet.load_state_dict(weights, strict=True, assign=True)
     return unet
+
+
+def check_fits(weights: dict[str, Tensor], wanted: dict[str, Tensor], kind: str) -> None:
+    """Raises a ValueError unless the weights have the names and shapes of the `wanted` ones of a UNet or transformer."""
+    wrong = sorted({*wanted} ^ {*weights}) or [n for n in wanted if wanted[n].shape != weights[n].shape]
+    if wrong:
+        raise ValueError(
+            f"These weights do not fit the config of the {kind}: {', '.join(wrong[:4])} ({len(wrong)} in all)."
+            f" A {kind} with a LoRA or with fused projections cannot be pruned: fuse or unload the LoRA first."
+        )
+
+
+def check_not_cast(network: nn.Module) -> None:
+    """Raises a ValueError if weights are stored in eight bits and cast in every layer."""
+    kind = "UNet" if isinstance(network, UNet2DConditionModel) else "transformer"
+    stored = {
+        value.dtype
+        for value in network.parameters()
+        if value.is_floating_point() and value.dtype.itemsize < 2
+    }
+    if stored:
+        raise ValueError(
+            f"The weights of the {kind} are stored as {', '.join(map(str, sorted(stored, key=str)))} and cast in every"
+            f" layer (enable_layerwise_casting), and the pruned {kind} would not cast them: prune before casting."
+        )
 
 
 def empty_unet(config: dict[str, Any]) -> UNet2DConditionModel:
@@ -151,17 +170,10 @@ def unet_config(unet: Any) -> dict[str, Any]:
 
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
-            f"Pruning needs a UNet2DConditionModel, got {type(unet).__name__}: give the .unet of a pipeline, before"
-            " torch.compile."
+            f"Pruning needs a UNet2DConditionModel or a transformer, got {type(unet).__name__}: give the .unet or"
+            " .transformer of a pipeline, before torch.compile."
         )
-    stored = {
-        value.dtype for value in unet.parameters() if value.is_floating_point() and value.dtype.itemsize < 2
-    }
-    if stored:
-        raise ValueError(
-            f"The weights of the UNet are stored as {', '.join(map(str, sorted(stored, key=str)))} and cast in every"
-            " layer (enable_layerwise_casting), and the pruned UNet would not cast them: prune before casting."
-        )
+    check_not_cast(unet)
     config: dict[str, Any] = dict(unet.config)
     if gri_attention_of(unet) is not None and not config.get("gri_attention"):
         raise ValueError(

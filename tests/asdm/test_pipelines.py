@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 import diffusers_ext as dx
-from diffusers_ext.asdm.apply import check_pipeline, gri_attention_of
+from diffusers_ext.asdm.apply import gri_attention_of
 from diffusers_ext.asdm.pipelines import ASDMStableDiffusionPipeline
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
 from diffusers_ext.golden_noise.pipelines import GoldenNoiseStableDiffusionPipeline
@@ -40,7 +40,7 @@ print(type(pipe).__name__, type(pipe.unet).__name__)
 def pruned() -> Any:
     pipe = tiny.build("sd")
     plan = dx.PruningPlan(dict(pipe.unet.config), (("attention:up_blocks.1.attentions.1", "gri.0"),))
-    pipe.unet = dx.prune_unet(pipe.unet, plan)
+    pipe.unet = dx.prune_network(pipe.unet, plan)
     return pipe
 
 
@@ -119,20 +119,6 @@ def test_from_pipe_with_the_folder_and_of_stock_classes() -> None:
         StableDiffusionImg2ImgPipeline.from_pipe(made)
     assert StableDiffusionImg2ImgPipeline.from_pipe(made, unet=made.unet).unet is made.unet
     assert AutoPipelineForImage2Image.from_pipe(pruned()).unet.config.removed_attentions
-
-
-@pytest.mark.parametrize("name", families.NAMES)
-def test_pipelines_without_a_conditional_unet_are_refused(name: str) -> None:
-    pipe = families.build(name)
-    if families.FAMILIES[name].denoisers == ("unet",) and name != "ddpm":
-        check_pipeline(pipe)
-    else:
-        with pytest.raises(
-            ValueError, match=r"needs a UNet2DConditionModel, or a pipeline whose \.unet is one"
-        ):
-            check_pipeline(pipe)
-        with pytest.raises(ValueError, match=f"got {type(pipe).__name__}"):
-            dx.record_calibration_inputs(pipe, ["a"], num_timesteps=1, num_inference_steps=1)
 
 
 def test_a_controlnet_is_refused_for_calibration() -> None:

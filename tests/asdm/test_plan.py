@@ -13,12 +13,14 @@ from rich.console import Console
 import diffusers_ext as dx
 from diffusers_ext.asdm.calibration import noised_calibration_inputs
 from diffusers_ext.asdm.cost import CostTable, cost_table, count_macs, example_inputs, measure_milliseconds
-from diffusers_ext.asdm.plan import PRESETS, make_plan, preset_plan, preset_stages
-from diffusers_ext.asdm.prune import cut_unet, prune_unet
+from diffusers_ext.asdm.networks import fingerprint
+from diffusers_ext.asdm.plan import make_plan
+from diffusers_ext.asdm.presets import PRESETS, preset_plan, preset_stages
+from diffusers_ext.asdm.prune import cut_network, prune_network
 from diffusers_ext.asdm.report import cuts_table, plan_table, profile_table, save_plot
 from diffusers_ext.asdm.search import PruningProfile
 from diffusers_ext.asdm.sensitivity import output_change, predict
-from diffusers_ext.asdm.shape import UNetShape, fingerprint, possible_cuts
+from diffusers_ext.asdm.shape import UNetShape, possible_cuts
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel, empty_unet, unet_config
 from tests import tiny
 from tests.asdm.networks import SD15, SDXL, SMALL, network
@@ -37,7 +39,7 @@ def probes(unet: Any, count: int = 2) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def analysis() -> PruningProfile:
     unet = network()
-    return dx.profile_unet(unet, probes(unet), repeats=1)
+    return dx.profile_network(unet, probes(unet), repeats=1)
 
 
 # --- cuts ---
@@ -140,12 +142,12 @@ def test_predicted_costs_are_the_pruned_nets(config: dict[str, Any]) -> None:
     singles = [c for c in possible_cuts(unet.config) if not c.startswith("attention:up")]
     for cuts in [*((c,) for c in singles), ("layer.1", "gri.1", "attention:up_blocks.1.attentions.2", "mid")]:
         predicted = make_plan(unet.config, [cuts], costs).predictions[1].cost
-        student = cut_unet(unet, *cuts)
+        student = cut_network(unet, *cuts)
         assert count_macs(unet_config(student), 16, 24, tokens=5)[""] == predicted.macs, cuts
         assert student.num_parameters() == predicted.parameters, cuts
     # A student that has GRI attention and a removed attention is planned like any other.
     again = cost_table(student, 16, 24, tokens=5)
-    smaller = cut_unet(student, "layer.2", "attention.down.1")
+    smaller = cut_network(student, "layer.2", "attention.down.1")
     after = again.of_shape(UNetShape(student.config).cut("layer.2", "attention.down.1"))
     assert count_macs(unet_config(smaller), 16, 24, tokens=5)[""] == after.macs
 
@@ -183,7 +185,7 @@ def test_sensitivity_is_the_output_change(analysis: PruningProfile) -> None:
     assert output_change(unet, given, reference) == 0
     for cuts, loss in analysis.sensitivity.cuts.items():
         # Skipped or never built, an attention's output is the same to the last bit.
-        assert output_change(cut_unet(unet, *cuts), given, reference) == loss
+        assert output_change(cut_network(unet, *cuts), given, reference) == loss
     assert analysis.sensitivity.parts["down_blocks.1.resnets.0"] is None  # 8 to 16 channels
     assert analysis.sensitivity.parts["up_blocks.0"] is not None
     assert ("layer.0", "layer.0") in analysis.sensitivity.cuts
@@ -197,9 +199,9 @@ def test_a_score_in_place_of_probes() -> None:
         calls.append(candidate)
         return -candidate.num_parameters() / 1000
 
-    found = dx.profile_unet(unet, [], repeats=0, score=score)
+    found = dx.profile_network(unet, [], repeats=0, score=score)
     assert found.sensitivity.cuts[("mid",)] == 0.0  # skipped in place: the same parameters
-    less = unet.num_parameters() - cut_unet(unet, "layer.1").num_parameters()
+    less = unet.num_parameters() - cut_network(unet, "layer.1").num_parameters()
     assert found.sensitivity.cuts[("layer.1",)] == pytest.approx(less / 1000)
     assert calls[0] is unet
 
@@ -215,7 +217,7 @@ def test_the_plan_reaches_its_target(analysis: PruningProfile, by: str, stock_on
         assert all(plan.stages)
         losses = [p.loss for p in plan.predictions]
         assert losses[0] == 0
-        student = prune_unet(unet, plan)
+        student = prune_network(unet, plan)
         assert student.num_parameters() == plan.predictions[-1].cost.parameters
         assert not (stock_only and isinstance(student, ASDMUNet2DConditionModel))
 
@@ -285,7 +287,9 @@ def test_presets() -> None:
         ("gri.1",),
     )
     assert preset_plan("bk-small", sdxl).stages == (("layer.0", "layer.1", "layer.2", "mid"),)
-    with pytest.raises(ValueError, match="Presets are bk-base, bk-small, bk-tiny, incubation, got 'bk'"):
+    with pytest.raises(
+        ValueError, match="Presets of UNets are bk-base, bk-small, bk-tiny, incubation, got 'bk'"
+    ):
         preset_plan("bk", small)
     with pytest.raises(ValueError, match="resolution 2 has 32 channels and the one above 16"):
         preset_plan("bk-tiny", sdxl)
@@ -355,7 +359,7 @@ def test_command(tmp_path: Path) -> None:
     for part in ("Parts of the UNet", "Cuts, each made alone", "Pruning plan", "plan.json"):
         assert part in text
     assert (tmp_path / "plan.png").exists()
-    pipe.unet = dx.prune_unet(pipe.unet, plan)
+    pipe.unet = dx.prune_network(pipe.unet, plan)
     assert tiny.images(pipe, "sd", steps=1).shape == (1, 3, 8, 8)
 
     network().save_pretrained(tmp_path / "unet")

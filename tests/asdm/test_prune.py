@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import diffusers_ext as dx
-from diffusers_ext.asdm.prune import cut_unet, inherit_convs, prune_unet, removed_convs, teacher_blocks
+from diffusers_ext.asdm.prune import cut_network, inherit_convs, prune_network, removed_convs, teacher_blocks
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
 from tests.asdm.networks import SDXL, SMALL, network, run, tagged
 
@@ -55,7 +55,7 @@ def moved(found: dict[str, str]) -> dict[str, str]:
 @pytest.mark.parametrize("config", [SMALL, SDXL])
 def test_nothing_removed_is_bit_equal(config: dict[str, Any]) -> None:
     unet = network(config)
-    copy = prune_unet(unet, plan(unet))
+    copy = prune_network(unet, plan(unet))
     assert type(copy) is UNet2DConditionModel
     assert torch.equal(run(copy), run(unet))
     next(iter(copy.parameters())).data.zero_()
@@ -77,14 +77,14 @@ def test_nothing_removed_is_bit_equal(config: dict[str, Any]) -> None:
 )
 def test_every_weight_is_where_it_should_be(cuts: tuple[str, ...], expected: dict[str, int]) -> None:
     teacher = tagged(network())
-    student = prune_unet(teacher, plan(teacher, cuts))
+    student = prune_network(teacher, plan(teacher, cuts))
     wanted = {now: f"{now.rpartition('.')[0]}.{index}" for now, index in expected.items()}
     assert moved(sources(student, teacher)) == wanted
 
 
 def test_a_removed_stage_shifts_the_up_blocks() -> None:
     teacher = tagged(network())
-    student = prune_unet(teacher, plan(teacher, ("stage.2", "layer.1")))
+    student = prune_network(teacher, plan(teacher, ("stage.2", "layer.1")))
     found = moved(sources(student, teacher))
     assert len(student.down_blocks) == 2
     assert student.mid_block is None
@@ -136,7 +136,7 @@ def test_layers_that_do_nothing_are_not_missed(cuts: tuple[str, ...], idle: tupl
         _make_identity(teacher, path)
     if "mid.attention" in cuts:
         _make_identity(teacher, "mid_block.resnets.0")  # for its attention's sake
-    student = prune_unet(teacher, plan(teacher, cuts))
+    student = prune_network(teacher, plan(teacher, cuts))
     # Identities by convolution with 0 and 1 are exact.
     torch.testing.assert_close(run(student), run(teacher), rtol=0, atol=1e-6)
 
@@ -152,8 +152,8 @@ def test_stages_one_by_one_equal_all_at_once(config: dict[str, Any]) -> None:
     )
     student = teacher
     for stage in range(3):
-        student = prune_unet(student, whole, from_stage=stage, num_stages=stage + 1)
-        direct = prune_unet(teacher, whole, num_stages=stage + 1)
+        student = prune_network(student, whole, from_stage=stage, num_stages=stage + 1)
+        direct = prune_network(teacher, whole, num_stages=stage + 1)
         assert dict(student.config) == dict(direct.config)
         assert torch.equal(run(student), run(direct))
     assert isinstance(student, ASDMUNet2DConditionModel)
@@ -168,9 +168,9 @@ def test_a_teacher_with_gri_attention_on_whole_blocks() -> None:
     gri = {"paths": ["down_blocks.0", "up_blocks.2.attentions.2"]}
     teacher = ASDMUNet2DConditionModel(**SMALL, gri_attention=gri).eval()
     cuts = plan(teacher, ("layer.0",), ("gri.1",))
-    first = prune_unet(teacher, cuts, num_stages=1)
-    second = prune_unet(first, cuts, from_stage=1)
-    assert torch.equal(run(second), run(prune_unet(teacher, cuts)))
+    first = prune_network(teacher, cuts, num_stages=1)
+    second = prune_network(first, cuts, from_stage=1)
+    assert torch.equal(run(second), run(prune_network(teacher, cuts)))
     assert first.config["gri_attention"]["paths"] == [
         "down_blocks.0.attentions.0",
         "up_blocks.2.attentions.1",
@@ -183,7 +183,7 @@ def test_stock_students_load_without_this_package(tmp_path: Path) -> None:
 
     teacher = network()
     cuts = ("attention.down.0", "layer.1", "layer.0", "layer.0", "mid.attention", "attention.up.1")
-    student = prune_unet(teacher, plan(teacher, cuts))
+    student = prune_network(teacher, plan(teacher, cuts))
     student.save_pretrained(tmp_path / "student")
     inputs = example_inputs(student.config, 1, tokens=5)
     with torch.no_grad():
@@ -195,11 +195,11 @@ def test_stock_students_load_without_this_package(tmp_path: Path) -> None:
 
 def test_students_keep_dtype_and_mode_and_train() -> None:
     teacher = network().to(torch.bfloat16).train()
-    student = prune_unet(teacher, plan(teacher, ("layer.1", "gri.0")))
+    student = prune_network(teacher, plan(teacher, ("layer.1", "gri.0")))
     assert student.dtype == torch.bfloat16
     assert student.training
     assert all(p.requires_grad for p in student.parameters())
-    assert cut_unet(teacher, "mid").conv_in.weight.data_ptr() == teacher.conv_in.weight.data_ptr()
+    assert cut_network(teacher, "mid").conv_in.weight.data_ptr() == teacher.conv_in.weight.data_ptr()
 
 
 def test_transformers_of_a_depth_each(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_transformers_of_a_depth_each(tmp_path: Path) -> None:
         "reverse_transformer_layers_per_block": (1, (1, 2, 3), (3, 2, 1)),
     }
     teacher = tagged(network(**depths))
-    student = prune_unet(teacher, plan(teacher, ("layer.0", "layer.1")))
+    student = prune_network(teacher, plan(teacher, ("layer.0", "layer.1")))
     assert student.config["reverse_transformer_layers_per_block"] == [1, [1, 3], [3, 1]]
     assert student.config["transformer_layers_per_block"] == [[1], [2], 1]
     sources(student, teacher)
@@ -234,7 +234,7 @@ def test_removed_convs() -> None:
         "up_blocks.0.resnets.1.conv2",
         "up_blocks.0.resnets.2.conv2",
     ]
-    first = prune_unet(teacher, twice, num_stages=1)
+    first = prune_network(teacher, twice, num_stages=1)
     assert removed_convs(first, twice, from_stage=1)["up_blocks.0.resnets.0.conv2"] == [
         "up_blocks.0.resnets.1.conv2"
     ]
@@ -243,7 +243,7 @@ def test_removed_convs() -> None:
 def test_inherited_convs_change_nothing_at_first_and_stay(tmp_path: Path) -> None:
     teacher = network()
     cuts = plan(teacher, ("layer.1",), ("layer.0",))
-    student = prune_unet(teacher, cuts, num_stages=1)
+    student = prune_network(teacher, cuts, num_stages=1)
     rich = inherit_convs(student, teacher, cuts, num_stages=1)
     assert isinstance(rich, ASDMUNet2DConditionModel)
     assert rich.config["cond_convs"]["up_blocks.1.resnets.0.conv2"] == 2
@@ -254,7 +254,7 @@ def test_inherited_convs_change_nothing_at_first_and_stay(tmp_path: Path) -> Non
     rich.save_pretrained(tmp_path)
     assert torch.equal(run(ASDMUNet2DConditionModel.from_pretrained(tmp_path).eval()), run(rich))
     # The next stage keeps the layers, and adds its own.
-    second = prune_unet(rich, cuts, from_stage=1)
+    second = prune_network(rich, cuts, from_stage=1)
     assert second.config["cond_convs"] == rich.config["cond_convs"]
     richer = inherit_convs(second, rich, cuts, from_stage=1)
     assert set(richer.config["cond_convs"]) > set(rich.config["cond_convs"])
@@ -270,14 +270,14 @@ def test_errors() -> None:
 
     def refused(text: str, *args: Any, **kwargs: Any) -> None:
         with pytest.raises(ValueError, match=re.escape(text)):
-            prune_unet(*args, **kwargs)
+            prune_network(*args, **kwargs)
 
     refused("This plan is for another UNet: the one it was made for has the fingerprint", other, cuts)
     refused("block_out_channels: [8, 16, 16] expected, [8, 16, 32] given", other, cuts)
     refused("its student of stage 1", teacher, cuts, from_stage=1)
     refused("The plan has the stages 0 (no cuts) to 2, got 3", teacher, cuts, num_stages=3)
     refused("from_stage=2 must lie between 0 and num_stages=1", teacher, cuts, from_stage=2, num_stages=1)
-    refused("Pruning needs a UNet2DConditionModel, got Linear", torch.nn.Linear(1, 1), cuts)
+    refused("A Linear cannot be pruned, since its blocks are not known", torch.nn.Linear(1, 1), cuts)
     refused(
         "got OptimizedModule: give the .unet of a pipeline, before torch.compile",
         torch.compile(teacher),
@@ -297,4 +297,4 @@ def test_a_unet_with_a_lora_is_refused() -> None:
     teacher = network()
     teacher.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="fuse or unload the LoRA first"):
-        prune_unet(teacher, plan(teacher, ("mid",)))
+        prune_network(teacher, plan(teacher, ("mid",)))

@@ -10,10 +10,11 @@ from torch import nn
 import diffusers_ext as dx
 from diffusers_ext.asdm.candidates import Candidate, choose_candidates, find_candidates
 from diffusers_ext.asdm.cost import CostTable, cost_table, time_ratio
-from diffusers_ext.asdm.prune import cut_unet
+from diffusers_ext.asdm.networks import fingerprint
+from diffusers_ext.asdm.prune import cut_network
 from diffusers_ext.asdm.search import PruningProfile
 from diffusers_ext.asdm.sensitivity import guidance_change, predict
-from diffusers_ext.asdm.shape import UNetShape, fingerprint
+from diffusers_ext.asdm.shape import UNetShape
 from tests.asdm.networks import network
 from tests.asdm.times import by_macs, fake_times
 
@@ -40,7 +41,7 @@ def unet() -> Any:
 
 @pytest.fixture(scope="module")
 def profile(unet: Any) -> PruningProfile:
-    measured = dx.profile_unet(unet, inputs(), repeats=0)
+    measured = dx.profile_network(unet, inputs(), repeats=0)
     return PruningProfile(measured.config, by_macs(measured.costs), measured.sensitivity)
 
 
@@ -153,7 +154,7 @@ def test_guidance_change(unet: Any) -> None:
 
     assert guidance_change(Weaker(), given, reference) == pytest.approx(0.25**2, rel=1e-4)  # float32
     # Without the attentions in its way, no prompt acts: δ = 0.
-    assert guidance_change(cut_unet(unet, *ALL_ATTENTIONS), given, reference) == pytest.approx(1, abs=1e-5)
+    assert guidance_change(cut_network(unet, *ALL_ATTENTIONS), given, reference) == pytest.approx(1, abs=1e-5)
     with pytest.raises(ValueError, match="got 3 rows: use guidance"):
         guidance_change(
             unet,

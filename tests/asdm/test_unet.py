@@ -14,7 +14,7 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.condconv import add_cond_convs, fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
 from diffusers_ext.asdm.gri_processors import GRIAttnProcessor
-from diffusers_ext.asdm.prune import prune_unet
+from diffusers_ext.asdm.prune import prune_network
 from diffusers_ext.asdm.sensitivity import skipped
 from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel, SkippedAttention
 from tests import tiny
@@ -91,7 +91,7 @@ def test_without_its_own_keys_it_is_the_stock_unet(tmp_path: Path) -> None:
 def test_a_removed_attention_is_a_skipped_one() -> None:
     teacher = network()
     path = "up_blocks.1.attentions.1"
-    student = prune_unet(teacher, dx.PruningPlan(dict(teacher.config), ((f"attention:{path}",),)))
+    student = prune_network(teacher, dx.PruningPlan(dict(teacher.config), ((f"attention:{path}",),)))
     with skipped(teacher, [path]):
         assert torch.equal(run(student), run(teacher))
     assert not torch.equal(run(student), run(teacher))
@@ -103,7 +103,7 @@ def test_a_removed_attention_is_a_skipped_one() -> None:
 
 def test_gri_attention_of_a_student_is_the_applied_one() -> None:
     teacher = network()
-    student = prune_unet(teacher, dx.PruningPlan(dict(teacher.config), (("gri.0",),)))
+    student = prune_network(teacher, dx.PruningPlan(dict(teacher.config), (("gri.0",),)))
     dx.apply_gri_attention(teacher)  # at the finest resolution that has attention
     assert torch.equal(run(student), run(teacher))
 
@@ -111,7 +111,7 @@ def test_gri_attention_of_a_student_is_the_applied_one() -> None:
 def test_in_a_pipeline(tmp_path: Path) -> None:
     pipe = tiny.build("sd")
     plan = dx.PruningPlan(dict(pipe.unet.config), (("attention:up_blocks.1.attentions.1", "gri.0"),))
-    pipe.unet = dx.prune_unet(pipe.unet, plan)
+    pipe.unet = dx.prune_network(pipe.unet, plan)
     before = tiny.images(pipe, "sd", steps=2)
     pipe.save_pretrained(tmp_path)
     assert '"diffusers_ext"' in (tmp_path / "model_index.json").read_text()

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.networks import network_config
 from tests import families, tiny
 
 SECTIONS: dict[str, list[str]] = {
@@ -149,8 +150,8 @@ SECTIONS: dict[str, list[str]] = {
         "dx.plan_pruning(pipe.unet, inputs, 1.5)",
         'dx.plan_pruning(pipe.unet, inputs, 0.3, by="seconds")',
         "dx.plan_pruning(pipe.unet, inputs, 0.3, num_stages=0)",
-        "dx.prune_unet(pipe.unet, plan, num_stages=5)",
-        "dx.prune_unet(sdxl.unet, plan)",
+        "dx.prune_network(pipe.unet, plan, num_stages=5)",
+        "dx.prune_network(sdxl.unet, plan)",
         'dx.PruningPlan(dict(pipe.unet.config), (("down_blocks.9",),))',
         "dx.PruningPlan.load(folder)",
         "dx.apply_gri_attention(pipe, window=0)",
@@ -160,7 +161,20 @@ SECTIONS: dict[str, list[str]] = {
         "dx.record_calibration_inputs(pipe, [])",
         'dx.record_calibration_inputs(pipe, ["a"], num_timesteps=30)',
         "dx.record_calibration_inputs(flux, [])",
-        "dx.profile_unet(pipe.unet, [])",
+        "dx.profile_network(pipe.unet, [])",
+        'dx.profile_network(pipe.unet, inputs, criterion="similarity")',
+        'dx.profile_network(sd3.transformer, sd3_inputs, criterion="cka")',
+        "dx.profile_network(sd3.transformer, [])",
+        "dx.profile_network(sd3.transformer, sd3_inputs, height=64, width=64)",
+        "dx.plan_pruning(sd3.transformer, sd3_inputs, 0.3)",
+        "dx.record_calibration_inputs(chroma, ['a'])",
+        "dx.record_calibration_inputs(ddpm, ['a'])",
+        "dx.record_calibration_inputs(video22, ['a'])",
+        'dx.PruningPlan(dict(sd3.transformer.config), (("block:transformer_blocks.0",),))',
+        'dx.PruningPlan(config_of(sd3.transformer), (("block:layers.0",),))',
+        'dx.PruningPlan(config_of(sd3.transformer), (("block:transformer_blocks.9",),))',
+        'dx.PruningPlan(config_of(sd3.transformer), (("block:transformer_blocks.0",),))',
+        "dx.prune_network(sd3.transformer, plan)",
         "dx.search_plans(folder, folder, 1.6)",
         "dx.search_plans(folder, folder, 0.6, batch_sizes=[])",
         "dx.search_plans(folder, folder, 0.6, batch_sizes=[8, 0])",
@@ -216,6 +230,13 @@ _MADE: dict[str, Callable[[Names], Any]] = {
     "schnell": lambda names: families.build("flux-schnell"),
     "lcm": lambda names: families.build("lcm"),
     "sana": lambda names: families.build("sana"),
+    "sd3": lambda names: families.build("sd3"),
+    "sd3_inputs": lambda names: dx.record_calibration_inputs(
+        names["sd3"], ["a"], num_timesteps=1, height=8, width=8
+    ),
+    "config_of": lambda names: network_config,
+    "chroma": lambda names: families.build("chroma"),
+    "video22": lambda names: families.build("wan22"),
     "img2img": lambda names: families.build("sdxl-img2img"),
     "video": lambda names: families.build("wan"),
     "unknown": _unknown,

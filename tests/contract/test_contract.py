@@ -140,7 +140,7 @@ class Product:
 
 def _pruned(pipe: Any) -> Any:
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    unet = dx.prune_unet(denoiser, dx.PruningPlan(unet_config(denoiser), (("mid.attention",),)))
+    unet = dx.prune_network(denoiser, dx.PruningPlan(unet_config(denoiser), (("mid.attention",),)))
     return type(pipe)(**{**pipe.components, "unet": unet})
 
 
