@@ -13,7 +13,7 @@ from diffusers_ext.metrics.comparison import Estimate, markdown_table
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts
 
-from .asdm_plans import num_draws, plans_of
+from .asdm_plans import NUM_DRAWS, plans_of
 from .asdm_runs import AS_IS, BATCHES, FOLDED, TEACHER, latency, pictures, plan, size, training, variants
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
@@ -42,7 +42,7 @@ def controls_of(depth: str) -> dict[str, Control]:
     """The students of one depth, the share of the UNet's time that is left in percent; the first is the others' control."""
     plain = Control(depth)
     found = {ONE_GO: plain, "in stages": replace(plain, staged=True)}
-    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, num_draws(depth) + 1)}
+    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, NUM_DRAWS[depth] + 1)}
     if depth in ("63", "40"):
         found |= {
             "with CLME-CondConv": replace(plain, options=()),
@@ -145,8 +145,8 @@ def controls(bench: Bench, s: Settings, measures: list[Measure]) -> dict[str, St
     changes = {name: Cell(plan, (folder,), READS) for name, folder in trained.items()}
     changed = bench.run(changes.values())
     parts = [
-        f"By depth of the cut, the share of the UNet's time that a plan should leave. Every student was trained for"
-        f" {s.train_steps} steps of {s.batch_size} images; “in stages” has {s.first_steps} steps in every stage but the"
+        "As in asdm.md, by depth of the cut, the share of the UNet's time that a plan should leave. Every student was"
+        f" trained for {s.train_steps} steps of {s.batch_size} images; “in stages” has {s.first_steps} steps in every stage but the"
         " last. The control is the student of the same depth in one go:",
     ]
     for depth, of_depth in depths.items():
