@@ -13,7 +13,7 @@ from diffusers_ext.metrics.comparison import Estimate, markdown_table
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts
 
-from .asdm_plans import num_draws, plans_of
+from .asdm_plans import NUM_DRAWS, plans_of
 from .asdm_runs import AS_IS, BATCHES, FOLDED, TEACHER, latency, pictures, plan, size, training, variants
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
@@ -22,7 +22,7 @@ from .framework.samples import CARDS, Samples
 from .framework.tables import Measure, Row, comparison, quality
 from .framework.trainings import Training
 
-WRITES = ("asdm.md", "asdm.png")
+WRITES = ("asdm.md", "asdm_controls.md", "asdm.png")
 STUDENT = card_dir("asdm-fashion-scenes")
 READS = (TEACHER / "unet", TEACHER / "vae", TEACHER / "text_encoder", *CARDS.values())
 SHOWN = 10
@@ -42,7 +42,7 @@ def controls_of(depth: str) -> dict[str, Control]:
     """The students of one depth, the share of the UNet's time that is left in percent; the first is the others' control."""
     plain = Control(depth)
     found = {ONE_GO: plain, "in stages": replace(plain, staged=True)}
-    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, num_draws(depth) + 1)}
+    found |= {f"random plan {n}": Control(f"{depth}-random-{n}") for n in range(1, NUM_DRAWS[depth] + 1)}
     if depth in ("63", "40"):
         found |= {
             "with CLME-CondConv": replace(plain, options=()),
@@ -111,36 +111,46 @@ class Student:
 
 
 def main(bench: Bench) -> None:
-    """Trains and measures what is missing, and writes the page."""
+    """Trains and measures what is missing, and writes the pages."""
     s = bench.pick(Settings(), QUICK)
-    plans = plans_of(bench, () if bench.quick else s.depths)
-    depths = {depth: dict(list(controls_of(depth).items())[: s.controls]) for depth in s.depths}
-    wanted = {(depth, name): control for depth, of in depths.items() for name, control in of.items()}
-    trained = bench.train(
-        {f"{d}%, {name}": student(c, plans, bench.data_dir, s) for (d, name), c in wanted.items()}
-    )
+    measures = [*columns(), *of_samples(quality(bench.statistics("scenes")))]
     rows = {
         label if how == AS_IS else f"{label}, {how}": (folder, how)
         for label, folder in (("teacher", TEACHER), ("A-SDM", STUDENT))
         for how in variants(folder)
     }
-    found = measured(bench, s, rows | {name: (folder, AS_IS) for name, folder in trained.items()})
-    changes = {name: Cell(plan, (folder,), READS) for name, folder in trained.items()}
-    changed = bench.run(changes.values())
-    measures = [*columns(), *of_samples(quality(bench.statistics("scenes")))]
+    found = measured(bench, s, rows)
     theirs = found["teacher"]
     shown = [Row((name,), found[name], None if name == "teacher" else theirs) for name in rows]
-    parts = [
+    bench.write(
+        "asdm.md",
         f"{s.steps} steps of DPM++ 2M at guidance {s.guidance:g}, {s.images * len(s.seeds)} held-out prompts a row"
         f" ({len(s.seeds)} seeds). Time: one thread, {s.rounds} calls in turns with the teacher's, median and quartiles of the"
         " ratio.",
         comparison([""], shown, measures, "the teacher's"),
-        f"By depth of the cut, the share of the UNet's time that a plan should leave. Every student was trained for"
-        f" {s.train_steps} steps of {s.batch_size} images; “in stages” has {s.first_steps} steps in every stage but the"
+    )
+    found |= controls(bench, s, measures)
+    drawn = ["teacher", "A-SDM", *(name for name in found if name.endswith((ONE_GO, "random plan 1")))]
+    prompts = held_out_prompts(s.images, s.seeds[0])[:SHOWN]
+    draw(bench.path("asdm.png"), {n: found[n].samples.pictures[:SHOWN] for n in drawn}, captions=prompts)
+
+
+def controls(bench: Bench, s: Settings, measures: list[Measure]) -> dict[str, Student]:
+    """Students by depth of the cut, and their page."""
+    plans = plans_of(bench, () if bench.quick else s.depths)
+    depths = {depth: dict(list(controls_of(depth).items())[: s.controls]) for depth in s.depths}
+    wanted = {f"{depth}%, {name}": c for depth, of in depths.items() for name, c in of.items()}
+    trained = bench.train({name: student(c, plans, bench.data_dir, s) for name, c in wanted.items()})
+    found = measured(bench, s, {name: (folder, AS_IS) for name, folder in trained.items()})
+    changes = {name: Cell(plan, (folder,), READS) for name, folder in trained.items()}
+    changed = bench.run(changes.values())
+    parts = [
+        "As in asdm.md, by depth of the cut, the share of the UNet's time that a plan should leave. Every student was"
+        f" trained for {s.train_steps} steps of {s.batch_size} images; “in stages” has {s.first_steps} steps in every stage but the"
         " last. The control is the student of the same depth in one go:",
     ]
-    for depth, controls in depths.items():
-        names = {name: f"{depth}%, {name}" for name in controls}
+    for depth, of_depth in depths.items():
+        names = {name: f"{depth}%, {name}" for name in of_depth}
         first = found[names[ONE_GO]]
         seconds = {name: str(training(trained[full])["seconds"]) for name, full in names.items()}
         shown = [
@@ -151,10 +161,8 @@ def main(bench: Bench) -> None:
         "Relative change of the teacher's output by a plan's cuts, before any training:",
         plans_table({name: changed[cell] for name, cell in changes.items()}),
     ]
-    bench.write("asdm.md", *parts)
-    drawn = ["teacher", "A-SDM", *(name for name in trained if name.endswith((ONE_GO, "random plan 1")))]
-    prompts = held_out_prompts(s.images, s.seeds[0])[:SHOWN]
-    draw(bench.path("asdm.png"), {n: found[n].samples.pictures[:SHOWN] for n in drawn}, captions=prompts)
+    bench.write("asdm_controls.md", *parts)
+    return found
 
 
 def measured(bench: Bench, s: Settings, rows: dict[str, tuple[Path, str]]) -> dict[str, Student]:

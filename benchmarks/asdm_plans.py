@@ -48,8 +48,8 @@ STAGES: dict[str, Stages] = {
 BK: tuple[Stages, ...] = ((("layer.0",),), (("layer.0", "mid.attention"),), (("layer.0", "mid"),))
 # Shares of the time that the search by the change of the guidance reaches.
 DEEP = {"50": 0.5, "40": 0.4}
-# Random plans of a depth: of that of the included model and of the other ones.
-NUM_DRAWS = {"63": 3}
+# Random plans of every depth.
+NUM_DRAWS = {"80": 1, "63": 3, "50": 1, "40": 1}
 SAME_TIME, TRIES = 0.02, 40
 BATCH = 8
 
@@ -94,11 +94,6 @@ def plans(repeats: int, depths: tuple[str, ...]) -> dict[str, Any]:
     return {name: np.array(_text(plan)) for name, plan in found.items()}
 
 
-def num_draws(depth: str) -> int:
-    """How many random plans a depth has."""
-    return NUM_DRAWS.get(depth, 1)
-
-
 def _text(plan: PruningPlan) -> str:
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder) / "plan.json")
@@ -135,7 +130,7 @@ def random_plans(
             continue
         seen.add(left)
         draws.append((abs(share(plan.cuts) - goal), plan))
-        if sum(off < SAME_TIME for off, _ in draws) == num_draws(name):
+        if sum(off < SAME_TIME for off, _ in draws) == NUM_DRAWS[name]:
             break
-    best = sorted(draws, key=lambda draw: draw[0])[: num_draws(name)]
+    best = sorted(draws, key=lambda draw: draw[0])[: NUM_DRAWS[name]]
     return {f"{name}-random-{k}": plan for k, (_, plan) in enumerate(best, 1)}

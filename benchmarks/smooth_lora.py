@@ -181,8 +181,8 @@ def main(bench: Bench) -> None:
     names = {(w, seed): f"λ = {w:g}, seed {seed}" for w, seed in wanted}
     trained = bench.train({names[key]: training(*key, bench.data_dir, s) for key in wanted})
     found = measured(bench, s, {"base": None, INCLUDED: card_dir("smooth-lora-fashion-scenes"), **trained})
-    first = {"base": found["base"]} | {f"λ = {w:g}": found[names[w, s.seeds[0]]] for w in s.weights}
-    first |= {INCLUDED: found[INCLUDED]}
+    weights = {f"λ = {w:g}": found[names[w, s.seeds[0]]] for w in s.weights}
+    first = {"base": found["base"], **weights, INCLUDED: found[INCLUDED]}
     guided = at_guidances(bench, s, trained[names[0, s.seeds[0]]])
     statistics = bench.statistics("scenes")
     page(bench, s, statistics, first, guided)

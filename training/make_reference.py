@@ -31,12 +31,13 @@ def main() -> None:
     parser.add_argument("--num_rows", type=positive_int, default=4000, help="rows of features to keep")
     args = parser.parse_args()
     grader, n = read_grader(args.grader), args.num_scenes
-    drawn = {}
+    kept = {}
     for split in ("train", "test"):
         source = grader.trained_on if split == "train" else grader.unseen
-        drawn[split] = garments, items = fashion_scenes.load_garments(args.train_data_dir, source)
+        garments, items = fashion_scenes.load_garments(args.train_data_dir, source)
         scenes, prompts = fashion_scenes.compose(split, garments, items, n, seed=1)
         stats = {"scenes": scene_features(grader, scenes), "garments": garment_features(grader, garments)}
+        kept[split] = garments, items, stats
         for kind, features in stats.items():
             FeatureStats.of(features).save(args.grader / f"{kind}-{split}.safetensors")
         right = grade(grader, scenes, prompts)
@@ -46,10 +47,10 @@ def main() -> None:
         white = [f"a white {fashion_scenes.ITEMS[i]}" for i in items]
         padded = np.pad(singles, ((0, 0), (0, 0), (16, 16), (0, 0)))
         print(f"{split}: items {np.mean(grade(grader, padded, white)['item']):.4f} of {len(items)}")
-    garments, items = drawn["test"]
+    garments, items, stats = kept["test"]
     more, _ = fashion_scenes.compose("test", garments, items, args.num_rows, seed=2)
     chosen = np.random.default_rng(2).permutation(len(garments))[: args.num_rows]
-    rows = {"scenes": scene_features(grader, more), "garments": garment_features(grader, garments[chosen])}
+    rows = {"scenes": scene_features(grader, more), "garments": stats["garments"][chosen]}
     for kind, features in rows.items():
         save_file({"features": features.astype(np.float16)}, args.grader / f"{kind}-test-rows.safetensors")
         a, b = (FeatureStats.load(args.grader / f"{kind}-{s}.safetensors") for s in ("train", "test"))

@@ -25,8 +25,9 @@ from .base_models import clip_config
 
 # Of the two CLIP encoders. Stable Diffusion 3 places their tokens and pooled vectors side by side.
 WIDTHS = (96, 32)
-# Stable Diffusion 3 appends the tokens of T5, whose number its pipeline takes as `max_sequence_length`. Ours are zeros.
-T5_TOKENS = (1, 256)
+# Stable Diffusion 3 appends the tokens of T5, whose number its pipeline takes as `max_sequence_length`, at least 2 with our
+# tokenizer. Ours are zeros.
+T5_TOKENS = (2, 256)
 
 
 def build_clip(
