@@ -4,7 +4,8 @@
         --prompts prompts.txt --num_pairs 20000 --output_dir runs/pairs --scorer pickscore --margin 0.1
 
 Golden noise is the random noise after re-denoising (arXiv:2411.09502): one step down with --guidance_scale,
-one step back up with --inversion_guidance_scale. With --scorer, an image is generated from each of the two
+one step back up with --inversion_guidance_scale. --gap says what these scale: an input of the model, the embeddings
+of the prompts, or classifier-free guidance. With --scorer, an image is generated from each of the two
 noises, and a pair is kept if the score of the golden noise's image is higher by more than --margin. To resume
 an interrupted run, start it again. Several processes share the work. On a CPU, start several processes with
 `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
@@ -14,7 +15,7 @@ import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from accelerate import Accelerator
 import diffusers_ext  # noqa: F401
 from diffusers_ext.core.commands import read_prompts
 from diffusers_ext.core.extras import SHORT_NAMES, load_function
+from diffusers_ext.golden_noise.gaps import Gap
 from diffusers_ext.golden_noise.pairs import PairSettings, collect_pairs
 from diffusers_ext.golden_noise.scorers import load_scorer
 from diffusers_ext.training.arguments import (
@@ -33,6 +35,15 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.start import lock_folder, settle_precision
+
+HELP = {
+    "gap": "what makes the step down differ from the step up; default: what the pipeline has",
+    "num_inference_steps": "steps of the schedule; without --jump, its first step is taken; default: 50",
+    "jump": "how far the step goes down, in the shifted sigma of a flow; default: 0.1 for a flow",
+    "guidance_scale": "weight of the step down; default: 5.5, or 1.5 for --gap embedding",
+    "inversion_guidance_scale": "weight of the step up; default: 1, or 0.5 for --gap embedding",
+    "sampling_guidance_scale": "of the scored images; default: 5.5, or 1 for a model without guidance",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,11 +83,13 @@ def parse_args() -> argparse.Namespace:
     )
     for field in fields(PairSettings):
         kind: Any = type(field.default)
-        if kind is bool:
+        if field.name == "gap":
+            add("--gap", choices=get_args(Gap), default=None, help=HELP["gap"])
+        elif kind is bool:
             add(f"--{field.name}", action="store_true")
         else:
-            kind = positive_int if kind is int else finite_float
-            add(f"--{field.name}", type=kind, default=field.default)
+            kind = positive_int if kind is int or field.name == "num_inference_steps" else finite_float
+            add(f"--{field.name}", type=kind, default=field.default, help=HELP.get(field.name))
     return parser.parse_args()
 
 

@@ -88,8 +88,8 @@ def parse_args() -> argparse.Namespace:
     add(
         "--guidance_scale",
         type=non_negative_float,
-        default=5.5,
-        help="guidance scale of the validation images",
+        default=None,
+        help="guidance scale of the validation images; default: 5.5, or 1 for a model without guidance",
     )
     add_training_arguments(parser)
     args = parser.parse_args()
@@ -132,6 +132,8 @@ def main() -> None:
     def encode(found: dict[str, Any]) -> dict[str, Tensor]:
         prompts = prompt_embeddings(pipe, found.pop("prompts"), **call)
         batch = {**found, "prompt_embeds": prompts.embeds.float()}
+        if prompts.pooled is not None:
+            batch["pooled_prompt_embeds"] = prompts.pooled.float()
         return batch if prompts.mask is None else {**batch, "encoder_attention_mask": prompts.mask}
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
@@ -178,6 +180,7 @@ def build(
         width=args.width,
         depth=args.depth,
         prompt_options=options,
+        pooled_dim=None if prompts.pooled is None else prompts.pooled.shape[1],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class PromptEmbeds:
             part of the embeddings, as in Stable Diffusion.
         padded: `embeds` with the encoder's own values at padding; None if they are the same. Networks for prompts of
             one fixed length may have been trained with them.
+        pooled: (B, pooled width), one vector for each whole prompt; None if the pipeline has none.
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     padded: Tensor | None = None
+    pooled: Tensor | None = None
 
     def mean(self) -> Tensor:
         """(B, width) float32, the average over the tokens that are not padding."""
@@ -55,12 +57,17 @@ class PromptEmbeds:
             return None if value is None else value[chosen.to(value.device)]
 
         return PromptEmbeds(
-            self.embeds[chosen.to(self.embeds.device)], choose(self.mask), choose(self.padded)
+            self.embeds[chosen.to(self.embeds.device)],
+            choose(self.mask),
+            choose(self.padded),
+            choose(self.pooled),
         )
 
 
 def embeddings_of(pipe: Any, encoded: Any) -> list[PromptEmbeds]:
     """The embeddings among the values of `encode_prompt`: those of the prompt and, if there are any, of the negative.
+
+    Only those of the prompt have their pooled vectors.
 
     Args:
         pipe: the pipeline.
@@ -70,7 +77,7 @@ def embeddings_of(pipe: Any, encoded: Any) -> list[PromptEmbeds]:
     Raises:
         ValueError: the first value is neither.
     """
-    values = encoded if isinstance(encoded, tuple) else (encoded,)
+    values = _values(encoded)
     if _is_rows(values[0]):
         return [_padded(value) for value in values if _is_rows(value)]
     first = values[0]
@@ -89,12 +96,33 @@ def embeddings_of(pipe: Any, encoded: Any) -> list[PromptEmbeds]:
             f"{type(pipe).__name__}.encode_prompt returns {len(embeds)} embeddings and {len(masks)} masks of their"
             " padding, which is not supported."
         )
-    if not masks:
-        return [PromptEmbeds(value) for value in embeds]
-    return [
-        PromptEmbeds(value * mask[..., None].to(value), mask.bool(), value)
-        for value, mask in zip(embeds, masks)
-    ]
+    found = [PromptEmbeds(value) for value in embeds]
+    if masks:
+        found = [
+            PromptEmbeds(value * mask[..., None].to(value), mask.bool(), value)
+            for value, mask in zip(embeds, masks)
+        ]
+    place = pooled_place(pipe, encoded)
+    return found if place is None else [replace(found[0], pooled=values[place]), *found[1:]]
+
+
+# Arguments of a call for the pooled vectors of its prompts.
+_POOLED = ("pooled_prompt_embeds", "prompt_embeds_clip")
+
+
+def pooled_place(pipe: Any, encoded: Any) -> int | None:
+    """The place of the prompts' pooled vectors (B, pooled width) among the values of `encode_prompt`, or None."""
+    values = _values(encoded)
+    # Others return positions of tokens, which are floats and two-dimensional as well.
+    if not any(name in parameters_of(pipe) for name in _POOLED):
+        return None
+    # With guidance, the negative prompts' follow.
+    pooled = (i for i, v in enumerate(values) if _is_float(v) and v.ndim == 2 and len(v) == len(values[0]))
+    return next(pooled, None)
+
+
+def _values(encoded: Any) -> tuple[Any, ...]:
+    return encoded if isinstance(encoded, tuple) else (encoded,)
 
 
 def _is_float(value: Any) -> bool:

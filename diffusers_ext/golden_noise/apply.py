@@ -85,9 +85,11 @@ class GoldenNoise:
 
 def predict(npnet: NPNetModel, noise: Tensor, embeds: PromptEmbeds) -> Tensor:
     """The output of `npnet` for noise (B, C, H, W) and the embeddings of B prompts."""
-    if npnet.config.legacy:  # type: ignore[union-attr]
+    config: Any = npnet.config
+    if config.legacy:
         return npnet(noise, embeds.embeds if embeds.padded is None else embeds.padded).sample
-    return npnet(noise, embeds.embeds, embeds.mask).sample
+    pooled = None if config.pooled_dim is None else embeds.pooled
+    return npnet(noise, embeds.embeds, embeds.mask, pooled).sample
 
 
 def mix(npnet: NPNetModel, noise: Tensor, embeds: PromptEmbeds, strength: float = 1.0) -> Tensor:

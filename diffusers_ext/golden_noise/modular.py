@@ -83,6 +83,7 @@ class GoldenNoiseStep(ModularPipelineBlocks):
         latents_given: whether the latents were passed by the caller. They are then not changed.
         latents: (B, 4, H, W), the output of `prepare_latents`; any floating dtype, which is kept.
         prompt_embeds: (B, tokens, dim), one row for each image: the output of the `input` block.
+        pooled_prompt_embeds: (B, pooled dim), one row for each image, for a network with `pooled_dim`.
         clip_skip: as the text encoder block was given it.
 
     Outputs:
@@ -138,6 +139,11 @@ class GoldenNoiseStep(ModularPipelineBlocks):
                 required=True,
                 description="Text embeddings, one row for each image. Can be generated in input step.",
             ),
+            InputParam(
+                "pooled_prompt_embeds",
+                type_hint=Tensor,
+                description="Pooled text embeddings, one row for each image. Can be generated in input step.",
+            ),
             InputParam("clip_skip", description="Layers of CLIP that the text encoder step skips."),
         ]
 
@@ -161,7 +167,7 @@ class GoldenNoiseStep(ModularPipelineBlocks):
         scale = float(components.scheduler.init_noise_sigma)
         noise = block_state.latents.float() / scale
         # The input step has repeated the embeddings for num_images_per_prompt, in the latents' order.
-        embeds = PromptEmbeds(block_state.prompt_embeds)
+        embeds = PromptEmbeds(block_state.prompt_embeds, pooled=block_state.pooled_prompt_embeds)
         golden = mix(components.npnet, noise, embeds, block_state.golden_strength)
         block_state.latents = (golden * scale).to(block_state.latents)
         self.set_block_state(state, block_state)

@@ -5,7 +5,6 @@ Zhou et al., *Golden Noise for Diffusion Models: A Learning Framework*, arXiv:24
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +12,11 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_processor import Attention
 from diffusers.utils import BaseOutput
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from .compact import CompactNPNet
 from .released import ReleasedNPNet, latent_size, read_original
-
-PATCH = 2
-_FREQUENCIES = 4
 
 
 @dataclass
@@ -54,6 +49,8 @@ class NPNetModel(ModelMixin, ConfigMixin):
             code does this, although its SDXL weights were trained without it.
         prompt_options: arguments of the pipeline's call that the embeddings of training depend on, such as
             `{"clip_skip": 2}`. Golden noise refuses calls with other values. None accepts all.
+        pooled_dim: width of the pooled vectors of the prompts, which the network takes as one more token: 2048 for
+            SD3, 768 for Flux.1, 1280 for SDXL. None for a network that takes none, as with `legacy`.
 
     Raises:
         ValueError: invalid sizes.
@@ -77,11 +74,17 @@ class NPNetModel(ModelMixin, ConfigMixin):
         sample_size: int = 128,
         svd_attention: bool = True,
         prompt_options: dict[str, Any] | None = None,
+        pooled_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if min(latent_channels, text_dim, max_tokens, width, depth, sample_size) < 1:
+        pooled_size = 1 if pooled_dim is None else pooled_dim
+        if min(latent_channels, text_dim, max_tokens, width, depth, sample_size, pooled_size) < 1:
             raise ValueError(
-                "latent_channels, text_dim, max_tokens, width, depth and sample_size must be 1 or more."
+                "latent_channels, text_dim, max_tokens, width, depth, sample_size and pooled_dim must be 1 or more."
+            )
+        if legacy and pooled_dim is not None:
+            raise ValueError(
+                f"The released architecture takes no pooled vectors, got pooled_dim={pooled_dim}: use legacy=False."
             )
         if legacy:
             if latent_channels != 4 or sample_size % 4:
@@ -93,13 +96,14 @@ class NPNetModel(ModelMixin, ConfigMixin):
         else:
             if width % 32:
                 raise ValueError(f"width must be a multiple of 32, the size of a head, got {width}.")
-            self.compact = CompactNPNet(latent_channels, text_dim, max_tokens, width, depth)
+            self.compact = CompactNPNet(latent_channels, text_dim, max_tokens, width, depth, pooled_dim)
 
     def forward(
         self,
         noise: Tensor,
         prompt_embeds: Tensor,
         encoder_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
         return_dict: bool = True,
     ) -> NPNetOutput | tuple[Tensor]:
         """Computes golden noise.
@@ -111,6 +115,7 @@ class NPNetModel(ModelMixin, ConfigMixin):
             encoder_attention_mask: (B, tokens) bool, False at padding, which then has no effect, wherever it is.
                 None for embeddings without padding. Unused with `legacy`: the released weights were trained
                 with the padding to `max_tokens`, as the text encoder embeds it.
+            pooled_prompt_embeds: (B, pooled_dim) for a network with `pooled_dim`; None for all others.
             return_dict: return an `NPNetOutput` instead of a tuple.
 
         Returns:
@@ -121,16 +126,18 @@ class NPNetModel(ModelMixin, ConfigMixin):
             ValueError: a shape that the network does not support; the message names both shapes.
         """
         self._check(noise, prompt_embeds, encoder_attention_mask)
+        self._check_pooled(noise, pooled_prompt_embeds)
         # Offloading moves the inputs itself; otherwise the network may be on another device.
         device = next(self.parameters()).device
         x, text, mask = noise.to(device), prompt_embeds.to(device), encoder_attention_mask
         # Attention with a mask rounds differently, also if nothing is masked.
         mask = None if mask is None or mask.all() else mask.to(device)
+        pooled = None if pooled_prompt_embeds is None else pooled_prompt_embeds.to(device, self.dtype)
         if self.config.legacy:  # type: ignore[union-attr]
             golden = self.released(x, text)
         else:
             # The sum is in float32, because half precision would round a small residual away.
-            golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype), mask).float()
+            golden = x.float() + self.compact(x.to(self.dtype), text.to(self.dtype), mask, pooled).float()
         golden = golden.to(noise)
         return NPNetOutput(sample=golden) if return_dict else (golden,)
 
@@ -170,6 +177,19 @@ class NPNetModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"Expected an encoder_attention_mask ({len(noise)}, {tokens}) bool with True in every row, got"
                 f" {tuple(mask.shape)} {mask.dtype}. A prompt without any token cannot be used."
+            )
+
+    def _check_pooled(self, noise: Tensor, pooled: Tensor | None) -> None:
+        width = self.config.pooled_dim  # type: ignore[union-attr]
+        if width is None and pooled is not None:
+            raise ValueError(
+                f"NPNet was made without pooled vectors, got {tuple(pooled.shape)}: leave pooled_prompt_embeds out."
+            )
+        if width is not None and (pooled is None or pooled.shape != (len(noise), width)):
+            found = "none" if pooled is None else tuple(pooled.shape)
+            raise ValueError(
+                f"NPNet was made for pooled_prompt_embeds ({len(noise)}, {width}), one row for each noise, got {found}:"
+                " it was trained for a pipeline with another text encoder."
             )
 
     @classmethod
@@ -219,96 +239,3 @@ class NPNetModel(ModelMixin, ConfigMixin):
             raise ValueError(f"{path} does not hold a complete NPNet. Keys {text}.")
         model.released.load_state_dict(weights)
         return model.eval()
-
-
-class CompactNPNet(nn.Module):
-    """The residual that is added to the noise, for any latent size and any number of channels.
-
-    It follows the idea of NPNet (arXiv:2411.09502, equation 4: golden noise is the random noise plus a
-    residual that depends on the noise and the prompt), with an architecture of our own: 2 × 2 patches of the
-    noise attend to the prompt's tokens, and depthwise convolutions mix the patches. Every row has its own
-    prompt. The last layer starts at zero, so an untrained network is the identity.
-
-    Args:
-        latent_channels: C.
-        text_dim: width of the prompt embeddings.
-        max_tokens: largest number of tokens of a prompt; each has a position embedding.
-        width: features per patch, a multiple of 32.
-        depth: number of blocks.
-    """
-
-    _gradient_checkpointing_func: Any  # set by enable_gradient_checkpointing
-
-    def __init__(self, latent_channels: int, text_dim: int, max_tokens: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.tokens = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
-        self.token_positions = nn.Parameter(0.02 * torch.randn(max_tokens, width))
-        patch = latent_channels * PATCH**2
-        self.embed = nn.Linear(patch + 4 * _FREQUENCIES, width)
-        self.blocks = nn.ModuleList([_Block(width) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, patch)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        self.gradient_checkpointing = False
-
-    def forward(self, noise: Tensor, prompt_embeds: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The residual (B, C, H, W).
-
-        Args:
-            noise: (B, C, H, W).
-            prompt_embeds: (B, tokens, text_dim).
-            mask: (B, tokens) bool, False at padding; None if there is none.
-        """
-        height, width = noise.shape[2:]
-        padded = F.pad(noise, (0, width % PATCH, 0, height % PATCH))
-        patches = F.pixel_unshuffle(padded, PATCH)
-        x = torch.cat([patches, _coordinates(patches)], 1).movedim(1, -1)
-        x = self.embed(x)
-        # Positions count the tokens of the prompt only, so that padding on the left does not move them.
-        places = slice(prompt_embeds.shape[1]) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-        text = self.tokens(prompt_embeds) + self.token_positions[places]
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text, mask)
-            else:
-                x = block(x, text, mask)
-        residual = F.pixel_shuffle(self.out(self.norm(x)).movedim(-1, 1), PATCH)
-        return residual[:, :, :height, :width]
-
-
-class _Block(nn.Module):
-    """Attention to the prompt, then a depthwise 5 × 5 convolution, then an MLP; all residual."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
-        self.attention = Attention(width, cross_attention_dim=width, heads=width // 32, dim_head=32)
-        self.mix = nn.Conv2d(width, width, 5, padding=2, groups=width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Patches (B, h, w, width), tokens (B, tokens, width) and their mask (B, tokens)."""
-        attend, mix, mlp = self.norms
-        flat = attend(x).flatten(1, 2)
-        # One mask for all queries.
-        every = None if mask is None else mask[:, None]
-        x = x + self.attention(flat, text, attention_mask=every).unflatten(1, x.shape[1:3])
-        x = x + self.mix(mix(x).movedim(-1, 1)).movedim(1, -1)
-        return x + self.mlp(mlp(x))
-
-
-def _coordinates(patches: Tensor) -> Tensor:
-    """Sines and cosines of the relative position of every patch, (B, 4 · frequencies, h, w).
-
-    The positions are relative to the size, so that "left of" is encoded in the same way at every size.
-    """
-    batch, _, height, width = patches.shape
-    features = []
-    for axis, size in ((0, height), (1, width)):
-        place = (torch.arange(size, device=patches.device) + 0.5) / size
-        waves = [f(math.pi * 2**k * place) for k in range(_FREQUENCIES) for f in (torch.sin, torch.cos)]
-        table = torch.stack(waves).to(patches.dtype)
-        table = table[:, :, None] if axis == 0 else table[:, None, :]
-        features.append(table.expand(-1, height, width))
-    return torch.cat(features).expand(batch, -1, -1, -1)

@@ -10,10 +10,11 @@ shard exists, its whole batch was tried, including the pairs that were not kept.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from ..core.pipeline import call_pipeline, given_latents, initial_grid, quiet
 from ..core.records import pipeline_record
 from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, tensors_digest
 from .apply import check_pipeline
-from .redenoising import guided_call, redenoise
+from .gaps import Gap, guided_call, sampling_weight
+from .redenoising import redenoise, settle
 from .scorers import Scorer, checked_scores, scorer_record
 
 logger = logging.getLogger(__name__)
@@ -38,22 +40,38 @@ class PairSettings:
     """How pairs are made.
 
     Attributes:
-        num_inference_steps, guidance_scale, inversion_guidance_scale, num_rounds, legacy_inversion: see
+        gap, num_inference_steps, jump, guidance_scale, inversion_guidance_scale, num_rounds, legacy_inversion: see
             `redenoise`.
-        sampling_steps, sampling_guidance_scale: settings of the images that a scorer compares; the scale as
-            in `redenoise`.
+        sampling_steps, sampling_guidance_scale: settings of the images that a scorer compares; the scale as in
+            `guided_call`, by default 5.5, or 1 for a model without guidance.
         margin: a pair is kept if the score of the golden noise's image exceeds that of the other by more than
             this.
     """
 
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.5
-    inversion_guidance_scale: float = 1.0
+    gap: Gap | None = None
+    num_inference_steps: int | None = None
+    jump: float | None = None
+    guidance_scale: float | None = None
+    inversion_guidance_scale: float | None = None
     num_rounds: int = 1
     legacy_inversion: bool = False
     sampling_steps: int = 30
-    sampling_guidance_scale: float = 5.5
+    sampling_guidance_scale: float | None = None
     margin: float = 0.0
+
+    def redenoising(self) -> dict[str, Any]:
+        """The arguments of `settle`."""
+        return {name: getattr(self, name) for name in inspect.signature(settle).parameters if name != "pipe"}
+
+    def settled(self, pipe: Any) -> PairSettings:
+        """These settings with the defaults for a pipeline in place of None.
+
+        Raises:
+            ValueError: see `settle` and `guided_call`.
+        """
+        weight = sampling_weight(pipe, self.sampling_guidance_scale)
+        guided_call(pipe, {}, weight)
+        return replace(self, **settle(pipe, **self.redenoising()), sampling_guidance_scale=weight)
 
 
 def collect_pairs(
@@ -90,14 +108,15 @@ def collect_pairs(
         model: `pipeline_record` of the pipeline as it is stored. Give it if the weights were cast to half precision;
             training compares it with its own. Default: the record of `pipe`.
         call_kwargs: passed to the pipeline, such as `height`, `width`, `clip_skip` and `max_sequence_length`.
-            They are in the recipe, from which training takes them, so they must be values of JSON.
+            They are in the recipe, from which training takes them, so they must be values of JSON. Not those that
+            `settings` sets.
 
     Returns:
         Numbers of pairs kept and tried in this process's batches, including earlier runs.
 
     Raises:
         ValueError: no prompts, counts below 1, a pipeline that golden noise or re-denoising does not work on,
-            arguments that are no values of JSON, a folder whose pairs were made with other settings, a corrupted
+            arguments that are no values of JSON or that `settings` sets, a folder whose pairs were made with other settings, a corrupted
             shard, or scores that are not finite.
     """
     check_pipeline(pipe)
@@ -107,6 +126,7 @@ def collect_pairs(
             f"Give prompts, and num_pairs and batch_size of 1 or more; got {len(prompts)} prompts, {num_pairs} and"
             f" {batch_size}."
         )
+    settings = settings.settled(pipe)
     recipe = {
         "model": pipeline_record(pipe) if model is None else model,
         "dtype": str(denoisers_of(pipe)[0].dtype),
@@ -140,6 +160,11 @@ def collect_pairs(
 def _recorded(call: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as they are read from a JSON file."""
     for name, value in call.items():
+        if name in {field.name for field in fields(PairSettings)}:
+            raise ValueError(
+                f"{name} is set by the settings of the pairs, got {name}={value!r} among the arguments of the call."
+                " Set it there."
+            )
         try:
             json.dumps(value)
         except TypeError as error:
@@ -168,16 +193,7 @@ def _pairs(
     # Rounded as in the file, so that the target belongs to exactly this noise.
     grid = drawn.half().to(drawn.dtype)
     noise = given_latents(pipe, grid)
-    golden = redenoise(
-        pipe,
-        noise,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        inversion_guidance_scale=settings.inversion_guidance_scale,
-        num_rounds=settings.num_rounds,
-        legacy_inversion=settings.legacy_inversion,
-        **call,
-    )
+    golden = redenoise(pipe, noise, num_rounds=settings.num_rounds, **settings.redenoising(), **call)
     family = family_of(pipe)
     target = golden if family.unpacked else to_grid(family.layout, golden, tuple(grid.shape[1:]))
     stored = {"noise": grid.half().cpu(), "golden": target.half().cpu()}
@@ -203,7 +219,7 @@ def _score(
     scorer: Scorer,
     call: dict[str, Any],
 ) -> np.ndarray:
-    guided = guided_call(pipe, call, settings.sampling_guidance_scale)
+    guided = guided_call(pipe, call, sampling_weight(pipe, settings.sampling_guidance_scale))
     options = {"num_inference_steps": settings.sampling_steps, "output_type": "np"}
     with quiet(pipe):
         # The images are called `image` in some pipelines.

@@ -16,9 +16,9 @@ from ..core.pipeline import call_pipeline, given_latents, quiet
 from ..core.prompts import PromptEmbeds, prompt_embeddings
 from ..training.rows import Rows
 from .apply import predict
+from .gaps import guided_call, sampling_weight
 from .npnet import NPNetModel
 from .pairs import NoisePairs
-from .redenoising import guided_call
 from .scorers import Scorer, checked_scores
 
 
@@ -35,6 +35,7 @@ class NPNetObjective(nn.Module):
         golden: Tensor,
         prompt_embeds: Tensor,
         encoder_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
     ) -> Tensor:
         """The loss.
 
@@ -42,8 +43,10 @@ class NPNetObjective(nn.Module):
             noise, golden: (b, C, H, W).
             prompt_embeds: (b, tokens, text_dim), one row for each noise.
             encoder_attention_mask: (b, tokens) bool, False at padding; None if there is none.
+            pooled_prompt_embeds: (b, pooled_dim), for a network that takes them.
         """
-        return F.mse_loss(self.npnet(noise, prompt_embeds, encoder_attention_mask).sample, golden)
+        made = self.npnet(noise, prompt_embeds, encoder_attention_mask, pooled_prompt_embeds).sample
+        return F.mse_loss(made, golden)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ def relative_error(
 def _embeddings(npnet: NPNetModel, pipe: Any, prompts: Sequence[str], **call_kwargs: Any) -> PromptEmbeds:
     """The embeddings of prompts for a network in another data type than the pipeline's."""
     found = prompt_embeddings(pipe, prompts, **call_kwargs)
-    padded = None if found.padded is None else found.padded.to(npnet.dtype)
-    return replace(found, embeds=found.embeds.to(npnet.dtype), padded=padded)
+    others = {name: getattr(found, name) for name in ("padded", "pooled")}
+    cast = {name: None if value is None else value.to(npnet.dtype) for name, value in others.items()}
+    return replace(found, embeds=found.embeds.to(npnet.dtype), **cast)
 
 
 @torch.no_grad()
@@ -145,7 +149,7 @@ def sample(
     latents: Tensor,
     batch_size: int = 32,
     *,
-    guidance_scale: float,
+    guidance_scale: float | None,
     **call_kwargs: Any,
 ) -> np.ndarray:
     """Images of prompts from given noise.
@@ -155,7 +159,7 @@ def sample(
         prompts: n texts.
         latents: unit-variance noise (n, C, H, W), which is brought to the layout of `latents=`.
         batch_size: images per call.
-        guidance_scale: see `guided_call`.
+        guidance_scale: see `sampling_weight`.
         call_kwargs: other arguments of the call.
 
     Returns:
@@ -168,7 +172,8 @@ def sample(
     for rows in torch.arange(len(prompts)).split(batch_size):
         x = latents[rows].to(pipe._execution_device, pipe.dtype)
         chosen = [prompts[i] for i in rows.tolist()]
-        call = guided_call(pipe, {**call_kwargs, "prompt": chosen}, guidance_scale)
+        weight = sampling_weight(pipe, guidance_scale)
+        call = guided_call(pipe, {**call_kwargs, "prompt": chosen}, weight)
         with quiet(pipe):
             images = call_pipeline(pipe, **call, latents=given_latents(pipe, x), output_type="np")[0]
         parts.append(np.asarray(images, dtype=np.float32))
@@ -181,7 +186,7 @@ def compare(
     pairs: NoisePairs,
     scorer: Scorer | None,
     *,
-    guidance_scale: float,
+    guidance_scale: float | None,
     num_inference_steps: int,
     **call_kwargs: Any,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:

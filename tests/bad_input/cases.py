@@ -90,9 +90,19 @@ SECTIONS: dict[str, list[str]] = {
         "npnet(torch.randn(1, 4, 8, 8), torch.randn(1, 77, 15))",
         "npnet(torch.randn(2, 4, 8, 8), torch.randn(1, 77, 16))",
         "npnet(torch.randn(4, 8, 8), torch.randn(1, 77, 16))",
+        "npnet(torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16), None, torch.randn(1, 16))",
+        "dx.NPNetModel(pooled_dim=16)(latents, torch.randn(1, 77, 2048))",
+        "dx.NPNetModel(legacy=True, pooled_dim=16)",
         'dx.redenoise(pipe, latents, prompt="a", guidance_scale=0.5)',
         'dx.redenoise(pipe, latents, prompt="a", num_inference_steps=0)',
         'dx.redenoise(pipe, latents, prompt="a", num_rounds=0)',
+        'dx.redenoise(pipe, latents, prompt="a", jump=0.0)',
+        'dx.redenoise(pipe, latents, prompt="a", jump=0.99)',
+        'dx.redenoise(pipe, latents, prompt="a", jump=0.1, legacy_inversion=True)',
+        'dx.redenoise(pipe, latents, prompt="a", gap="text")',
+        'dx.redenoise(pipe, latents, prompt="a", gap="guidance")',
+        'dx.redenoise(schnell, latents, prompt="a", gap="guidance")',
+        'dx.redenoise(klein, latents, prompt="a", gap="cfg")',
         'dx.redenoise(schnell, latents, prompt="a")',
         'dx.redenoise(lcm, latents, prompt="a")',
         'dx.redenoise(pipe, torch.randn(2, 4, 8, 8), prompt="a")',
@@ -214,6 +224,12 @@ def _unknown(names: Names) -> Any:
     return pipe
 
 
+def _klein(names: Names) -> Any:
+    pipe = families.build("flux2-klein")
+    pipe.register_to_config(is_distilled=True)
+    return pipe
+
+
 def _empty_file(names: Names) -> Callable[[str], str]:
     def write(name: str) -> str:
         (Path(names["folder"]) / name).touch()
@@ -228,6 +244,7 @@ _MADE: dict[str, Callable[[Names], Any]] = {
     "flux": lambda names: tiny.build("flux"),
     "ddpm": lambda names: tiny.build("ddpm"),
     "schnell": lambda names: families.build("flux-schnell"),
+    "klein": _klein,
     "lcm": lambda names: families.build("lcm"),
     "sana": lambda names: families.build("sana"),
     "sd3": lambda names: families.build("sd3"),

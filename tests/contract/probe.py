@@ -35,7 +35,7 @@ from diffusers_ext import GaussianStats, NPNetModel
 from diffusers_ext.core.autoencoders import decode_latents, vae_of
 from diffusers_ext.core.images import encode_images
 from diffusers_ext.core.pipeline import initial_noise, model_output
-from diffusers_ext.core.prompts import embeddings_of, encode_prompts, recorded_encodings
+from diffusers_ext.core.prompts import PromptEmbeds, embeddings_of, encode_prompts, recorded_encodings
 from diffusers_ext.teleport import prompt_map
 from diffusers_ext.teleport.prompt_map import PromptMap
 from diffusers_ext.teleport.sources import pipeline_samples
@@ -392,14 +392,22 @@ def noise_network(name: str) -> NPNetModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         channels = family.latents[family.channels]
-        model = NPNetModel(channels, 32 if rows is None else rows.shape[-1], 512, width=32, depth=1)
+        pooled = None if rows is None else prompt_of(name, 0, True).pooled
+        model = NPNetModel(
+            channels,
+            32 if rows is None else rows.shape[-1],
+            512,
+            width=32,
+            depth=1,
+            pooled_dim=None if pooled is None else pooled.shape[1],
+        )
         nn.init.normal_(model.compact.out.weight, std=0.3)
     return model.eval()
 
 
 @functools.cache
-def tokens(name: str, number: int, guided: bool) -> Tensor:
-    """(1, tokens, width): the embeddings of one prompt that is alone in its batch, without padding that is masked."""
+def prompt_of(name: str, number: int, guided: bool) -> PromptEmbeds:
+    """The embeddings of one prompt that is alone in its batch."""
     pipe, found = families.build(name), []
     encode = pipe.encode_prompt
 
@@ -410,8 +418,14 @@ def tokens(name: str, number: int, guided: bool) -> Tensor:
 
     vars(pipe)["encode_prompt"] = watched
     families.images(pipe, name, 1, steps=1, first=number, guided=guided)
-    prompt = embeddings_of(pipe, found[0])[0]
-    return prompt.embeds[:1] if prompt.mask is None else prompt.embeds[:1, prompt.mask[0]]
+    return embeddings_of(pipe, found[0])[0].rows(torch.tensor([0]))
+
+
+def golden_of(name: str, noise: Tensor, number: int, guided: bool) -> Tensor:
+    """What `noise_network` makes of noise (1, C, H, W) and the prompt with this number, without masked padding."""
+    prompt = prompt_of(name, number, guided)
+    tokens = prompt.embeds if prompt.mask is None else prompt.embeds[:, prompt.mask[0]]
+    return noise_network(name)(noise, tokens, None, prompt.pooled).sample
 
 
 def _apply_golden_noise(pipe: Any, name: str) -> Any:
@@ -428,7 +442,7 @@ def _golden_faults(name: str, pipe: Any, run: Run, guided: bool) -> Faults:
     # Images have no axis of frames for the network.
     rows = noise.squeeze(2) if noise.ndim == 5 else noise
     with torch.no_grad():
-        golden = [noise_network(name)(rows[i : i + 1], tokens(name, i, guided)).sample for i in range(BATCH)]
+        golden = [golden_of(name, rows[i : i + 1], i, guided) for i in range(BATCH)]
     expected = torch.cat(golden).reshape(noise.shape).movedim(1, axis)
     return differ("the first input", run.shown[0], expected * scale)
 

@@ -26,7 +26,7 @@ def inputs(*shape: int, tokens: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(shape, generator=draw), torch.randn(shape[0], tokens, 8, generator=draw)
 
 
-@pytest.mark.parametrize("channels", [1, 4, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4, 16, 64])
 @given(height=st.integers(1, 13), width=st.integers(1, 13), tokens=st.integers(1, 6))
 @settings(max_examples=15, deadline=None)
 def test_any_size_and_the_identity_before_training(
@@ -88,6 +88,31 @@ def test_a_mask_without_padding_is_none() -> None:
     assert torch.equal(
         model(noise, text, torch.ones(2, 6, dtype=torch.bool)).sample, model(noise, text).sample
     )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pooled_vectors_are_one_more_token(masked: bool) -> None:
+    model = build(pooled_dim=5)
+    noise, text = inputs(2, 4, 6, 6)
+    pooled = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4]) if masked else None
+    golden = model(noise, text, mask, pooled).sample
+    assert not torch.allclose(model(noise, text, mask, pooled.flip(0)).sample, golden, atol=1e-3)
+    # Each row has its own, and the padding still has no effect.
+    other = torch.stack([pooled[0], -pooled[1]])
+    assert torch.equal(model(noise, text, mask, other).sample[0], golden[0])
+    if mask is not None:
+        assert torch.equal(model(noise, text.masked_fill(~mask[..., None], 7.0), mask, pooled).sample, golden)
+
+
+def test_pooled_vectors_that_do_not_fit_are_named() -> None:
+    noise, text = inputs(2, 4, 6, 6)
+    with pytest.raises(ValueError, match=r"pooled_prompt_embeds \(2, 5\), one row for each noise, got none"):
+        build(pooled_dim=5)(noise, text)
+    with pytest.raises(ValueError, match=r"pooled_prompt_embeds \(2, 5\), .* got \(2, 6\)"):
+        build(pooled_dim=5)(noise, text, None, torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=r"made without pooled vectors, got \(2, 5\)"):
+        build()(noise, text, None, torch.zeros(2, 5))
 
 
 def test_gradients_do_not_reach_the_padding() -> None:
@@ -175,6 +200,8 @@ def test_wrong_shapes_are_named(noise: Any, text: Any, message: str) -> None:
     [
         ({"width": 40}, "width must be a multiple of 32"),
         ({"depth": 0}, "must be 1 or more"),
+        ({"pooled_dim": 0}, "pooled_dim must be 1 or more"),
+        ({"legacy": True, "pooled_dim": 5}, "released architecture takes no pooled vectors"),
         ({"legacy": True, "latent_channels": 3}, "lays four channels out as one square"),
     ],
 )

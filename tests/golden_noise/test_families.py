@@ -1,7 +1,6 @@
 """Golden noise and re-denoising on every family of `tests/families.py`, beyond the shared contract."""
 
 import copy
-import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,7 @@ from torch import Tensor
 
 import diffusers_ext as dx
 from diffusers_ext.core.pipeline import given_latents, initial_grid
-from diffusers_ext.core.schedules import first_order_scheduler, grid_levels, prediction_type
 from diffusers_ext.golden_noise.pairs import NoisePairs, PairSettings, collect_pairs
-from diffusers_ext.golden_noise.redenoising import move
 from diffusers_ext.golden_noise.training import relative_error, sample, variants
 from tests import families
 from tests.contract.probe import noise_network
@@ -104,112 +101,6 @@ def test_a_network_for_other_channels_is_refused_before_the_call(name: str) -> N
 def test_videos_are_refused_before_the_call(name: str) -> None:
     with pytest.raises(ValueError, match=r"Pipeline makes videos\. .* Use a text-to-image pipeline"):
         dx.apply_golden_noise(families.build(name), dx.NPNetModel(4, 32, 512, width=32, depth=1))
-
-
-# --- re-denoising ---
-
-# By hand, for the weight w of u + w(c − u), or for an embedded scale.
-EMBEDDED = ("flux", "flux2")
-
-
-def by_hand(name: str, weight: float) -> dict[str, Any]:
-    family = families.FAMILIES[name]
-    if name in EMBEDDED:
-        return {"guidance_scale": weight}
-    if family.guidance == "true_cfg_scale":
-        return {"true_cfg_scale": weight, "negative_prompt": [" "] * 2} if weight > 1 else {}
-    assert family.free_at is not None
-    return {"guidance_scale": weight - 1 + family.free_at}
-
-
-def first_output(name: str, pipe: Any, latents: Tensor, **guidance: Any) -> Tensor:
-    """What the pipeline gives to its scheduler in the first step, in the layout of `latents`."""
-    outputs, step = [], pipe.scheduler.step
-
-    @functools.wraps(step)
-    def watched(output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        outputs.append(output)
-        return step(output, *args, **kwargs)
-
-    pipe.scheduler.step = watched
-    try:
-        call = {**call_of(name), "num_inference_steps": STEPS, "output_type": "latent"}
-        pipe(**call, **guidance, latents=latents)
-    finally:
-        del pipe.scheduler.step
-    output = outputs[0].float()
-    return output.movedim(-1, 1).reshape(latents.shape) if output.shape != latents.shape else output
-
-
-@pytest.mark.parametrize("name", [n for n in (*IMAGES, *VIDEOS) if n not in ("lcm", "sd-ip-adapter")])
-def test_redenoising_is_the_formula_and_guidance_has_an_effect(name: str) -> None:
-    pipe = families.build(name)
-    noise, original = noise_of(name, pipe), pipe.scheduler
-    options = {**call_of(name), "num_inference_steps": STEPS}
-    golden, other = (dx.redenoise(pipe, noise, guidance_scale=w, **options) for w in (WEIGHT, 1.0))
-    assert pipe.scheduler is original
-    # Scales that are ignored give the same noise, bit by bit.
-    assert not torch.allclose(golden, other, atol=1e-4)
-    pipe.scheduler = scheduler = first_order_scheduler(original)
-    with torch.no_grad():
-        down = first_output(name, pipe, noise, **by_hand(name, WEIGHT))
-        top, below = grid_levels(scheduler)[:2]
-        kind = str(prediction_type(scheduler))
-        lower = move(down, noise, top, below, kind)
-        up = first_output(name, pipe, lower, **by_hand(name, 1.0))
-    expected = move(up, lower, below, top, kind)
-    # Noise of the top level divided by a small alpha and back.
-    assert torch.allclose(golden, expected, atol=1e-3)
-
-
-def distilled() -> Any:
-    pipe = families.build("flux2-klein")
-    pipe.register_to_config(is_distilled=True)
-    return pipe
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("sdxl-img2img", "starts from an image"),
-        ("sd-ip-adapter", r"Give ip_adapter_image instead"),
-        ("lcm", "LCMScheduler belongs to a model that is distilled"),
-        ("dit", "has no prepare_latents"),
-        ("ldm", "has no prepare_latents"),
-        ("ddpm", "has no prepare_latents"),
-        ("modular-sdxl", "has no prepare_latents"),
-        ("modular-flux", "has no prepare_latents"),
-    ],
-)
-def test_redenoising_refuses_other_pipelines(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dx.redenoise(families.build(name), torch.randn(2, 4, 8, 8), **call_of(name))
-
-
-def test_redenoising_refuses_models_without_guidance() -> None:
-    pipe = distilled()
-    with pytest.raises(ValueError, match="Flux2KleinPipeline has no guidance scale that has an effect"):
-        dx.redenoise(pipe, noise_of("flux2-klein", pipe), **call_of("flux2-klein"))
-
-
-def test_scales_that_would_be_ignored_are_refused() -> None:
-    qwen, sd = families.build("qwen"), families.build("sd")
-    with pytest.raises(ValueError, match=r"got true_cfg_scale=4.0 as well\. Leave it out"):
-        dx.redenoise(qwen, noise_of("qwen", qwen), true_cfg_scale=4.0, **call_of("qwen"))
-    with pytest.raises(ValueError, match=r"must be 1 or more, got 0: below 1 pipelines turn guidance off"):
-        dx.redenoise(sd, noise_of("sd", sd), inversion_guidance_scale=0, **call_of("sd"))
-
-
-@pytest.mark.parametrize("name", ["qwen", "flux-schnell"])
-def test_the_negative_prompt_of_the_call_is_used(name: str) -> None:
-    pipe = families.build(name)
-    noise = noise_of(name, pipe)
-    made = [
-        dx.redenoise(pipe, noise, guidance_scale=WEIGHT, **call_of(name), **negative)
-        for negative in ({}, {"negative_prompt": [" ", " "]}, {"negative_prompt": ["bbb", "bbb"]})
-    ]
-    assert torch.equal(made[0], made[1])
-    assert not torch.allclose(made[0], made[2], atol=1e-4)
 
 
 # --- from pairs to images ---

@@ -82,6 +82,8 @@ def test_the_arguments_of_the_call_are_recorded(tmp_path: Path) -> None:
     one, other = (NoisePairs.load(tmp_path / name) for name in ("one", "other"))
     assert torch.equal(one.noise, other.noise)
     assert not torch.allclose(one.golden, other.golden, atol=1e-3)
+    with pytest.raises(ValueError, match=r"guidance_scale is set by the settings of the pairs, got .*=3\.0"):
+        collect(tmp_path / "third", guidance_scale=3.0)
     with pytest.raises(ValueError, match="sigmas is a Tensor, which the recipe of the pairs cannot hold"):
         collect(tmp_path / "third", sigmas=torch.ones(2))
 

@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscret
 import diffusers_ext as dx
 from diffusers_ext.core.pipeline import model_output
 from diffusers_ext.core.schedules import first_order_scheduler, grid_levels
-from diffusers_ext.golden_noise.redenoising import displacement_factor, move
+from diffusers_ext.golden_noise.redenoising import displacement_factor, level_below, move
 from tests import tiny
 
 SD: dict[str, Any] = {
@@ -69,6 +69,47 @@ def test_a_flow_moves_by_the_difference_of_velocities() -> None:
     assert torch.allclose(lower, scheduler.step(guided, scheduler.timesteps[0], x).prev_sample, atol=1e-5)
     back = move(plain, lower, below, top, "flow_prediction")
     assert torch.allclose(back - x, (top[1] - below[1]) * (plain - guided), atol=1e-5)
+
+
+@pytest.mark.parametrize("top", [(0.0, 1.0), (0.1, 0.9)])
+def test_the_level_below_on_a_flow(top: tuple[float, float]) -> None:
+    a, s = level_below(top, 0.3, flow=True)
+    assert (a, s) == pytest.approx((top[0] + 0.3, top[1] - 0.3))
+
+
+@pytest.mark.parametrize("jump", [0.01, 0.4])
+def test_the_level_below_on_stable_diffusions_schedule(jump: float) -> None:
+    top = grid_levels(ddim(10))[0]
+    a, s = level_below(top, jump, flow=False)
+    assert a * a + s * s == pytest.approx(1)
+    assert top[1] / sum(top) - s / (a + s) == pytest.approx(jump)
+
+
+def test_the_jump_to_the_next_level_is_the_step_of_the_schedule() -> None:
+    pipe, noise = tiny.build("sd"), draw(4)
+    call: dict[str, Any] = {"prompt": ["a aaa", "a bbb"], "height": 8, "width": 8, "num_inference_steps": 10}
+    scheduler = first_order_scheduler(pipe.scheduler)
+    scheduler.set_timesteps(10)
+    top, below = (s / (a + s) for a, s in grid_levels(scheduler)[:2])
+    expected, found = dx.redenoise(pipe, noise, **call), dx.redenoise(pipe, noise, jump=top - below, **call)
+    # Noise of the top level divided by a small alpha and back.
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert not torch.allclose(found, noise, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jump": 0.0}, "jump must be above 0, got 0.0"),
+        ({"jump": 0.99}, r"jump must be above 0 and below 0\.9\d+, .* got 0.99"),
+        ({"jump": float("nan")}, "jump must be a finite number"),
+        ({"jump": 0.1, "legacy_inversion": True}, "got jump=0.1 as well. Use num_inference_steps"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dx.redenoise(tiny.build("sd"), draw(4), prompt=["a", "b"], height=8, width=8, **options)
 
 
 # Other pipelines are in test_families.py.

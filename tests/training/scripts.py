@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_ext as dx
 from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR
-from tests import tiny
+from tests import families, tiny
 from tests.training.launching import ROOT, write_pictures
 
 TRAINED = ("train_smooth_lora", "train_asdm", "train_sign", "train_npnet", "train_base")
@@ -53,6 +53,15 @@ def stable_diffusion_3() -> Any:
     sizes = dict.fromkeys(("d_model", "d_kv", "d_ff"), pipe.transformer.config.joint_attention_dim)
     config = transformers.T5Config(vocab_size=len(tokenizer), num_layers=0, num_heads=1, **sizes)
     pipe.register_modules(text_encoder_3=transformers.T5EncoderModel(config).eval(), tokenizer_3=tokenizer)
+    return pipe
+
+
+def flux() -> Any:
+    """The tiny Flux.1 dev with a tokenizer that can be loaded from files."""
+    pipe, tokenizer = families.build("flux"), tiny.tokenizer()
+    sizes = dict.fromkeys(("d_model", "d_kv", "d_ff"), pipe.transformer.config.joint_attention_dim)
+    config = transformers.T5Config(vocab_size=len(tokenizer), num_layers=1, num_heads=1, **sizes)
+    pipe.register_modules(text_encoder_2=transformers.T5EncoderModel(config).eval(), tokenizer_2=tokenizer)
     return pipe
 
 

@@ -55,6 +55,7 @@ OWN = {
     "train_base": ["--snr_gamma 0", "--num_scenes 0", "--block_out_channels 8 0 8"],
 }
 COLLECT = ["--num_pairs 0", "--train_batch_size 0", "--height -8", "--margin nan", "--num_rounds 0"]
+COLLECT += ["--num_inference_steps 0", "--jump nan", "--gap text"]
 BAD = [(script, text) for script in TRAINED for text in [*SHARED, *OWN[script]]]
 BAD += [("collect_noise_pairs", text) for text in COLLECT]
 
