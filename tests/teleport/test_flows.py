@@ -96,11 +96,11 @@ def test_the_first_input_is_where_the_flow_leads(name: str) -> None:
     place = 6 * plain.order
     assert teleport.num_skipped_steps == 6
     assert torch.equal(teleport.timesteps, plain.timesteps[place:])
-    sigmas = [float(plain.sigmas[i]) for i in (0, place)]
+    start, end = (float(plain.sigmas[i]) for i in (0, place))
     shown = teleport.map_model_input(noise(), teleport.timesteps[0])
     # RK4's error is below 1e-8 with these steps; the levels are float32.
-    torch.testing.assert_close(shown, integrated(stats, noise(), *sigmas), atol=1e-6, rtol=1e-6)
-    assert teleport.skipped_to == pytest.approx(sigmas[1] / (1 - sigmas[1]))
+    torch.testing.assert_close(shown, integrated(stats, noise(), start, end), atol=1e-6, rtol=1e-6)
+    assert teleport.skipped_to == pytest.approx(end / (1 - end))
 
 
 ON_SD3 = [name for name in GRIDS if "terminal" not in name and not name.endswith("-1")]
@@ -115,14 +115,11 @@ def test_a_pipeline_tells_the_network_the_level_that_the_map_led_to(name: str) -
     dx.apply_teleport(pipe, statistics("sd3"), skip=0.4)
     run = record(pipe, "sd3")
     # The times of the plain call, and not the schedule, say at which level it was: integers in the multistep solvers.
-    place = 2 if plain.each_step == 1 else 2 * plain.each_step
-    place *= getattr(make(), "order", 1)
-    times = [plain.times[i] / 1000 for i in (0, place)]
+    place = 2 * make().order
+    start, end = ((1 - t, t) for t in (min(plain.times[i] / 1000, 1.0) for i in (0, place)))
     assert run.times[0] == plain.times[place]
-    integer = make().timesteps.dtype == torch.int64 or name.startswith(("dpm", "deis", "singlestep", "unipc"))
-    moved = statistics("sd3").transport(
-        in_grid("sd3", plain.shown[0]), *[(1 - min(t, 1), min(t, 1)) for t in times]
-    )
+    integer = name.startswith(("dpm", "deis", "singlestep", "unipc"))
+    moved = statistics("sd3").transport(in_grid("sd3", plain.shown[0]), start, end)
     torch.testing.assert_close(in_grid("sd3", run.shown[0]), moved, atol=2e-2 if integer else 1e-4, rtol=1e-4)
 
 
@@ -211,6 +208,18 @@ def test_what_the_covariance_adds_to_euler_s_first_step(shift: float) -> None:
     assert (stats.transport(noise(), start, end) - exact).norm() < 1e-6 * way
     # Half of the steps without shift lead to .5, at a shift of 6 to .86.
     assert (step - exact).norm() > (0.3 if shift == 1 else 0.05) * way
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.7, 30.0])
+def test_guidance_from_pure_noise_without_directions(spread: float) -> None:
+    """With equal covariances, guidance moves the mean; a flow begins where no noise-to-signal ratio is finite."""
+    own = dataclasses.replace(without_covariance(tiny.gaussian(SHAPE)), residual=spread)
+    every = dataclasses.replace(own, mean=torch.zeros(SHAPE))
+    stats, weight, t = dataclasses.replace(own, unconditional=every), 3.0, 0.7
+    moved = stats.transport(noise(), (0.0, 1.0), (1 - t, t), guidance_scale=weight)
+    gain = ((1 - t) ** 2 * spread + t * t) ** 0.5
+    # The alternating steps are of second order, and the start at a ratio of 1000 is off by a thousandth.
+    torch.testing.assert_close(moved, (1 - t) * weight * own.mean + gain * noise(), atol=5e-3, rtol=2e-3)
 
 
 # --- skip="auto" ---

@@ -13,22 +13,21 @@ from diffusers_ext.core.prompts import PromptEmbeds
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
 from diffusers_ext.teleport.prompts import prompt_features
 from tests import families, tiny
-from tests.contract.probe import statistics
 
 PROMPTS = [a + b for a in "abcde" for b in ("", "f", "g", "h")]
 SHAPE = (4, 8, 8)
 
 
-def mapped(pipe: Any, guided: bool = True) -> dx.GaussianStats:
+def mapped(pipe: Any, guided: bool = True, **options: Any) -> dx.GaussianStats:
     """Within-prompt statistics with a prompt map, of data whose means are linear in the embeddings."""
     generator = torch.Generator().manual_seed(0)
-    features = prompt_features(pipe, PROMPTS)
+    features = prompt_features(pipe, PROMPTS, **options)
     _, s, v = torch.linalg.svd(features - features.mean(0), full_matrices=False)
     means = (features - features.mean(0)) @ (v[:2].T / s[0]) @ torch.randn(2, 256, generator=generator)
     noise = 0.1 * torch.randn(len(PROMPTS), 16, 256, generator=generator)
     samples = (means[:, None] + noise).reshape(-1, *SHAPE)
     names = [name for name in PROMPTS for _ in range(16)]
-    stats = dx.fit_prompt_map(pipe, dx.GaussianStats.fit([(samples, names)], rank=4))
+    stats = dx.fit_prompt_map(pipe, dx.GaussianStats.fit([(samples, names)], rank=4), **options)
     return stats if guided else dataclasses.replace(stats, unconditional=None)
 
 
@@ -105,18 +104,11 @@ def test_stable_diffusion_3_has_the_tokens_of_clip_and_an_average_of_those_of_t5
 
 @pytest.mark.parametrize(
     ("name", "option", "fitted", "called"),
-    [("sd", "clip_skip", None, 1), ("flux", "max_sequence_length", 16, 32), ("sd3", "clip_skip", 1, None)],
+    [("sdxl", "clip_skip", None, 1), ("flux", "max_sequence_length", 16, 32), ("sd3", "clip_skip", 1, None)],
 )
 def test_calls_that_encode_in_another_way_are_refused(name, option, fitted, called, tmp_path):
     pipe = families.build(name)
-    shape = statistics(name).shape
-    texts = [f"{a} {b}" for a in "abc" for b in "defg"]
-    # Means that depend on the embeddings, whatever they are.
-    features = prompt_features(pipe, texts, **{option: fitted})
-    draw = torch.Generator().manual_seed(0)
-    means = (features @ torch.randn(features.shape[1], 256, generator=draw)).reshape(-1, *shape)
-    pairs = [(means + 0.01 * torch.randn(means.shape, generator=draw), texts) for _ in range(3)]
-    stats = dx.fit_prompt_map(pipe, dx.GaussianStats.fit(pairs, rank=2), **{option: fitted})
+    stats = mapped(pipe, **{option: fitted})
     stats.save_pretrained(tmp_path)
     stats = dx.GaussianStats.from_pretrained(tmp_path)
     dx.apply_teleport(pipe, stats, 0.6)
