@@ -7,6 +7,7 @@ NAMES = (
     "base_models",
     "judges",
     "teleport",
+    "teleport_flow",
     "cost",
     "golden_noise",
     "golden_noise_cost",

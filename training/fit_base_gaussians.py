@@ -1,7 +1,8 @@
-"""Fits the Gaussian statistics that are included with the two base models, to their training data.
+"""Fits the Gaussian statistics that are included with the base models, to their training data.
 
     python training/fit_base_gaussians.py --train_data_dir DIR --model_dir model_cards/fashion-ddpm
     python training/fit_base_gaussians.py --train_data_dir DIR --model_dir model_cards/fashion-scenes
+    python training/fit_base_gaussians.py --train_data_dir DIR --model_dir model_cards/fashion-flow
 
 Writes MODEL_DIR/gaussian. For a model with prompts, the covariance is the within-prompt one, which belongs to
 the mean of a single prompt. The statistics of all images are the unconditional part, and a map predicts the
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,6 +26,7 @@ import diffusers_ext as dx
 from diffusers_ext.core.autoencoders import encode_pixels
 from diffusers_ext.core.images import as_tensor
 from diffusers_ext.testbed import fashion_scenes
+from diffusers_ext.testbed.flow_models import flow_solver
 from diffusers_ext.training.arguments import non_negative_float, positive_int, seed
 
 
@@ -71,7 +73,10 @@ def fit(args: argparse.Namespace, pipe: Any) -> dx.GaussianStats:
 
 def calibrate(args: argparse.Namespace, pipe: Any, stats: dx.GaussianStats) -> dx.GaussianStats:
     """`stats` with the result of `calibrate_skip` for training images and their prompts."""
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    config = pipe.scheduler.config
+    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    # from_config would take the flow's config for that of a diffusion.
+    pipe.scheduler = flow_solver(config.shift) if flow else DPMSolverMultistepScheduler.from_config(config)
     pipe.set_progress_bar_config(disable=True)
     n = args.num_calibration_images
     options: dict[str, Any] = {

@@ -33,6 +33,8 @@ class Family:
         guidance_off: the scale at which classifier-free guidance is off. It is 1 for u + w(c − u), and 0 for
             c + w(c − u), where c and u are the outputs with and without the prompt.
         rescaled: the guided output always gets the norm of c.
+        clip_first: the prompt's embeddings begin with CLIP's tokens, `tokenizer.model_max_length` of them, and those of
+            T5 follow.
     """
 
     layout: Layout = "grid"
@@ -40,6 +42,7 @@ class Family:
     reversed_time: bool = False
     guidance_off: float = 1.0
     rescaled: bool = False
+    clip_first: bool = False
 
 
 # By the class of the denoiser. A subclass has the record of its base class.
@@ -49,7 +52,7 @@ FAMILIES: dict[str, Family] = {
     "DiTTransformer2DModel": Family(),
     "PixArtTransformer2DModel": Family(),
     "HunyuanDiT2DModel": Family(),
-    "SD3Transformer2DModel": Family(),
+    "SD3Transformer2DModel": Family(clip_first=True),
     "SanaTransformer2DModel": Family(),
     "AuraFlowTransformer2DModel": Family(),
     "CogView4Transformer2DModel": Family(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -316,6 +317,25 @@ def prompt_options(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         and not name.startswith(("prompt", "negative_prompt", "num_"))
         and not any(part in name for part in ("embeds", "mask", "image"))
     }
+
+
+def differing_options(made_with: Mapping[str, Any], call: Mapping[str, Any]) -> str | None:
+    """How the prompts of a call are encoded in another way, and what to call the pipeline with; None if they are not.
+
+    Args:
+        made_with: results of `prompt_options`, also of one that was saved as JSON.
+        call: arguments of the call, with their defaults.
+    """
+    # JSON has no tuples.
+    kept = {name: json.loads(json.dumps(value, default=str)) for name, value in made_with.items()}
+    here = {name: json.loads(json.dumps(call.get(name), default=str)) for name in kept}
+    wrong = [name for name in kept if here[name] != kept[name]]
+    if not wrong:
+        return None
+    return (
+        ", ".join(f"{name}={kept[name]!r} there, {here[name]!r} here" for name in wrong)
+        + f". Call the pipeline with {', '.join(f'{name}={kept[name]!r}' for name in wrong)}."
+    )
 
 
 # --- embeddings as arguments of a call ---

@@ -131,7 +131,11 @@ def is_pndm(scheduler: Any) -> bool:
 
 
 def grid_levels(scheduler: Any) -> list[Level]:
-    """Levels of the N outer steps of the current schedule, noisiest first, without the final point."""
+    """Levels of the N outer steps of the current schedule, noisiest first, without the final point.
+
+    Raises:
+        ValueError: see `scaling`; or the scheduler is that of a flow, and its grid is not.
+    """
     kind = "flow" if type(scheduler) is FlowSolverEulerScheduler else scaling(scheduler)
     if kind == "alphas":
         # PNDM's `timesteps` repeats points for its warm-up; `_timesteps` is the grid itself, ascending.
@@ -142,11 +146,28 @@ def grid_levels(scheduler: Any) -> list[Level]:
     sigmas = [scheduler.sigmas[i * scheduler.order] for i in range(count)]
     if kind == "solver":
         # VP latents even on a Karras grid, and (1−σ, σ) with `use_flow_sigmas`: the solver converts both.
+        if scheduler.config.get("use_flow_sigmas"):
+            _check_flow_grid(scheduler, torch.stack(sigmas))
         pairs = [scheduler._sigma_to_alpha_sigma_t(sigma) for sigma in sigmas]
         return [(float(a), float(s)) for a, s in pairs]
     if kind == "flow":
+        _check_flow_grid(scheduler, torch.stack(sigmas))
         return [(1 - float(sigma), float(sigma)) for sigma in sigmas]
     return [(1.0, float(sigma)) for sigma in sigmas]
+
+
+def _check_flow_grid(scheduler: Any, sigmas: Tensor) -> None:
+    """Raises a ValueError unless σ, (steps,), are levels of a flow.
+
+    Of the multistep solvers, DPM-Solver and DEIS ignore `use_flow_sigmas` with any other grid in σ, and UniPC with all
+    but Karras's. Their σ then are those of a diffusion, up to 157.
+    """
+    if not 0 <= float(sigmas.min()) <= float(sigmas.max()) <= 1:
+        raise ValueError(
+            f"The grid of {type(scheduler).__name__} goes from σ = {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g},"
+            " expected levels of a flow, from 1 to 0. Use it with use_flow_sigmas=True and without use_karras_sigmas,"
+            " use_exponential_sigmas, use_beta_sigmas and use_lu_lambdas."
+        )
 
 
 def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,12 +417,7 @@ class FlowSolverEulerScheduler(FlowMatchEulerDiscreteScheduler):
         solver.set_timesteps(*args, **kwargs)
         # Second-order solvers repeat grid points.
         sigmas = torch.cat([solver.sigmas[:-1][:: solver.order], solver.sigmas[-1:]])
-        if not 0 <= float(sigmas.min()) <= float(sigmas.max()) <= 1:
-            raise ValueError(
-                f"The grid of {type(solver).__name__} goes from σ = {float(sigmas[0]):.4g} to"
-                f" {float(sigmas[-1]):.4g}, expected levels of a flow, from 1 to 0. Use it with use_flow_sigmas=True"
-                " and without use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas and use_lu_lambdas."
-            )
+        _check_flow_grid(solver, sigmas)
         # Integers would be taken for indices.
         self.sigmas, self.timesteps = sigmas, solver.timesteps[:: solver.order].to(torch.float32)
         self.num_inference_steps = len(self.timesteps)

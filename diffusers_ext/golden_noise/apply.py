@@ -7,7 +7,6 @@ second.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..core.families import (
 )
 from ..core.hooks import HookHandle, add_hook, parameters_of
 from ..core.pipeline import initial_noise
-from ..core.prompts import PromptEmbeds, PromptReader, check_encodes
+from ..core.prompts import PromptEmbeds, PromptReader, check_encodes, differing_options
 from .npnet import NPNetModel
 
 # Attribute of a pipeline with its `GoldenNoise`.
@@ -155,15 +154,10 @@ def check_channels(pipe: Any, npnet: NPNetModel) -> None:
 
 def check_prompt_options(npnet: NPNetModel, call: Mapping[str, Any]) -> None:
     """Raises a ValueError if the call encodes its prompts in another way than the network was trained with."""
-    trained = npnet.config.prompt_options or {}  # type: ignore[union-attr]
-    # Configs are stored as JSON, which has no tuples.
-    plain = {name: json.loads(json.dumps(call.get(name), default=str)) for name in trained}
-    wrong = [name for name in trained if plain[name] != json.loads(json.dumps(trained[name]))]
-    if wrong:
+    differing = differing_options(npnet.config.prompt_options or {}, call)  # type: ignore[union-attr]
+    if differing:
         raise ValueError(
-            "NPNet was trained with other embeddings of the prompts than this call has: "
-            + ", ".join(f"{name}={trained[name]!r} there, {plain[name]!r} here" for name in wrong)
-            + f". Call the pipeline with {', '.join(f'{name}={trained[name]!r}' for name in wrong)}."
+            f"NPNet was trained with other embeddings of the prompts than this call has: {differing}"
         )
 
 

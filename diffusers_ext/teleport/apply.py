@@ -19,7 +19,7 @@ from ..core.families import (
     uncompiled,
 )
 from ..core.hooks import add_hook, parameters_of
-from ..core.prompts import PromptReader, check_encodes
+from ..core.prompts import PromptReader, check_encodes, differing_options
 from ..core.schedules import scaling
 from .gaussian import GaussianStats
 from .prompt_map import features_of
@@ -185,6 +185,13 @@ class _CallStart:
             scheduler.refuse_mean(
                 f"{name} encoded no prompt in this call: give it a prompt and no prompt_embeds, or remove the map with"
                 " dataclasses.replace(stats, prompt_map=None)."
+            )
+            return
+        assert stats.prompt_map is not None
+        differing = differing_options(stats.prompt_map.options, reader.arguments)
+        if differing:
+            scheduler.refuse_mean(
+                f"The prompt map was fitted to other embeddings of the prompts than this call has: {differing}"
             )
             return
         guidance = guidance_of(self.pipe)

@@ -145,7 +145,8 @@ def guided_transport(
         )
     if a0 == 0:
         # Pure noise has no finite σ. Far above the scale of the data, guidance acts on the means only.
-        largest = max(1.0, *unconditional.eigenvalues[:1].tolist(), *conditional.eigenvalues[:1].tolist())
+        both = (unconditional, conditional)
+        largest = max([1.0, *(v for g in both for v in (g.residual, *g.eigenvalues[:1].tolist()))])
         far = 1e3 * math.sqrt(largest)
         middle = (1 / math.hypot(1, far), far / math.hypot(1, far))
         mean = unconditional.mean + w * (conditional.mean - unconditional.mean)

@@ -373,7 +373,8 @@ class GaussianStats(PushToHubMixin):
             "num_samples": self.num_samples,
             "class_names": None if self.class_names is None else list(self.class_names),
             "class_counts": None if self.class_counts is None else list(self.class_counts),
-            "prompt_map": None if self.prompt_map is None else {"score": self.prompt_map.score},
+            "prompt_map": self.prompt_map
+            and {"score": self.prompt_map.score, "options": self.prompt_map.options},
             "unconditional": None if self.unconditional is None else self.unconditional._config(),
             "calibration": self.calibration,
         }
@@ -399,7 +400,7 @@ class GaussianStats(PushToHubMixin):
         fields = {name: config.get(name) for name in names}
         try:
             if prompt_map is not None:
-                fields["prompt_map"] = PromptMap(**prompt_map, score=config["prompt_map"]["score"])
+                fields["prompt_map"] = PromptMap(**prompt_map, **config["prompt_map"])
             build: Any = cls
             stats: GaussianStats = build(**tensors, **fields, unconditional=unconditional)
             if list(stats.shape) != config["shape"] or stats.rank != config["rank"]:

@@ -11,7 +11,7 @@ import torch
 from ..core.predictions import Level, noise_to_signal
 from ..core.schedules import grid_levels, is_pndm
 from .proxy import Delegated, SchedulerProxy
-from .skipping import max_skip, restart_pndm, steps_to_sigma
+from .skipping import calibrated_steps, max_skip, restart_pndm, steps_to_sigma
 
 
 class ShortenedGrid(SchedulerProxy):
@@ -76,25 +76,13 @@ class ShortenedGrid(SchedulerProxy):
         if self.sigma is None and self.skip == 0:
             return 0
         count = len(self._levels)
-        sigma = self.sigma
-        if sigma is None and self.skip == "auto":
-            sigma = self._calibrated_sigma(count)
-            if sigma is None:
-                return 0
-        if sigma is None:
-            wanted = math.floor(float(self.skip) * count + 1e-9)
+        if self.sigma is not None:
+            wanted = steps_to_sigma(self._levels, self.sigma)
+        elif self.skip == "auto":
+            wanted = calibrated_steps(self._levels, self.stats.calibration)
         else:
-            wanted = steps_to_sigma(self._levels, sigma)
+            wanted = math.floor(float(self.skip) * count + 1e-9)
         return max(min(wanted, max_skip(self.inner, count)), 0)
-
-    def _calibrated_sigma(self, count: int) -> float | None:
-        """The result of `calibrate_skip` for the smallest calibrated step count that is not below `count`."""
-        sigma = self.stats.calibration["sigma"]
-        if not isinstance(sigma, dict):
-            return sigma
-        fitting = [n for n in map(int, sigma) if n >= count]
-        # Above the largest calibrated count the solver's error is smaller than all that were compared.
-        return sigma[str(min(fitting))] if fitting else None
 
     def _begin_at(self, index: int) -> None:
         # DDIM, DDPM and PNDM find their position by timestep or by counting calls; others need the index.

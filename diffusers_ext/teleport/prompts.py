@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..core.prompts import prompt_embeddings
 from ..core.schedules import scheduler_prediction
 from .apply import check_pipeline, telling_layout
 from .gaussian import GaussianStats
-from .prompt_map import PromptMap, features_of
+from .prompt_map import PromptMap, encoding_options, features_of
 from .proxy import Delegated
 from .scheduler import TeleportScheduler
 from .sources import check_prompts
@@ -39,7 +40,8 @@ def fit_prompt_map(
         rank: number of principal directions of the prompts' embeddings, ≥ 1.
         batch_size: prompts encoded together.
         call_kwargs: passed to the pipeline. Give those that act on the encoding of prompts and that the calls
-            will have too, such as `clip_skip` and `max_sequence_length`.
+            will have too, such as `clip_skip` and `max_sequence_length`: calls that encode their prompts in another
+            way are refused.
 
     Returns:
         A copy of `stats` with `prompt_map`. Its `score` is the R² of the prompts' means, where each is
@@ -55,11 +57,13 @@ def fit_prompt_map(
         )
     names = stats.class_names
     counts = torch.tensor(stats.class_counts or [1] * len(names))
-    parts = [
-        prompt_features(pipe, names[i : i + batch_size], **call_kwargs).cpu()
-        for i in range(0, len(names), batch_size)
-    ]
+    parts, options = [], {}
+    for i in range(0, len(names), batch_size):
+        embeds = prompt_embeddings(pipe, names[i : i + batch_size], **call_kwargs)
+        parts.append(features_of(pipe, embeds).cpu())
+        options |= encoding_options(pipe, embeds, call_kwargs)
     found = PromptMap.fit(torch.cat(parts), stats.class_means.flatten(1), counts, rank)
+    found = dataclasses.replace(found, options=json.loads(json.dumps(options, default=str)))
     return dataclasses.replace(stats, prompt_map=found)
 
 

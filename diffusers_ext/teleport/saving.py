@@ -41,7 +41,7 @@ def write_folder(
     """
     directory = Path(folder)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()})
+    weights = safetensors.torch.save({n: t.cpu().clone() for n, t in tensors.items()})
     with whole_file(directory / WEIGHTS_NAME) as partial:
         partial.write_bytes(weights)
     write_json(directory / CONFIG_NAME, {**config, "sha256": hashlib.sha256(weights).hexdigest()})

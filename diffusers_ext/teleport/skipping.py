@@ -45,6 +45,30 @@ def steps_to_sigma(levels: list[Level], sigma: float) -> int:
     return max(reached, default=0)
 
 
+def calibrated_steps(levels: list[Level], calibration: dict[str, Any]) -> int:
+    """How many steps of a grid `skip="auto"` skips.
+
+    The calibration of the smallest step count that is not below the grid's decides. No step below its σ is skipped, and
+    no larger share of the steps: a grid with more of its steps at high noise, as that of a flow with a larger shift,
+    has a smaller error there, and the map would have to be better too.
+
+    Args:
+        levels: of the grid, noisiest first.
+        calibration: of `GaussianStats`: "sigma", and the "trials" with which it was found.
+    """
+    sigma, count = calibration["sigma"], len(levels)
+    if not isinstance(sigma, dict):
+        return 0 if sigma is None else steps_to_sigma(levels, sigma)
+    calibrated = min((n for n in map(int, sigma) if n >= count), default=None)
+    # Above the largest calibrated count the solver's error is smaller than all that were compared.
+    if calibrated is None or sigma[str(calibrated)] is None:
+        return 0
+    reached = sigma[str(calibrated)]
+    trials = calibration.get("trials", {}).get(str(calibrated), {"errors": []})["errors"]
+    most = next((-(-skipped * count // calibrated) for skipped, to, _ in trials if to == reached), count)
+    return min(steps_to_sigma(levels, reached), most)
+
+
 def restart_pndm(scheduler: Any, skip: int) -> None:
     """Shortens PNDM's grid by its `skip` noisiest points, so that its warm-up happens at the new start.
 

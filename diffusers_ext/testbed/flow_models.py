@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -196,6 +197,13 @@ def flow_pipeline(
         tokenizer_2=tokenizer,
         text_encoder_3=build_t5(tokenizer),
         tokenizer_3=tokenizer,  # type: ignore[arg-type]
+    )
+
+
+def flow_solver(shift: float = 1.0) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ 2M on the levels of a flow, shifted to shift · σ / (1 + (shift − 1) σ)."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
 
 

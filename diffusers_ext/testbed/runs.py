@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from ..core.families import denoiser_of
 from ..core.pipeline import call_pipeline
 from ..metrics.frechet import FeatureStats
 from . import fashion_scenes
@@ -107,7 +108,7 @@ def _count_rows(module: nn.Module) -> Iterator[list[int]]:
     rows: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(len(args[0] if args else kwargs["sample"]))
+        rows.append(len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -121,7 +122,7 @@ def run_scenes(
 ) -> Run:
     """Generates one image per prompt; image i starts from the noise of (seed, offset + i) in any batch."""
     parts, start = [], time.perf_counter()
-    with _count_rows(pipe.unet) as rows:
+    with _count_rows(denoiser_of(pipe)) as rows:
         for low in range(0, len(prompts), batch_size):
             chunk = prompts[low : low + batch_size]
             generators = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.networks import network_config
@@ -39,6 +39,7 @@ SECTIONS: dict[str, list[str]] = {
         "dx.apply_teleport(pipe, stats)",
         "dx.apply_teleport(ddpm, stats, skip=0.3)(num_inference_steps=4)",
         "dx.apply_teleport(lcm, stats)",
+        "dx.TeleportScheduler(not_a_flow, stats, skip=0.3).set_timesteps(4)",
         "dx.apply_teleport(img2img, stats)",
         "dx.apply_teleport(unknown, stats)",
         "dx.TeleportScheduler(pipe.unet, stats)",
@@ -259,6 +260,7 @@ _MADE: dict[str, Callable[[Names], Any]] = {
     "unknown": _unknown,
     "projector": _projector,
     "lcm_scheduler": lambda names: LCMScheduler(),
+    "not_a_flow": lambda names: DPMSolverMultistepScheduler(use_flow_sigmas=True, use_karras_sigmas=True),
     "stats": lambda names: tiny.gaussian((4, 8, 8)),
     "npnet": lambda names: tiny.npnet("sd"),
     "latents": lambda names: torch.zeros(1, 4, 8, 8),

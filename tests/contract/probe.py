@@ -178,10 +178,13 @@ def plain(name: str, guided: bool = True) -> Run:
 
 @functools.cache
 def feature(name: str, text: str) -> Tensor:
-    """(E,), the mean of a prompt's embeddings, encoded alone."""
+    """(E,), the mean of a prompt's embeddings, encoded alone; of Stable Diffusion 3 those of CLIP and those of T5."""
     call = {**families.inputs(name, guided=False), "prompt": [text]}
     pipe = families.build(name)
-    return embeddings_of(pipe, recorded_encodings(pipe, call)[0])[0].mean()[0]
+    found = embeddings_of(pipe, recorded_encodings(pipe, call)[0])[0]
+    if name != "sd3":
+        return found.mean()[0]
+    return torch.cat([found.embeds[0, :77].mean(0), found.embeds[0, 77:].mean(0)])
 
 
 def doubled(pipe: Any, name: str) -> tuple[Run, Run]:

@@ -81,7 +81,9 @@ def test_negative_prompts_of_other_encoders_are_read(name: str, argument: str) -
     pipe.encode_prompt = keep
     families.images(pipe, name, **{argument: "z"})
     pipe.encode_prompt = real
-    positive, negative = (mean_map(name)(e.float().mean(1))[0].reshape(4, 8, 8) for e in found[0][:2])
+    parts = [[e] if name == "sdxl" else e.split((77, e.shape[1] - 77), dim=1) for e in found[0][:2]]
+    features = [torch.cat([part.float().mean(1) for part in of_one], 1) for of_one in parts]
+    positive, negative = (mean_map(name)(feature)[0].reshape(4, 8, 8) for feature in features)
     close(used(pipe), negative + 5 * (positive - negative))
 
 

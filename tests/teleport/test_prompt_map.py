@@ -12,22 +12,22 @@ import diffusers_ext as dx
 from diffusers_ext.core.prompts import PromptEmbeds
 from diffusers_ext.teleport.prompt_map import PromptMap, features_of
 from diffusers_ext.teleport.prompts import prompt_features
-from tests import tiny
+from tests import families, tiny
 
 PROMPTS = [a + b for a in "abcde" for b in ("", "f", "g", "h")]
 SHAPE = (4, 8, 8)
 
 
-def mapped(pipe: Any, guided: bool = True) -> dx.GaussianStats:
+def mapped(pipe: Any, guided: bool = True, **options: Any) -> dx.GaussianStats:
     """Within-prompt statistics with a prompt map, of data whose means are linear in the embeddings."""
     generator = torch.Generator().manual_seed(0)
-    features = prompt_features(pipe, PROMPTS)
+    features = prompt_features(pipe, PROMPTS, **options)
     _, s, v = torch.linalg.svd(features - features.mean(0), full_matrices=False)
     means = (features - features.mean(0)) @ (v[:2].T / s[0]) @ torch.randn(2, 256, generator=generator)
     noise = 0.1 * torch.randn(len(PROMPTS), 16, 256, generator=generator)
     samples = (means[:, None] + noise).reshape(-1, *SHAPE)
     names = [name for name in PROMPTS for _ in range(16)]
-    stats = dx.fit_prompt_map(pipe, dx.GaussianStats.fit([(samples, names)], rank=4))
+    stats = dx.fit_prompt_map(pipe, dx.GaussianStats.fit([(samples, names)], rank=4), **options)
     return stats if guided else dataclasses.replace(stats, unconditional=None)
 
 
@@ -78,7 +78,7 @@ def test_noise_is_refused():
 
 
 def test_embeddings_are_flattened_only_if_every_prompt_has_as_many_tokens():
-    pipe = SimpleNamespace(tokenizer=SimpleNamespace(model_max_length=77))
+    pipe = SimpleNamespace(tokenizer=SimpleNamespace(model_max_length=77), unet=tiny.unet())
     short, long = PromptEmbeds(torch.randn(2, 77, 768)), PromptEmbeds(torch.randn(2, 77, 2048))
     assert torch.equal(features_of(pipe, short), short.embeds.flatten(1))
     torch.testing.assert_close(features_of(pipe, long), long.embeds.mean(1))
@@ -89,6 +89,36 @@ def test_embeddings_are_flattened_only_if_every_prompt_has_as_many_tokens():
     masked = PromptEmbeds(short.embeds * mask[..., None], mask)
     torch.testing.assert_close(features_of(pipe, masked)[0], short.embeds[0, :5].mean(0))
     torch.testing.assert_close(features_of(pipe, masked)[1], short.embeds[1].mean(0))
+
+
+def test_stable_diffusion_3_has_the_tokens_of_clip_and_an_average_of_those_of_t5():
+    pipe = tiny.build("sd3")
+    few = PromptEmbeds(torch.randn(2, 77 + 5, 32))
+    wanted = torch.cat([few.embeds[:, :77].flatten(1), few.embeds[:, 77:].mean(1)], 1)
+    torch.testing.assert_close(features_of(pipe, few), wanted)
+    # The zeros of a T5 that is left out have no length.
+    texts = ["a red bag", "a blue boot"]
+    features = [prompt_features(pipe, texts, max_sequence_length=n) for n in (1, 256)]
+    torch.testing.assert_close(*features)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "fitted", "called"),
+    [("sdxl", "clip_skip", None, 1), ("flux", "max_sequence_length", 16, 32), ("sd3", "clip_skip", 1, None)],
+)
+def test_calls_that_encode_in_another_way_are_refused(name, option, fitted, called, tmp_path):
+    pipe = families.build(name)
+    stats = mapped(pipe, **{option: fitted})
+    stats.save_pretrained(tmp_path)
+    stats = dx.GaussianStats.from_pretrained(tmp_path)
+    dx.apply_teleport(pipe, stats, 0.6)
+    families.images(pipe, name, guided=False, **{option: fitted})
+    told = f"{option}={fitted} there, {called} here. Call the pipeline with {option}={fitted}"
+    with pytest.raises(ValueError, match=told):
+        families.images(pipe, name, guided=False, **{option: called})
+    # SD3's T5 is left out here, so its length is free.
+    if name == "sd3":
+        families.images(pipe, name, guided=False, clip_skip=1, max_sequence_length=7)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
