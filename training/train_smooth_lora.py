@@ -3,11 +3,12 @@
     accelerate launch training/train_smooth_lora.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir FOLDER --resolution 512 --output_dir runs/smooth-lora
 
-MODEL is a Stable Diffusion or SDXL pipeline. FOLDER is an image folder with captions in metadata.jsonl, as
+MODEL is a pipeline of Stable Diffusion, SDXL, Stable Diffusion 3, Flux.1, Flux.2, Qwen-Image, Z-Image, Sana
+or Lumina 2. FOLDER is an image folder with captions in metadata.jsonl, as
 for the training scripts of diffusers. --dataset_name selects a data set on the Hub, or `fashion-scenes`,
 which needs the files of Fashion-MNIST in --train_data_dir. --variation_weight 0 trains a plain LoRA. The
 weights and their model card are saved to OUTPUT_DIR/model:
-`diffusers_ext.load_smooth_lora(pipe, "OUTPUT_DIR/model")`. An interrupted run resumes with
+`diffusers_ext.load_smooth_lora(pipe, "OUTPUT_DIR/model")`, or `pipe.load_lora_weights`. An interrupted run resumes with
 --resume_from_checkpoint latest. On several CPUs, start one process per CPU with
 `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
 """
@@ -22,12 +23,22 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from diffusers_ext.core.families import denoiser_of, guidance_of
+from diffusers_ext.core.latents import image_size
 from diffusers_ext.core.schedules import noising_scheduler
 from diffusers_ext.metrics.istd import compute_istd
 from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, SmoothLoraRows, add_lora, check_pipeline
+from diffusers_ext.smooth_lora.training import (
+    TARGETS,
+    FlowSmoothLoraObjective,
+    SmoothLoraObjective,
+    SmoothLoraRows,
+    add_lora,
+    check_class,
+    check_pipeline,
+)
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training.arguments import (
     add_model_arguments,
@@ -35,6 +46,7 @@ from diffusers_ext.training.arguments import (
     non_negative_float,
     positive_float,
     positive_int,
+    stored_class,
 )
 from diffusers_ext.training.captioned import CaptionedBatches
 from diffusers_ext.training.cards import create_hub_repo, publish
@@ -45,11 +57,13 @@ from diffusers_ext.training.data import (
     load_dataset,
     require_data,
 )
+from diffusers_ext.training.levels import add_flow_arguments
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.recipes import dataset_record, run_recipe
-from diffusers_ext.training.sharding import refuse_shards
+from diffusers_ext.training.sharding import is_sharded, refuse_shards
 from diffusers_ext.training.start import set_train_steps
+from diffusers_ext.training.transformers import Flow, flow_of_class
 
 # Arguments that only act on the validation images.
 VALIDATION = ("num_inference_steps", "guidance_scale")
@@ -85,18 +99,35 @@ def parse_args() -> argparse.Namespace:
         default=1.0,
         help="weight λ of the loss; 0 trains a plain LoRA",
     )
-    add("--estimator", choices=["vjp", "finite_difference"], default="vjp", help="estimator of the variation")
-    add("--running_mean", choices=["global", "per_timestep"], default="global", help="mean of the variation")
+    add(
+        "--estimator",
+        choices=["vjp", "finite_difference"],
+        default=None,
+        help="estimator of the variation; default: vjp, or finite_difference with FSDP and with torch.compile",
+    )
+    add(
+        "--running_mean",
+        choices=["global", "per_timestep"],
+        default="global",
+        help="mean of the variation; per_timestep: one for each range of noise levels σ of a flow",
+    )
     add("--spread", choices=["absolute", "relative"], default="absolute", help="relative compares logarithms")
     add(
         "--snr_gamma",
         type=positive_float,
         default=None,
-        help="γ of min-SNR weights; default: equal weights",
+        help="γ of min-SNR weights, not of flow-matching models; default: equal weights",
     )
+    add_flow_arguments(parser)
     add("--validation_prompts", nargs="*", default=[], help="prompts for measuring the ISTD")
     add("--num_inference_steps", type=positive_int, default=20, help="for the validation images")
-    add("--guidance_scale", type=non_negative_float, default=7.5, help="for the validation images")
+    add(
+        "--guidance_scale",
+        type=non_negative_float,
+        default=None,
+        help="for the validation images, 1 is off on every model; models with an embedded scale (Flux.1 dev, Flux.2) are"
+        " also trained at it. Default: 7.5 for Stable Diffusion and SDXL, 3.5 for embedded scales, else 4",
+    )
     add_training_arguments(parser)
     args = parser.parse_args()
     require_data(parser, args)
@@ -107,32 +138,46 @@ def main() -> None:
     """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
     accelerator = make_accelerator(args)
-    if args.estimator == "vjp" and args.variation_weight:
-        check_second_derivatives(accelerator)
+    settle_estimator(args, accelerator)
     check_resume(accelerator, args, VALIDATION)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
+    kind = stored_class(args)
+    if kind is not None:  # else a class of another package
+        check_class(kind)
+        check_arguments(args, flow_of_class(kind))
     data = load_dataset(args)
     set_train_steps(args, accelerator, len(data))
     pipe, stored = load_frozen(args, accelerator)
     check_pipeline(pipe)
+    flow, guidance = flow_of_class(type(pipe)), guidance_of(pipe)
+    check_arguments(args, flow)
     made_of = {"model": stored, "data": dataset_record(args, data)}
-    recipe = run_recipe(accelerator, args, made_of, VALIDATION)
-    scheduler: Any = noising_scheduler(pipe.scheduler)
-    add_lora(pipe.unet, args.rank)
-    cast_training_params(pipe.unet)  # PEFT gives the layers the data type of the frozen ones
-    kind = scheduler.config.prediction_type
-    variation = StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
-    objective = SmoothLoraObjective(pipe.unet, scheduler, variation, args.variation_weight, args.snr_gamma)
+    if args.guidance_scale is None:
+        args.guidance_scale = 7.5 if flow is None else 3.5 if guidance.embedded else 4.0
+    embedded = args.guidance_scale if guidance.embedded else None
+    # An argument of the validation may change, but not what the model is told in training.
+    own = {} if embedded is None else {"embedded guidance": embedded}
+    recipe = run_recipe(accelerator, args, {**made_of, **own}, VALIDATION)
+    if flow is not None:
+        args.weighting_scheme = args.weighting_scheme or flow.weighting_scheme
+    denoiser = denoiser_of(pipe)
+    add_lora(denoiser, args.rank, targets=flow.targets if flow else TARGETS)
+    cast_training_params(denoiser)  # PEFT gives the layers the data type of the frozen ones
+    objective = make_objective(args, pipe, flow, embedded)
     batches = CaptionedBatches(args, accelerator, pipe, data, made_of)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         if not args.validation_prompts:
             return {}
-        height, width = (side * pipe.vae_scale_factor for side in batches.size)
-        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        found = compute_istd(
-            pipe, args.validation_prompts, height=height, width=width, progress=False, **call
-        )
+        size = image_size(pipe, *batches.size)
+        call = {"num_inference_steps": args.num_inference_steps, **guidance_of(pipe).call(1.0)}
+        if guidance.embedded:
+            call[guidance.embedded] = args.guidance_scale
+        elif guidance.argument:
+            call |= guidance.call(args.guidance_scale)
+        if args.max_sequence_length:
+            call["max_sequence_length"] = args.max_sequence_length
+        found = compute_istd(pipe, args.validation_prompts, progress=False, **size, **call)
         return {"ISTD": found.istd, "mean adjacent distance": found.mean_distance, "relative": found.relative}
 
     rows = SmoothLoraRows(batches.read)
@@ -141,13 +186,62 @@ def main() -> None:
         record["pictures"] = len(data)
         name = Path(args.pretrained_model_name_or_path).name
         about = ABOUT.format(model=name, rank=args.rank, weight=args.variation_weight)
-        state = lora_state(pipe.unet)
+        state = {key: value.half() for key, value in lora_state(denoiser).items()}
 
         def save(folder: Path) -> None:
-            save_file({key: value.half() for key, value in state.items()}, folder / WEIGHT_NAME)
+            save_lora(pipe, flow, state, folder)
 
         publish(args, sys.argv, record, save, about, ["smooth-diffusion", "lora"], repo_id)
         print(json.dumps(record, indent=1))
+
+
+def make_objective(
+    args: argparse.Namespace, pipe: Any, flow: Flow | None, guidance: float | None
+) -> nn.Module:
+    """The objective of the pipeline's denoiser."""
+
+    def variation(kind: str) -> StepwiseVariationLoss:
+        return StepwiseVariationLoss(kind, args.estimator, args.running_mean, args.spread)
+
+    weight = args.variation_weight
+    if flow is not None:
+        return FlowSmoothLoraObjective(
+            pipe.transformer, flow, variation("flow_prediction"), weight, args.weighting_scheme, guidance
+        )
+    scheduler: Any = noising_scheduler(pipe.scheduler)
+    return SmoothLoraObjective(
+        pipe.unet, scheduler, variation(scheduler.config.prediction_type), weight, args.snr_gamma
+    )
+
+
+def save_lora(pipe: Any, flow: Flow | None, state: dict[str, Tensor], folder: Path) -> None:
+    """Writes the LoRA, with the names and the scale that `pipe.load_lora_weights` expects."""
+    if flow is None:
+        save_file(state, folder / WEIGHT_NAME)
+    else:
+        layers = {key.removeprefix("transformer."): value for key, value in state.items()}
+        pipe.save_lora_weights(folder, transformer_lora_layers=layers)
+
+
+def check_arguments(args: argparse.Namespace, flow: Flow | None) -> None:
+    """Raises a ValueError if an argument has no meaning for the model."""
+    if flow is not None and args.snr_gamma is not None:
+        raise ValueError(
+            "--snr_gamma is for Stable Diffusion and SDXL, and the model is a flow: use --weighting_scheme."
+        )
+    for name in ("weighting_scheme", "max_sequence_length"):
+        if flow is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for flow-matching models, got Stable Diffusion or SDXL: omit it.")
+
+
+def settle_estimator(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Sets `estimator`, unless it is given, to what `accelerate launch` leaves possible."""
+    state: Any = accelerator.state
+    compiled = state.dynamo_plugin.backend != DynamoBackend.NO
+    if args.estimator is None:
+        args.estimator = "finite_difference" if compiled or is_sharded(accelerator) else "vjp"
+    if args.estimator == "vjp" and args.variation_weight:
+        check_second_derivatives(accelerator)
 
 
 def check_second_derivatives(accelerator: Accelerator) -> None:

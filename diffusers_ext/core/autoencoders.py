@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -125,6 +126,12 @@ def channels_of(pipe_or_vae: Any) -> int:
     if _takes(vae) == "videos":
         return 3  # in_channels of some of Wan are those of patches
     return vae.config.get("in_channels") or vae.config.input_channels  # Qwen-Image has another name
+
+
+def latent_channels_of(vae: Any) -> int:
+    """Channels of the latents of an autoencoder in the grid layout."""
+    channels = vae.config.get("latent_channels") or vae.config["z_dim"]
+    return channels * (math.prod(vae.config.patch_size) if _batch_norm(vae) is not None else 1)
 
 
 @torch.no_grad()

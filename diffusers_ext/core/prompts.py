@@ -320,7 +320,7 @@ def encode_prompts(
     Raises:
         ValueError: the pipeline has no `encode_prompt`, or it returns other values.
     """
-    encoded = _encode(pipe, prompts, guidance, options)
+    encoded = encoded_prompts(pipe, prompts, guidance, **options)
     names = (_ENCODED.get(len(encoded)) or ()) if isinstance(encoded, tuple) else ()
     found: dict[str, Tensor] = {name: value for name, value in zip(names, encoded) if value is not None}
     # Others return as many values, among them masks.
@@ -336,10 +336,11 @@ def encode_prompts(
     return found
 
 
-def _encode(pipe: Any, prompts: Sequence[str], guidance: bool, more: dict[str, Any]) -> Any:
+def encoded_prompts(pipe: Any, prompts: Sequence[str], guidance: bool = True, **options: Any) -> Any:
+    """What `encode_prompt` returns. Arguments and errors are those of `encode_prompts`, for any pipeline."""
     check_encodes(pipe)
     given: dict[str, Any] = {"prompt_2": None, "prompt_3": None, "device": pipe._execution_device}
     given |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": guidance}
     names = parameters_of(pipe, "encode_prompt")
-    options = {name: value for name, value in given.items() if name in names}
-    return pipe.encode_prompt(prompt=list(prompts), **options, **more)
+    known = {name: value for name, value in given.items() if name in names}
+    return pipe.encode_prompt(prompt=list(prompts), **{**known, **options})

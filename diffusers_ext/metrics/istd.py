@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..core.hooks import parameters_of
 from ..core.noise import noise_path
 from ..core.pipeline import call_pipeline, initial_noise, quiet
 from ..core.storage import digest, write_json
@@ -140,6 +141,8 @@ def _path(
     """Images (frames, h, w, 3) in [0, 1] along one path."""
     seed = (1_000_003 * seeds[0] + seeds[1]) * 2
     generators = [torch.Generator().manual_seed((seed + end) % 2**63) for end in (0, 1)]
+    if "use_resolution_binning" in parameters_of(pipe):
+        call = {"use_resolution_binning": False, **call}  # it replaces the size, to which the latents belong
     with quiet(pipe):
         ends = initial_noise(pipe, {**call, "prompt": [prompt] * 2, "generator": generators})
         latents, _ = noise_path(ends, frames)

@@ -7,29 +7,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from ..core.predictions import denoising_loss
+from ..core.predictions import denoising_loss, weighted_mse
 from ..core.schedules import first_order_scheduler, levels_at, noising_scheduler
+from ..training.levels import loss_weights, training_sigmas
 from ..training.rows import Rows
+from ..training.transformers import FLOWS, Flow, flow_of, flow_of_class
 from .variation import StepwiseVariationLoss, double_differentiable
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_UNETS = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+
+
+def check_class(kind: type) -> None:
+    """Raises a ValueError if a Smooth-LoRA cannot be trained on this class of pipelines."""
+    if not issubclass(kind, _UNETS) and flow_of_class(kind) is None:
+        expected = ", ".join([*(unet.__name__ for unet in _UNETS), *FLOWS])
+        raise ValueError(
+            f"A Smooth-LoRA can be trained on {expected}, got {kind.__name__}: use the text-to-image pipeline of such a"
+            " model."
+        )
 
 
 def check_pipeline(pipe: Any) -> None:
     """Raises a ValueError if a Smooth-LoRA cannot be trained on the pipeline.
 
-    Training makes the call of a UNet itself, with the noise schedule of DDPM and the conditioning of Stable Diffusion
-    or SDXL, and its targets are those of a model that is not distilled.
+    Training makes the call of the denoiser itself: that of a UNet with the noise schedule of DDPM and the conditioning of
+    Stable Diffusion or SDXL, or that of a transformer of `training.transformers`. Its targets are those of a model that
+    is not distilled.
     """
+    check_class(type(pipe))
+    if flow_of_class(type(pipe)):
+        flow_of(pipe)
+        training_sigmas(pipe.scheduler)
+        return
     name = type(pipe).__name__
-    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        raise ValueError(
-            f"A Smooth-LoRA can be trained on Stable Diffusion and SDXL, got {name}. Load the model with"
-            " StableDiffusionPipeline or StableDiffusionXLPipeline, or use another model."
-        )
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError(
             f"The UNet of {name} is distilled to a few steps. Train on the model that it was distilled from."
@@ -40,8 +55,10 @@ def check_pipeline(pipe: Any) -> None:
     noising_scheduler(pipe.scheduler)
 
 
-def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
-    """Freezes a denoiser and adds LoRA layers to its attention projections.
+def add_lora(
+    denoiser: Any, rank: int, adapter_name: str = "smooth", targets: tuple[str, ...] = TARGETS
+) -> None:
+    """Freezes a denoiser and adds LoRA layers to its linear layers whose names end with one of `targets`.
 
     The layers have scale 1 and do not change the output at initialization.
 
@@ -53,7 +70,14 @@ def add_lora(denoiser: Any, rank: int, adapter_name: str = "smooth") -> None:
     from peft import LoraConfig
 
     denoiser.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    ends = tuple(f".{target}" for target in targets)
+    # Not the ends themselves: PEFT would also match lists of layers, such as `attn.to_out`.
+    layers = [
+        name
+        for name, part in denoiser.named_modules()
+        if isinstance(part, nn.Linear) and f".{name}".endswith(ends)
+    ]
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers)
     denoiser.add_adapter(config, adapter_name)
 
 
@@ -93,14 +117,7 @@ class SmoothLoraObjective(nn.Module):
         snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
-        kind = scheduler.config.prediction_type
-        if weight < 0:
-            raise ValueError(f"The weight of the variation loss must be 0 or more, got {weight}.")
-        if variation is not None and variation.prediction_type != kind:
-            raise ValueError(
-                f"The scheduler's prediction_type is {kind}, that of the variation loss is"
-                f" {variation.prediction_type}."
-            )
+        _check(variation, weight, scheduler.config.prediction_type)
         self.denoiser, self.variation = denoiser, variation if weight else None
         self.scheduler, self.weight, self.snr_gamma = scheduler, weight, snr_gamma
 
@@ -150,3 +167,68 @@ class SmoothLoraObjective(nn.Module):
 
     def _denoising_loss(self, output: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return denoising_loss(self.scheduler, output, latents, noise, timesteps, self.snr_gamma)
+
+
+class FlowSmoothLoraObjective(nn.Module):
+    """Flow-matching loss + λ · variation loss of a transformer. With λ = 0 this is the training of a plain LoRA.
+
+    Args:
+        transformer: with trainable LoRA layers.
+        flow: how it is called.
+        variation: the regularizer, for `flow_prediction`. With None or a weight of 0 it is not computed.
+        weight: λ.
+        scheme: weights of the noise levels, see `levels.loss_weights`.
+        guidance: the scale that a transformer with embedded guidance is told.
+
+    Raises:
+        ValueError: the weight is negative, or the regularizer has another prediction type.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        flow: Flow,
+        variation: StepwiseVariationLoss | None,
+        weight: float = 1.0,
+        scheme: str = "none",
+        guidance: float | None = None,
+    ) -> None:
+        super().__init__()
+        _check(variation, weight, "flow_prediction")
+        self.denoiser, self.variation = transformer, variation if weight else None
+        self.flow, self.weight, self.scheme, self.guidance = flow, weight, scheme, guidance
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, sigmas: Tensor, direction: Tensor, **texts: Tensor
+    ) -> Tensor:
+        """The loss of one batch, a scalar.
+
+        Args:
+            latents: (b, C, H, W) clean latents.
+            noise, direction: (b, C, H, W) independent standard normal noise.
+            sigmas: (b,) float32 noise levels above 0, up to 1.
+            texts: from `encode_captions`.
+        """
+
+        def denoise(sample: Tensor) -> Tensor:
+            return self.flow.velocity(self.denoiser, sample, sigmas, self.guidance, **texts)
+
+        def loss(output: Tensor) -> Tensor:
+            return weighted_mse(output, noise - latents, loss_weights(self.scheme, sigmas))
+
+        if self.variation is None:
+            levels = sigmas[:, None, None, None].to(latents)
+            return loss(denoise(torch.lerp(latents, noise, levels)))
+        twice = self.variation.estimator == "vjp"
+        with double_differentiable(self.denoiser) if twice else contextlib.nullcontext():
+            found = self.variation(denoise, latents, noise, 1 - sigmas, sigmas, sigmas, direction)
+        return loss(found.output) + self.weight * found.loss
+
+
+def _check(variation: StepwiseVariationLoss | None, weight: float, kind: str) -> None:
+    if weight < 0:
+        raise ValueError(f"The weight of the variation loss must be 0 or more, got {weight}.")
+    if variation is not None and variation.prediction_type != kind:
+        raise ValueError(
+            f"The model's prediction_type is {kind}, that of the variation loss is {variation.prediction_type}."
+        )

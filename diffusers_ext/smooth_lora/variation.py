@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -191,7 +192,11 @@ def double_differentiable(denoiser: Any) -> Iterator[None]:
 
     Flash and memory-efficient kernels have no second derivative, so PyTorch's attention uses its math kernel
     instead. xFormers processors are replaced and then restored; diffusers itself would not restore them.
+
+    Raises:
+        ValueError: the denoiser uses another attention backend of diffusers than `native`, which PyTorch does not select.
     """
+    _check_backend(denoiser)
     before = dict(getattr(denoiser, "attn_processors", {}))
     plain = {
         name: AttnProcessor2_0() if "XFormers" in type(processor).__name__ else processor
@@ -206,3 +211,16 @@ def double_differentiable(denoiser: Any) -> Iterator[None]:
     finally:
         if changed:
             denoiser.set_attn_processor(before)
+
+
+def _check_backend(denoiser: Any) -> None:
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    parts = (getattr(module, "processor", None) for module in denoiser.modules())
+    used = {part._attention_backend or active for part in parts if hasattr(part, "_attention_backend")}
+    others = sorted(AttentionBackendName(name).value for name in used)
+    others = [name for name in others if name != AttentionBackendName.NATIVE.value]
+    if others:
+        raise ValueError(
+            f"The attention of {type(denoiser).__name__} has the backend {others[0]}, which may have no second derivative:"
+            ' use set_attention_backend("native") and no DIFFUSERS_ATTN_BACKEND, or estimator="finite_difference".'
+        )

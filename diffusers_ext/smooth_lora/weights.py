@@ -95,7 +95,7 @@ def convert_lora(
         matches = (layout.fullmatch(name) for layout in (_ALPHA, *_LAYOUTS))
         match = next((m for m in matches if m), None)
         parts = match.groupdict() if match else {}
-        layer = _layer_name(".".join(filter(None, (parts.get("layer"), parts.get("to")))))
+        layer = _layer_name(".".join(filter(None, (parts.get("layer"), parts.get("to")))), layers)
         if match is None or layer not in layers:
             unknown.append(key)
         elif match.re is _ALPHA:
@@ -197,8 +197,10 @@ def _without_prefix(key: str) -> str:
     return key
 
 
-def _layer_name(name: str) -> str:
-    return f"{name}.0" if name.endswith(".to_out") else name
+def _layer_name(name: str, layers: dict[str, nn.Module]) -> str:
+    # Old files name the list of which the first is the layer. In the single blocks of Flux.2, it is the layer itself.
+    first = f"{name}.0"
+    return first if name.endswith(".to_out") and first in layers else name
 
 
 def _what_it_is(unknown: list[str]) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
@@ -187,3 +188,13 @@ def load_pipeline(args: argparse.Namespace, **options: Any) -> Any:
     """Loads the pipeline of `add_model_arguments`; `options` are arguments of `from_pretrained`."""
     named = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     return DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **named, **options)
+
+
+def stored_class(args: argparse.Namespace) -> type | None:
+    """The class of the pipeline of `add_model_arguments`, before anything else of it is loaded.
+
+    None for a class that is not of diffusers, which `load_pipeline` finds or refuses.
+    """
+    named = {"revision": args.revision, "cache_dir": args.cache_dir}
+    config: Any = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **named)
+    return getattr(diffusers, str(config.get("_class_name")), None)

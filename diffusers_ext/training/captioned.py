@@ -1,9 +1,9 @@
-"""Batches of captioned images for the UNets of Stable Diffusion and SDXL, encoded in every step or only once."""
+"""Batches of captioned images, encoded in every step or only once: for UNets of Stable Diffusion and SDXL, and for flows."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..core.autoencoders import downsampling_of, encode_pixels
+from ..core.autoencoders import downsampling_of, encode_pixels, side_of
 from ..core.images import check_sides
 from ..core.prompts import encode_prompts
 from ..core.storage import digest
 from .data import Captions, TrainingImages
 from .encodings import Shards, encode_once
+from .levels import FlowLevels, training_sigmas
 from .models import frozen_dtype
 from .rows import Batch, Rows
+from .transformers import encode_captions, flow_of, flow_of_class, patch_of, without_padding
 
 # Entries in the config of a UNet for inputs besides the image, the timestep and the embeddings of one encoder.
 _INPUTS = {
@@ -70,6 +72,17 @@ def check_captioned_training(pipe: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Timesteps:
+    """Draws timesteps below `count`; a `draw` of `CaptionedRows`."""
+
+    count: int
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        """`timesteps` (n,) int64."""
+        return {"timesteps": rows.integers(self.count)}
+
+
+@dataclass(frozen=True)
 class CaptionedRows:
     """Reads captioned images, or their encodings if they are cached.
 
@@ -79,7 +92,7 @@ class CaptionedRows:
         embeds: shards of the embeddings of all texts, if they are cached.
         numbers: {text: its row in `embeds`}.
         channels, side: channels of the latents, and pixels of an image side for each of their elements.
-        num_timesteps: of the scheduler.
+        draw: draws the noise levels.
         proportion_empty_prompts: share of captions to drop.
     """
 
@@ -89,11 +102,11 @@ class CaptionedRows:
     numbers: Mapping[str, int]
     channels: int
     side: int
-    num_timesteps: int
+    draw: Callable[[Rows], dict[str, Tensor]]
     proportion_empty_prompts: float = 0.0
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
-        """`images` or `latents`, `captions` or embeddings, `corners` for the conditions of SDXL, `noise`, `timesteps`."""
+        """`images` or `latents`, `captions` or embeddings, `corners` for the conditions of SDXL, `noise` and what `draw` draws."""
         index = rows.indices(len(self.captions)).tolist()
         if isinstance(self.images, Shards):
             found: dict[str, Any] = {**self.images[index], "corners": torch.zeros(len(index), 2)}
@@ -110,7 +123,7 @@ class CaptionedRows:
             found["captions"] = captions
         else:
             found |= self.embeds[[self.numbers[caption] for caption in captions]]
-        return {**found, "noise": rows.normal(*shape), "timesteps": rows.integers(self.num_timesteps)}
+        return {**found, "noise": rows.normal(*shape), **self.draw(rows)}
 
 
 class CaptionedBatches:
@@ -118,9 +131,10 @@ class CaptionedBatches:
 
     Args:
         args: as from `add_data_arguments`, `add_augmentation_arguments` and `add_training_arguments`. With
-            `cache_latents`, images and captions are encoded here and stored in OUTPUT_DIR/encodings.
+            `cache_latents`, images and captions are encoded here and stored in OUTPUT_DIR/encodings. For a flow, those of
+            `add_flow_arguments` too.
         accelerator: of the run.
-        pipe: Stable Diffusion or SDXL.
+        pipe: Stable Diffusion, SDXL, or one of `transformers.FLOWS`.
         data: as from `load_dataset`.
         made_of: records of the pipeline as it is stored, `model`, and of the images and captions, `data`.
         proportion_empty_prompts: share of captions to drop.
@@ -130,7 +144,7 @@ class CaptionedBatches:
         size: height and width of the first image's latents.
 
     Raises:
-        ValueError: see `check_captioned_training` and `encode_once`.
+        ValueError: see `check_captioned_training`, `flow_of` and `encode_once`.
     """
 
     def __init__(
@@ -142,8 +156,17 @@ class CaptionedBatches:
         made_of: Mapping[str, Any],
         proportion_empty_prompts: float = 0.0,
     ) -> None:
-        check_captioned_training(pipe)
-        self.pipe = pipe
+        flow = flow_of(pipe) if flow_of_class(type(pipe)) else None
+        if flow is None:
+            check_captioned_training(pipe)
+            draw: Any = Timesteps(pipe.scheduler.config.num_train_timesteps)
+            channels = pipe.unet.config.in_channels
+        else:
+            scheme = args.weighting_scheme or flow.weighting_scheme
+            draw = FlowLevels(training_sigmas(pipe.scheduler), scheme)
+            channels = flow.channels(pipe.transformer)
+        self.pipe, self.flow = pipe, flow
+        self.max_sequence_length: int | None = getattr(args, "max_sequence_length", None)
         images, captions = TrainingImages(args, data), Captions(args, data)
         side = downsampling_of(pipe)
         latents: TrainingImages | Shards = images
@@ -160,21 +183,21 @@ class CaptionedBatches:
             captions,
             embeds,
             numbers,
-            pipe.unet.config.in_channels,
+            channels,
             side,
-            pipe.scheduler.config.num_train_timesteps,
+            draw,
             proportion_empty_prompts,
         )
 
     def encode(self, found: dict[str, Any]) -> Batch:
-        """Latents, noise, timesteps and the conditions of the UNet, in float32 and on the device of the pipeline.
+        """Latents, noise, noise levels and conditions of the denoiser, in float32 and on the device of the pipeline.
 
         Args:
             found: what `read` returned, with its tensors on the device.
 
         Returns:
-            `latents`, `noise`, `timesteps`, `prompt_embeds` (n, tokens, width), for SDXL also `pooled_prompt_embeds` and
-                `time_ids`, and what else is in `found`.
+            `latents`, `noise`, what else is in `found`, and the conditions: of a UNet `prompt_embeds` (n, tokens, width), for
+                SDXL also `pooled_prompt_embeds` and `time_ids`; of a flow the fields of `transformers.Texts`.
         """
         batch = {
             name: value for name, value in found.items() if name not in ("images", "captions", "corners")
@@ -183,11 +206,18 @@ class CaptionedBatches:
             batch["latents"] = _encode(self.pipe, found["images"])
         height, width = (length * self.read.side for length in batch["latents"].shape[2:])
         if "captions" in found:
-            batch |= encode_prompts(self.pipe, found["captions"], guidance=False)
+            batch |= self._encode_texts(found["captions"])
         batch |= {name: value.float() for name, value in batch.items() if name.endswith("embeds")}
+        if self.flow is not None:
+            return without_padding(batch)
         if "pooled_prompt_embeds" in batch:
             batch["time_ids"] = time_ids(height, width, found["corners"])
         return batch
+
+    def _encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if self.flow is None:
+            return encode_prompts(self.pipe, texts, guidance=False)
+        return encode_captions(self.pipe, texts, self.max_sequence_length)
 
     def _latents(
         self,
@@ -210,16 +240,18 @@ class CaptionedBatches:
         self, args: argparse.Namespace, accelerator: Accelerator, texts: list[str], made_of: Mapping[str, Any]
     ) -> Shards:
         def encode(rows: Sequence[int]) -> dict[str, Tensor]:
-            return encode_prompts(self.pipe, [texts[i] for i in rows], guidance=False)
+            return self._encode_texts([texts[i] for i in rows])
 
         recipe = _recipe(accelerator, made_of, "text_encoder", "tokenizer") | {"texts": digest(texts)}
+        if self.flow is not None:
+            recipe["max_sequence_length"] = self.max_sequence_length
         folder = Path(args.output_dir) / "encodings" / "captions"
         return encode_once(accelerator, folder, recipe, len(texts), encode, args.train_batch_size)
 
 
 def _encode(pipe: Any, images: Tensor) -> Tensor:
     """Latents in float32, whatever the type of the UNet, of images uint8 (n, 3, h, w)."""
-    check_sides(images, downsampling_of(pipe))
+    check_sides(images, side_of(pipe) * patch_of(pipe))
     return encode_pixels(pipe, images / 127.5 - 1)
 
 

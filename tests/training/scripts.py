@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,8 @@ CAPTIONED = TRAINED[:3]
 # Those that start from a pipeline.
 FROM_PIPELINE = TRAINED[:4]
 ALL = (*TRAINED, "collect_noise_pairs")
+# Scripts that also train transformers, with the model that they train here.
+ON_FLOWS = ("train_smooth_lora sd3",)
 
 WIDTHS = ["--block_out_channels", "8", "8", "16"]
 WARM = ["--lr_warmup_steps", "0"]
@@ -34,6 +37,7 @@ def prepare(folder: Path) -> Path:
     pipe = tiny.build("sd")
     pipe.save_pretrained(folder / "sd")
     dx.PruningPlan(dict(pipe.unet.config), (("mid.attention",),)).save(folder / "plan.json")
+    stable_diffusion_3().save_pretrained(folder / "sd3")
     half = tiny.build("sd", dtype=torch.float16)
     half.save_pretrained(folder / "half")
     half.save_pretrained(folder / "variant", variant="fp16")
@@ -43,10 +47,26 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+def stable_diffusion_3() -> Any:
+    """The tiny Stable Diffusion 3 with a third text encoder that has no layers, without which a saved one does not load."""
+    pipe, tokenizer = tiny.build("sd3"), tiny.tokenizer()
+    sizes = dict.fromkeys(("d_model", "d_kv", "d_ff"), pipe.transformer.config.joint_attention_dim)
+    config = transformers.T5Config(vocab_size=len(tokenizer), num_layers=0, num_heads=1, **sizes)
+    pipe.register_modules(text_encoder_3=transformers.T5EncoderModel(config).eval(), tokenizer_3=tokenizer)
+    return pipe
+
+
+def path_of(script: str) -> str:
+    """The file of a script."""
+    return str(ROOT / "training" / f"{script.split()[0]}.py")
+
+
 def arguments(
     script: str, base: Path, output: Path, pictures: Path | None = None, model: str = "sd"
 ) -> list[str]:
-    """The arguments of a short run of a script; its number of steps is not among them."""
+    """The arguments of a short run of a script, one of `ALL` or `ON_FLOWS`; its number of steps is not among them."""
+    script, _, flow = script.partition(" ")
+    model = flow or model
     shared = ["--output_dir", str(output), "--train_batch_size", "2"]
     if script == "train_base":
         return [*shared, "--model", "ddpm", "--train_data_dir", str(SAMPLE_DIR), *WIDTHS, *WARM]
@@ -88,7 +108,7 @@ def run(script: str, argv: list[str]) -> None:
 
 
 def _module(script: str, argv: list[str]) -> dict[str, Any]:
-    path = str(ROOT / "training" / f"{script}.py")
+    path = path_of(script)
     sys.argv = [path, *argv]
     return runpy.run_path(path)
 

@@ -22,7 +22,7 @@ from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR, load_garments
 from diffusers_ext.training import arguments as shared
 from diffusers_ext.training import loop, optimizers
 from tests.training.launching import environment, write_pictures
-from tests.training.scripts import ALL, CAPTIONED, TRAINED, arguments, parse, run, steps
+from tests.training.scripts import ALL, CAPTIONED, ON_FLOWS, TRAINED, arguments, parse, run, steps
 
 # One worker runs them all: they share the models and the pairs.
 pytestmark = [pytest.mark.slow]
@@ -45,7 +45,10 @@ SHARED = [
 ]
 DATA = ["--max_train_samples 0", "--max_train_samples -1", "--resolution 0"]
 OWN = {
-    "train_smooth_lora": [*DATA, "--snr_gamma 0", "--rank 0", "--variation_weight -1"],
+    "train_smooth_lora": [
+        *(*DATA, "--snr_gamma 0", "--rank 0", "--variation_weight -1"),
+        *("--weighting_scheme uniform", "--max_sequence_length 0"),
+    ],
     "train_asdm": [*DATA, "--snr_gamma 0", "--steps_per_stage 0", "--proportion_empty_prompts 2"],
     "train_sign": [*DATA, "--train_batch_size 3", "--sigma 0", "--fake_updates 0", "--num_pairs 0"],
     "train_npnet": ["--held_out_share 1", "--depth 0", "--num_validation_images 0"],
@@ -283,7 +286,7 @@ def test_captions_that_are_no_texts_are_refused_by_file_and_row(
         run(script, argv)
 
 
-@pytest.mark.parametrize("script", CAPTIONED)
+@pytest.mark.parametrize("script", [*CAPTIONED, *ON_FLOWS])
 def test_one_of_several_captions_is_drawn_and_a_stopped_run_resumes_to_the_same_weights(
     script: str, base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -20,8 +20,8 @@ from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.sharding import settle_sharding
 from tests.asdm.networks import SMALL, network
-from tests.training.launching import ROOT, TWO_PROCESSES, kill_after, launch
-from tests.training.scripts import TRAINED, arguments, run, steps
+from tests.training.launching import TWO_PROCESSES, kill_after, launch
+from tests.training.scripts import ON_FLOWS, TRAINED, arguments, path_of, run, steps
 from tests.training.test_loop import TwoLines
 from tests.training.test_loop import arguments as loop_arguments
 
@@ -59,12 +59,12 @@ def plain(base: Path) -> Any:
 
 
 @pytest.mark.parametrize("how", ["gradient checkpointing", "torch.compile"])
-@pytest.mark.parametrize("script", TRAINED)
+@pytest.mark.parametrize("script", [*TRAINED, *ON_FLOWS])
 def test_a_run_is_stopped_with_it_and_resumed_without(
     script: str, how: str, base: Path, plain: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     used = []
-    options = EXTRA.get(script, []) if how == "torch.compile" else []
+    options = EXTRA.get(script.split()[0], []) if how == "torch.compile" else []
     expected = plain(script, *options)
 
     def stop(self: Any, images: int, tick: Any = loop._Clock.tick) -> None:
@@ -122,7 +122,7 @@ def test_shards_are_trained_as_a_whole_model_is(
         argv += [*extra, "--train_batch_size", rows]
     run(script, one)
     fsdp(monkeypatch)
-    file = str(ROOT / "training" / f"{script}.py")
+    file = path_of(script)
     # Killed at a random moment after the first checkpoint, and resumed.
     more = ["--checkpointing_steps", "1", "--resume_from_checkpoint", "latest"]
     folder = tmp_path / "2" / ("stage-1" if script == "train_asdm" else "")
@@ -205,7 +205,7 @@ def test_second_derivatives_of_compiled_networks_are_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(ValueError, match=r"torch\.compile, .*: pass --estimator finite_difference"):
-        run("train_smooth_lora", arguments("train_smooth_lora", base, tmp_path))
+        run("train_smooth_lora", [*arguments("train_smooth_lora", base, tmp_path), "--estimator", "vjp"])
 
 
 # --- xFormers ---

@@ -20,7 +20,7 @@ from tests.training.launching import (
     launch,
     write_pictures,
 )
-from tests.training.scripts import CAPTIONED, TRAINED, Scripts, arguments, run, steps
+from tests.training.scripts import CAPTIONED, ON_FLOWS, TRAINED, Scripts, arguments, path_of, run, steps
 
 # One worker runs them all: they share the models and the trained weights.
 # Every test starts processes that import everything, some of them several times.
@@ -31,7 +31,7 @@ COUNTS = ("1", "2")
 
 def augmented(script: str) -> list[str]:
     """What makes the workers draw random numbers of their own."""
-    return ["--random_flip", "--no-center_crop"] if script in CAPTIONED else []
+    return ["--random_flip", "--no-center_crop"] if script.split()[0] in CAPTIONED else []
 
 
 def command(scripts: Scripts, script: str, output: Path, *extra: str, count: int = 6) -> list[str]:
@@ -66,7 +66,7 @@ def alone(scripts: Scripts) -> Any:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("script", TRAINED)
+@pytest.mark.parametrize("script", [*TRAINED, *ON_FLOWS])
 def test_workers_change_nothing(
     scripts: Scripts, alone: Any, script: str, count: str, tmp_path: Path
 ) -> None:
@@ -90,12 +90,12 @@ def test_no_worker_outlives_a_killed_run(scripts: Scripts, tmp_path: Path) -> No
     assert not left
 
 
-@pytest.mark.parametrize("script", TRAINED)
+@pytest.mark.parametrize("script", [*TRAINED, *ON_FLOWS])
 def test_a_killed_run_with_workers_resumes_at_once_to_the_same_weights(
     scripts: Scripts, alone: Any, script: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "stage-1" if script == "train_asdm" else tmp_path
-    path, workers = str(ROOT / "training" / f"{script}.py"), ("--dataloader_num_workers", "2")
+    path, workers = path_of(script), ("--dataloader_num_workers", "2")
     argv = [path, *command(scripts, script, tmp_path, *workers, "--checkpointing_steps", "1")]
     kill_after(argv, lambda: list_checkpoints(folder), 0.3)
     # At once: no worker that outlives the killed process for some seconds holds its lock.
@@ -106,7 +106,7 @@ def test_a_killed_run_with_workers_resumes_at_once_to_the_same_weights(
 
 @pytest.mark.parametrize("script", CAPTIONED)
 def test_two_processes_with_workers(scripts: Scripts, script: str, tmp_path: Path) -> None:
-    path = str(ROOT / "training" / f"{script}.py")
+    path = path_of(script)
     for count in ("0", "1"):
         argv = command(scripts, script, tmp_path / count, "--dataloader_num_workers", count, count=3)
         launch([path, *argv], TWO_PROCESSES)
