@@ -194,6 +194,7 @@ torch.save(torch.stack(made), sys.argv[1] + "/made.pt")
 """
 
 
+@pytest.mark.slow
 def test_the_folder_loads_without_this_package(tmp_path: Path) -> None:
     sign = untrained_projector(stable_diffusion_3(), max_sequence_length=4)
     sign.register_modules(source=source())
@@ -209,6 +210,15 @@ def test_the_folder_loads_without_this_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path)], check=True, cwd=tmp_path)
     for made in torch.load(tmp_path / "made.pt", weights_only=True):
         assert close(made, expected)
+
+
+def test_a_second_pipeline_of_the_same_components() -> None:
+    sign = sd3(held=False)
+    other = dx.SIGNPipeline.from_pipe(sign)
+    assert other.time_conditional
+    call = {"num_inference_steps": 2, "output_type": "latent", **SIDES}
+    first, second = (p(PROMPTS, generator=tiny.generators(2), **call).images for p in (sign, other))
+    assert torch.equal(first, second)
 
 
 # --- images and prompts ---
@@ -296,7 +306,7 @@ def _lora_on_time() -> Any:
         (lambda: untrained_projector(tiny.build("sd"), held=False), "are for flows, got StableDiffusionPipeline"),
         (lambda: untrained_projector(sd3()), "is a projector already"),
         (lambda: time_layer(tiny.build("ddpm").unet), "Expected one time embedder in UNet2DModel"),
-        (lambda: sd3()("a", height=7, width=8), "both multiples of 2, got 7 and 8"),
+        (lambda: projector("flux")("a", height=7, width=8), "both multiples of 2, got 7 and 8"),
         (lambda: sd3()("a", height=8), "got 8 and None"),
         (lambda: sd3().project(pictures()), "needs a prompt"),
         (lambda: sd3().encode_prompt("a"), "use sign.stock_pipeline.encode_prompt"),
