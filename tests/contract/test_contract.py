@@ -440,6 +440,10 @@ def test_a_copy_guards_and_saves_its_own_weights(copied: Callable[[Any], Any], t
 def test_a_copy_of_a_product(product: Product, name: str, copied: Callable[[Any], Any]) -> None:
     made = product.make(tiny.build(name))
     made.set_progress_bar_config(disable=True)
+    if name == "sd3" and copied is not copy.deepcopy:
+        pytest.skip(
+            "transformers' hooks of a text encoder that was called, as for the held time, cannot be pickled"
+        )
     twin = copied(made)
     call = {"prompt": "a aaa"} if "prompt" in tiny.inputs(name) else {"batch_size": 1}
     call |= {"num_inference_steps": 2, "output_type": "pt"}
