@@ -9,16 +9,15 @@ The folder `pipelines/sign` imports the class for `custom_pipeline=`.
 
 What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
 `SIGNPipeline.from_pretrained`, or with `custom_pipeline=`. `DiffusionPipeline.from_pretrained` alone does not
-find the class.
+find the class. The folder of a flow's projector also loads with the class of its teacher, see
+`SIGNPipeline.stock_pipeline`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -31,18 +30,19 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.checks import check_counts
 from ..core.classes import FromPipeMixin
-from ..core.images import as_tensor, encode_images
+from ..core.images import encode_images
 from ..core.prompts import encode_prompts
+from ..training.transformers import FLOWS, Flow
+from .flows import TEXTS, FlowProjector, conditions_of, stock_pipeline
+from .inputs import check_output_type, check_strength, edit_mask, latent_size, step_levels
 from .projector import Projector, check_teacher
 from .source import MixtureSource
 
-# The noise level of the second step, as a share of that of the first one.
-REFINEMENT = 0.125
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -50,32 +50,51 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
     """A one- or few-step generator that is also a projector onto the data (Zaman et al., arXiv:2509.21470).
 
     Args:
-        unet: a stock `UNet2DModel` or `UNet2DConditionModel`, distilled with training/train_sign.py.
+        unet: a stock `UNet2DModel` or `UNet2DConditionModel`, distilled with training/train_sign.py; None for a flow.
         scheduler: the scheduler of the teacher. Its ᾱ and prediction type define how the output of the
-            network is read.
+            network is read. For a flow see `projector_scheduler`.
         vae: the autoencoder, if the teacher works on latents.
         text_encoder, tokenizer: the text encoder, if the teacher has prompts.
         source: maps noise to the inputs that samples start from. With None, they start from noise of standard
             deviation `sigma`.
-        timestep: the constant time input of the network.
+        timestep: the constant time input of the network; of a flow, 1000 times its σ*.
+        transformer: of a flow, instead of `unet`.
+        text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: as in the teacher.
+        teacher: of a flow, the class of its pipeline, one of `training.transformers.FLOWS`.
+        held: of a flow, whether the network is always called at `timestep`. Otherwise it is time-conditional: every step
+            calls it at its own noise level.
+        guidance: of a flow with embedded guidance, the scale that its transformer is given.
+        max_sequence_length: of a flow, as in a call of its pipeline. None is the default of the pipeline.
+        sample_size: of a flow, height and width of the latents of its training, the default size of its images.
 
     Raises:
         ValueError: there is no timestep, as in the folder of a diffusion model, or network or schedule are
-            not supported, see `check_teacher`.
+            not supported, see `check_teacher`. Both or none of `unet` and `transformer`, or a transformer without a
+            known `teacher`.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer", "source"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    _optional_components = ["unet", "vae", "source", "transformer", *TEXTS]  # noqa: RUF012
 
     def __init__(
         self,
-        unet: UNet2DModel | UNet2DConditionModel,
+        unet: UNet2DModel | UNet2DConditionModel | None,
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
         text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         source: MixtureSource | None = None,
-        timestep: int | None = None,
+        timestep: float | None = None,
+        transformer: ModelMixin | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        teacher: str | None = None,
+        held: bool = True,
+        guidance: float | None = None,
+        max_sequence_length: int | None = None,
+        sample_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if timestep is None:
@@ -92,16 +111,70 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             source=source,
+            transformer=transformer,
+            text_encoder_2=text_encoder_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_2=tokenizer_2,
+            tokenizer_3=tokenizer_3,
         )
+        if (unet is None) == (transformer is None):
+            found = "none" if unet is None else "both"
+            raise ValueError(f"A projector has a unet or, of a flow, a transformer, got {found}.")
+        if transformer is not None and teacher not in FLOWS:
+            raise ValueError(
+                f"The class of a flow's pipeline must be one of {', '.join(FLOWS)}, got teacher={teacher!r}."
+            )
         self.register_to_config(timestep=timestep)
+        if transformer is not None:
+            size = None if sample_size is None else list(sample_size)
+            self.register_to_config(teacher=teacher, held=held, guidance=guidance, sample_size=size)
+            self.register_to_config(max_sequence_length=max_sequence_length)
         self.vae_scale_factor = downsampling_of(self)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        check_teacher(unet, scheduler)
+        if transformer is None:
+            check_teacher(unet, scheduler)
+        else:
+            _ = self.projector  # refuses a timestep outside of the schedule
 
     @property
     def projector(self) -> Projector:
         """The projector f with the current network, scheduler and source."""
-        return Projector(self.unet, self.scheduler, self.config.timestep, self.source)
+        if self.flow is None:
+            return Projector(self.unet, self.scheduler, self.config["timestep"], self.source)
+        given = {name: self.config[name] for name in ("timestep", "held", "guidance")}
+        return FlowProjector(self.transformer, self.flow, source=self.source, **given)
+
+    @property
+    def flow(self) -> Flow | None:
+        """How the transformer of a flow is called; None for a UNet."""
+        return None if self.transformer is None else FLOWS[self.config["teacher"]]
+
+    @property
+    def time_conditional(self) -> bool:
+        """Whether every step calls the network at its own noise level."""
+        return self.flow is not None and not self.config["held"]
+
+    @property
+    def network(self) -> Any:
+        """The `unet` or the `transformer`."""
+        return self.unet if self.flow is None else self.transformer
+
+    @property
+    def stock_pipeline(self) -> Any:
+        """The teacher's pipeline with the parts of this one, which needs nothing of this package.
+
+        `stock(prompt, sigmas=[σ*], latents=(1 − σ*)·z)` is f(z), without guidance, with σ* = timestep/1000 and
+        `latents` in the layout of the pipeline. With the teacher's own scheduler, ask for `flows.unshifted(σ*, shift)`.
+        A time-conditional projector takes several decreasing `sigmas`. `stock.save_pretrained` saves this pipeline.
+
+        Raises:
+            ValueError: the projector has a UNet.
+        """
+        if self.flow is None:
+            raise ValueError(
+                "The projector has a UNet, of which no pipeline of diffusers makes a projector: only flows have one."
+            )
+        return stock_pipeline(self)
 
     @property
     def sigma(self) -> float:
@@ -119,6 +192,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Any:
         """Generates images from noise.
 
@@ -132,36 +207,38 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             sigmas: noise levels, which replace `num_inference_steps`. The first one should be `pipe.sigma`.
                 By default the levels are `pipe.sigma`, followed by evenly spaced levels from an eighth of it
                 down towards 0. Higher levels after the first discard the result of the first step and give
-                worse images.
+                worse images. The levels of a time-conditional flow are evenly spaced in σ. A level is σ/(1 − σ) for
+                the σ of a flow.
             generator: one generator, or one per image.
             latents: (n, C, H, W) unit-variance noise to start from.
             output_type: `pil`, `np`, `pt` or `latent`.
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
+            height, width: size of the images in pixels. A UNet has only that of its training. For a flow the default is
+                `sample_size` or, with a source, that of the source.
 
         Returns:
             An `ImagePipelineOutput`, or a tuple with the images.
 
         Raises:
             ValueError: the number of steps is below 1, the levels do not decrease, a prompt is missing or not
-                supported, or the latents have the wrong shape.
+                supported, the latents have the wrong shape, or the size is missing or not supported.
         """
         check_counts(batch_size=batch_size)
-        _check_output_type(output_type)
-        levels = self._levels(num_inference_steps, sigmas)
+        check_output_type(output_type)
+        levels = step_levels(self, num_inference_steps, sigmas)
         count = batch_size * (1 if prompt is None or isinstance(prompt, str) else len(prompt))
         conditions = self._conditions(prompt, count)
-        shape = (count, self.unet.config.in_channels, *self._sample_size())
+        shape = (count, self._channels(), *latent_size(self, height, width))
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"Expected latents {shape}, got {tuple(latents.shape)}.")
         noise = (
             self._noise(shape, generator)
             if latents is None
-            else latents.to(self._execution_device, self.unet.dtype)
+            else latents.to(self._execution_device, self.network.dtype)
         )
-        projector = self.projector
-        x = projector(projector.start(noise, levels[0]), **conditions)
+        x = self._project(self.projector.start(noise, levels[0]), levels[0], conditions)
         for sigma in levels[1:]:
-            x = projector(x + sigma * self._noise(shape, generator), **conditions)
+            x = self._project(x + sigma * self._noise(shape, generator), sigma, conditions)
         return self._output(x, output_type, return_dict)
 
     @torch.no_grad()
@@ -192,9 +269,9 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             ValueError: the images have the wrong size, channel count or range, `strength` is outside [0, 1],
                 or `num_projections` is below 1.
         """
-        _check_strength(strength)
+        check_strength(strength)
         check_counts(num_projections=num_projections)
-        _check_output_type(output_type)
+        check_output_type(output_type)
         y = self._encode(image)
         conditions = self._conditions(prompt, len(y))
         x = y + strength * self.sigma * self._noise(y.shape, generator) if strength else y
@@ -233,20 +310,19 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             ValueError: see `project`; also if the mask has the wrong size or range, or the number of steps is
                 below 1.
         """
-        _check_strength(strength)
+        check_strength(strength)
         check_counts(num_inference_steps=num_inference_steps)
-        _check_output_type(output_type)
+        check_output_type(output_type)
         known = self._encode(image)
         conditions = self._conditions(prompt, len(known))
-        mask = self._mask(mask_image, known)
+        mask = edit_mask(self, mask_image, known)
         x = known
         if strength == 1 and mask_image is not None:
             unknown = 0 if self.source is None else self.source.mean.to(known)
             x = mask * unknown + (1 - mask) * known
-        projector = self.projector
         for k in range(num_inference_steps):
-            sigma = strength * projector.sigma * (1 - k / num_inference_steps)
-            x = projector(x + sigma * self._noise(x.shape, generator), **conditions)
+            sigma = strength * self.sigma * (1 - k / num_inference_steps)
+            x = self._project(x + sigma * self._noise(x.shape, generator), sigma, conditions)
             x = mask * x + (1 - mask) * known
         return self._output(x, output_type, return_dict)
 
@@ -267,7 +343,14 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
         Returns:
             (n, tokens, width) for the prompts, and the same for the empty prompt or None.
+
+        Raises:
+            ValueError: the projector of a flow, which encodes prompts as its `stock_pipeline`.
         """
+        if self.flow is not None:
+            raise ValueError(
+                f"The prompts of a flow are encoded by {self.config['teacher']}: use sign.stock_pipeline.encode_prompt."
+            )
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
 
         def encode(given: list[str]) -> Tensor:
@@ -288,20 +371,16 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
     # --- shared by __call__, project and edit ---
 
-    def _levels(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> list[float]:
-        if sigmas is None:
-            check_counts(num_inference_steps=num_inference_steps)
-            highest, rest = self.sigma, num_inference_steps - 1
-            return [highest, *(highest * REFINEMENT * (1 - k / rest) for k in range(rest))]
-        levels = [float(sigma) for sigma in sigmas]
-        falling = all(a > b for a, b in pairwise(levels))
-        if not levels or not falling or min(levels) < 0:
-            raise ValueError(f"sigmas must be decreasing noise levels of 0 or more, got {levels}.")
-        return levels
+    def _project(self, x: Tensor, sigma: float, conditions: dict[str, Tensor]) -> Tensor:
+        """f(x) for x with noise of the level `sigma`."""
+        return (
+            self.projector(x, sigma, **conditions)
+            if self.time_conditional
+            else self.projector(x, **conditions)
+        )
 
-    def _sample_size(self) -> tuple[int, int]:
-        size: Any = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+    def _channels(self) -> int:
+        return self.unet.config.in_channels if self.flow is None else self.flow.channels(self.transformer)
 
     def _noise(self, shape: Sequence[int], generator: Generators) -> Tensor:
         if isinstance(generator, list | tuple) and len(generator) != shape[0]:
@@ -309,7 +388,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
                 f"Give one generator, or one for each of the {shape[0]} images, got {len(generator)}."
             )
         return randn_tensor(
-            tuple(shape), generator=generator, device=self._execution_device, dtype=self.unet.dtype
+            tuple(shape), generator=generator, device=self._execution_device, dtype=self.network.dtype
         )
 
     def _conditions(self, prompt: str | Sequence[str] | None, count: int) -> dict[str, Tensor]:
@@ -323,40 +402,23 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts or count % len(texts):
             raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
+        if self.flow is not None:
+            length, dtype = self.config["max_sequence_length"], self.transformer.dtype
+            return conditions_of(self.stock_pipeline, texts, count // len(texts), dtype, length)
         embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
         embeds = embeds.repeat_interleave(count // len(texts), 0)
         return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
 
     def _encode(self, image: Any) -> Tensor:
         """(n, C, H, W) in the space of the network, from images of any accepted type."""
-        x = encode_images(self, image)
-        if tuple(x.shape[2:]) != self._sample_size():
-            height, width = (n * self.vae_scale_factor for n in self._sample_size())
-            given = tuple(n * self.vae_scale_factor for n in x.shape[2:])
-            raise ValueError(
-                f"Expected images {width} wide and {height} high, got {given[1]} × {given[0]}: resize or crop"
-                " them."
-            )
-        return x.to(self._execution_device, self.unet.dtype)
-
-    def _mask(self, mask_image: Any, like: Tensor) -> Tensor:
-        if mask_image is None:
-            return torch.ones_like(like[:, :1])
-        if isinstance(mask_image, np.ndarray) and mask_image.ndim == 2:
-            mask_image = mask_image[None, ..., None]
-        mask = as_tensor(mask_image, "L")
-        size = tuple(n * self.vae_scale_factor for n in like.shape[2:])
-        if tuple(mask.shape[1:]) != (1, *size) or len(mask) not in (1, len(like)):
-            raise ValueError(
-                f"Expected a mask {size[1]} wide and {size[0]} high, one for all images or one per image, got"
-                f" {tuple(mask.shape)}."
-            )
-        mask = torch.nn.functional.max_pool2d(mask, self.vae_scale_factor)
-        return mask.to(like.device, like.dtype)
+        # The class of a flow's pipeline tells which statistics of the autoencoder are used.
+        x = encode_images(self.stock_pipeline if self.flow else self, image)
+        latent_size(self, *(n * self.vae_scale_factor for n in x.shape[2:]))
+        return x.to(self._execution_device, self.network.dtype)
 
     def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
         if output_type != "latent" and self.vae is not None:
-            x = decode_latents(self, x)
+            x = decode_latents(self.stock_pipeline if self.flow else self, x)
         images: Any = x
         if output_type != "latent":
             images = self.image_processor.postprocess(x, output_type=output_type)
@@ -364,22 +426,9 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-def _check_output_type(output_type: str) -> None:
-    # The image processor of diffusers takes unknown ones for "np".
-    if output_type not in _OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
-
-
-def _check_strength(strength: float) -> None:
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}.")
-
-
 def describe(pipe: Any) -> str | None:
     """The line of `dx.summary` about a projector, or None for another pipeline."""
     if not isinstance(pipe, SIGNPipeline):
         return None
-    return f"projector at timestep {pipe.config.timestep}, σ={pipe.sigma:.3g}"
+    kind = "time-conditional projector from" if pipe.time_conditional else "projector at"
+    return f"{kind} timestep {pipe.config['timestep']:g}, σ={pipe.sigma:.3g}"

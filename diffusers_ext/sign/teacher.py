@@ -16,12 +16,16 @@ from ..core.autoencoders import channels_of, vae_of
 from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.prompts import encode_prompts
+from ..training.arguments import stored_class
 from ..training.captioned import other_inputs
 from ..training.data import Captions, TrainingImages, load_dataset
 from ..training.encodings import Shards
 from ..training.models import frozen_dtype, load_frozen
 from ..training.recipes import dataset_record
 from ..training.start import lock_folder
+from ..training.transformers import FLOWS, flow_of_class
+from .flows import check_flow_teacher, flow_parts
+from .inputs import latent_size
 from .pairs import teacher_pairs
 from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
@@ -31,21 +35,52 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[An
     """The pipeline of the projector, and the record of the teacher.
 
     The network of the teacher, in float32, is the only trainable part.
+
+    Raises:
+        ValueError: see `check_trained_class`, before anything is loaded, and `untrained_projector`.
     """
+    kind = stored_class(args)
+    if kind is not None:  # else a class of another package
+        check_trained_class(kind)
     teacher, stored = load_frozen(args, accelerator, trained=("unet",))
+    check_trained_class(type(teacher))
     pipe = untrained_projector(teacher, args.sigma)
     pipe.unet.requires_grad_(True)
     pipe.set_progress_bar_config(disable=True)
     return pipe, stored
 
 
-def untrained_projector(teacher: Any, sigma: float = SIGMA) -> Any:
-    """A `SIGNPipeline` with the network of a diffusion pipeline, held at the noise level `sigma`.
+def check_trained_class(kind: type) -> None:
+    """Raises a ValueError for the pipelines of flows: `SIGNObjective` has the noise schedule and the prompts of UNets."""
+    if flow_of_class(kind):
+        raise ValueError(
+            f"SIGN's training is for teachers with a UNet, such as DDPM or Stable Diffusion, got {kind.__name__}, which is"
+            " a flow. A projector of a flow can be made (diffusers_ext.sign.teacher.untrained_projector), but not be"
+            " trained by this script."
+        )
+
+
+def untrained_projector(
+    teacher: Any, sigma: float = SIGMA, held: bool = True, max_sequence_length: int | None = None
+) -> Any:
+    """A `SIGNPipeline` with the network of a diffusion or flow pipeline, held at the noise level `sigma`.
+
+    Args:
+        teacher: see `check_pipeline`.
+        sigma: noise level relative to unscaled data; of a flow, σ/(1 − σ). The default is σ = 0.6.
+        held: False for a time-conditional projector, of a flow only. See `flow_parts` for whose network it has.
+        max_sequence_length: of a flow only, as in a call of the teacher.
 
     Raises:
-        ValueError: see `check_pipeline` and `nearest_timestep`.
+        ValueError: see `check_pipeline`, `nearest_timestep` and `flow_sigma`; also for a UNet with an argument of flows.
     """
     check_pipeline(teacher)
+    if flow_of_class(type(teacher)):
+        return SIGNPipeline(**flow_parts(teacher, sigma, held, max_sequence_length))
+    if not held or max_sequence_length is not None:
+        raise ValueError(
+            f"held=False and max_sequence_length are for flows, got {type(teacher).__name__}: leave them out."
+        )
     parts = {name: teacher.components.get(name) for name in ("vae", "text_encoder", "tokenizer")}
     timestep = nearest_timestep(teacher.scheduler, sigma)
     return SIGNPipeline(teacher.unet, teacher.scheduler, **parts, timestep=timestep)
@@ -58,14 +93,18 @@ _PARTS = {"unet", "scheduler", "vae", "text_encoder", "tokenizer", "safety_check
 def check_pipeline(pipe: Any) -> None:
     """Raises a ValueError unless SIGN can distill the pipeline.
 
-    That is a pipeline of one UNet with at most one text encoder, such as DDPM or Stable Diffusion; see also
-    `check_teacher`.
+    That is a pipeline of one UNet with at most one text encoder, such as DDPM or Stable Diffusion, see also
+    `check_teacher`; or a flow, see `check_flow_teacher`.
     """
     expected = (
-        "expected a pipeline with one UNet and at most one text encoder, such as DDPM or Stable Diffusion"
+        "expected a pipeline with one UNet and at most one text encoder, such as DDPM or Stable Diffusion, or one of"
+        f" {', '.join(FLOWS)}"
     )
     if isinstance(pipe, SIGNPipeline):
         raise ValueError(f"This pipeline is a projector already: {expected}.")
+    if flow_of_class(type(pipe)):
+        check_flow_teacher(pipe)
+        return
     there = {name for name, part in getattr(pipe, "components", {}).items() if part is not None}
     extra = sorted(there - _PARTS)
     if extra or "unet" not in there:
@@ -169,7 +208,7 @@ def collect_pairs(
         prompts = [captions.numbered(int(i)) for i in rows]
         return texts.conditions(prompts), texts.conditions([""] * len(prompts))
 
-    size = pipe.unet.config.in_channels, *pipe._sample_size()
+    size = pipe.unet.config.in_channels, *latent_size(pipe)
     folder = args.pairs_dir or f"{args.output_dir}/pairs"
     # Not for the whole run: finished pairs may be shared.
     lock = lock_folder(folder, "--pairs_dir") if accelerator.is_main_process else None

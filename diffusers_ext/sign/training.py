@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,6 +283,28 @@ class SIGNObjective(nn.Module):
         low = SCORE_START * len(levels)
         high = int((levels <= SCORE_LEVEL * self.projector.sigma).sum())
         return (low + (high - low) * time).long()
+
+
+@torch.no_grad()
+def figures_of_images(
+    pipe: Any, images: Any, prompt: str | Sequence[str] | None = None, generator: Any = None
+) -> dict[str, float]:
+    """`projector_figures` in the space of the network, of a `SIGNPipeline` and n test images.
+
+    Args:
+        pipe: the pipeline. Its autoencoder, if it has one, encodes the images.
+        images: see `SIGNPipeline.project`; two or more, of one size.
+        prompt: one for all images or one for each, if the projector has prompts.
+        generator: one, or one for each image.
+
+    Raises:
+        ValueError: see `SIGNPipeline.project`; also fewer than two images.
+    """
+    data = pipe._encode(images)
+    if len(data) < 2:
+        raise ValueError("The variance needs two or more images, got 1.")
+    conditions = pipe._conditions(prompt, len(data))
+    return projector_figures(pipe.projector, pipe._noise(data.shape, generator), data, **conditions)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.networks import network_config
+from diffusers_ext.sign.teacher import untrained_projector
 from tests import families, tiny
 
 SECTIONS: dict[str, list[str]] = {
@@ -152,6 +153,12 @@ SECTIONS: dict[str, list[str]] = {
         "projector(latents=torch.randn(1, 4, 8, 8))",
         "projector.project(torch.zeros(1, 4, 8, 8))",
         'projector(prompt="a red bag")',
+        "projector.stock_pipeline",
+        "dx.SIGNPipeline(None, pipe.scheduler, timestep=500)",
+        "dx.SIGNPipeline(None, flow_projector.scheduler, transformer=flow_projector.transformer, timestep=600)",
+        'dx.SIGNPipeline(**flow_projector.components, teacher="StableDiffusion3Pipeline", timestep=1000)',
+        'flow_projector("a red bag", height=8)',
+        'flow_projector.encode_prompt("a red bag")',
     ],
     "A-SDM": [
         'dx.preset_plan("tiny", pipe.unet)',
@@ -259,6 +266,7 @@ _MADE: dict[str, Callable[[Names], Any]] = {
     "video": lambda names: families.build("wan"),
     "unknown": _unknown,
     "projector": _projector,
+    "flow_projector": lambda names: untrained_projector(tiny.build("sd3"), max_sequence_length=4),
     "lcm_scheduler": lambda names: LCMScheduler(),
     "not_a_flow": lambda names: DPMSolverMultistepScheduler(use_flow_sigmas=True, use_karras_sigmas=True),
     "stats": lambda names: tiny.gaussian((4, 8, 8)),

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import diffusers_ext as dx
+from diffusers_ext.sign.inputs import step_levels
 from diffusers_ext.sign.projector import nearest_timestep
 from diffusers_ext.sign.source import MixtureSource
 from tests import tiny
@@ -43,7 +44,7 @@ def pictures(count: int = 2) -> torch.Tensor:
 
 def test_further_steps_refine_from_an_eighth_of_the_level_down() -> None:
     pipe = build("ddpm")
-    found = {n: [level / pipe.sigma for level in pipe._levels(n, None)] for n in (1, 2, 4)}
+    found = {n: [level / pipe.sigma for level in step_levels(pipe, n, None)] for n in (1, 2, 4)}
     assert found == {
         1: [1],
         2: pytest.approx([1, 1 / 8]),
