@@ -218,7 +218,7 @@ def _preset_plan(model: str, preset: str) -> PruningPlan:
 
     config: Any = None
     for folder in ("unet", "transformer", None):
-        named = {} if folder is None else {"subfolder": folder}
+        named: dict[str, Any] = {} if folder is None else {"subfolder": folder}
         try:
             config = UNet2DConditionModel.load_config(model, **named)
             break

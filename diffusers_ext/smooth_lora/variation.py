@@ -215,7 +215,7 @@ def double_differentiable(denoiser: Any) -> Iterator[None]:
 
 def _check_backend(denoiser: Any) -> None:
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    parts = (getattr(module, "processor", None) for module in denoiser.modules())
+    parts: Any = [getattr(module, "processor", None) for module in denoiser.modules()]
     used = {part._attention_backend or active for part in parts if hasattr(part, "_attention_backend")}
     others = sorted(AttentionBackendName(name).value for name in used)
     others = [name for name in others if name != AttentionBackendName.NATIVE.value]

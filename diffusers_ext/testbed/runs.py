@@ -108,7 +108,8 @@ def _count_rows(module: nn.Module) -> Iterator[list[int]]:
     rows: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))))
+        sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        rows.append(len(sample))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
