@@ -9,7 +9,7 @@ python -m tests.contract.matrix --write  # puts them into README.md and docs/sup
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import diffusers_ext as dx
@@ -50,6 +50,8 @@ TITLES = {
     "modular-sdxl": "Modular SDXL",
     "modular-flux": "Modular Flux",
 }
+# What the README shows. The page has what the methods can do beside.
+METHODS = ("teleportation", "golden noise", "Smooth-LoRA", "SIGN, as the teacher", "A-SDM", "GRI attention")
 
 
 @functools.cache
@@ -58,27 +60,29 @@ def supported(name: str) -> dx.registry.Support:
     return dx.support(families.build(name))
 
 
-def _table(rows: list[list[str]]) -> str:
-    head = ["Pipeline", *(label[0].upper() + label[1:] for label in supported("sd").refusals)]
+def _table(labels: Iterable[str], rows: list[list[str]]) -> str:
+    head = ["Pipeline", *(label[0].upper() + label[1:] for label in labels)]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _cells(name: str) -> tuple[str, ...]:
-    return tuple("yes" if reason is None else "no" for reason in supported(name).refusals.values())
+def _cells(name: str, labels: Iterable[str]) -> tuple[str, ...]:
+    refusals = supported(name).refusals
+    return tuple("no" if refusals[label] else "yes" for label in labels)
 
 
 def short() -> str:
-    """A Markdown table with one row for all pipelines on which the same methods work."""
+    """A Markdown table of `METHODS` with one row for all pipelines on which the same ones work."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for name in families.NAMES:
-        rows.setdefault(_cells(name), []).append(TITLES[name])
-    return _table([[", ".join(titles), *cells] for cells, titles in rows.items()])
+        rows.setdefault(_cells(name, METHODS), []).append(TITLES[name])
+    return _table(METHODS, [[", ".join(titles), *cells] for cells, titles in rows.items()])
 
 
 def full() -> str:
     """A Markdown table with a row for every pipeline, and below it the reasons for every "no"."""
-    rows = [[TITLES[name], *_cells(name)] for name in families.NAMES]
+    labels = supported("sd").refusals
+    rows = [[TITLES[name], *_cells(name, labels)] for name in families.NAMES]
     reasons: dict[str, dict[str, list[str]]] = {}
     for name in families.NAMES:
         for label, reason in supported(name).refusals.items():
@@ -89,7 +93,7 @@ def full() -> str:
     for label, found in reasons.items():
         lines += ["", f"**{label[0].upper() + label[1:]}**", ""]
         lines += [f"- {', '.join(titles)}: “{reason}”" for reason, titles in found.items()]
-    return _table(rows) + "\n".join(lines) + "\n"
+    return _table(labels, rows) + "\n".join(lines) + "\n"
 
 
 PAGES: dict[str, Callable[[], str]] = {"README.md": short, "docs/support.md": full}
