@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusers_ext.asdm import gri_processors
 from diffusers_ext.asdm.apply import apply_gri_attention, remove_gri_attention
+from diffusers_ext.core.pipeline import call_pipeline
 from diffusers_ext.metrics.comparison import markdown_table
 from diffusers_ext.testbed.runs import held_out_prompts
 
@@ -126,7 +127,8 @@ def of_the_trained(settings: Settings) -> list[QKV]:
 
     steps = 4 * len(settings.sigmas)
     with pipe.transformer.register_forward_pre_hook(note, with_kwargs=True):
-        pipe(
+        call_pipeline(
+            pipe,
             held_out_prompts(settings.draws, seed=5),
             num_inference_steps=steps,
             guidance_scale=2.0,
