@@ -74,7 +74,6 @@ class Flow:
         targets: ends of the names of the linear layers that get a LoRA, those of diffusers' training scripts.
         weighting_scheme: the default of diffusers' training script, see `levels`.
         masked: it does not attend to the padding of captions.
-        pooled: position of the pooled vectors in what `encode_prompt` returns; None if there are none.
     """
 
     transformer: str
@@ -82,7 +81,6 @@ class Flow:
     targets: tuple[str, ...] = _ATTENTION
     weighting_scheme: str = "none"
     masked: bool = False
-    pooled: int | None = None
 
     @property
     def family(self) -> Family:
@@ -216,10 +214,8 @@ _FLUX2 = Flow("Flux2Transformer2DModel", _flux2, (*_ATTENTION, "to_qkv_mlp_proj"
 
 # By the class of the pipeline: those for editing, control and inpainting give the same transformers other inputs.
 FLOWS: dict[str, Flow] = {
-    "StableDiffusion3Pipeline": Flow(
-        "SD3Transformer2DModel", _sd3, (*_ATTENTION, *_JOINT), "logit_normal", pooled=2
-    ),
-    "FluxPipeline": Flow("FluxTransformer2DModel", _flux, (*_ATTENTION, *_JOINT, *_FEED_FORWARD), pooled=1),
+    "StableDiffusion3Pipeline": Flow("SD3Transformer2DModel", _sd3, (*_ATTENTION, *_JOINT), "logit_normal"),
+    "FluxPipeline": Flow("FluxTransformer2DModel", _flux, (*_ATTENTION, *_JOINT, *_FEED_FORWARD)),
     "Flux2Pipeline": _FLUX2,
     "Flux2KleinPipeline": _FLUX2,
     "QwenImagePipeline": Flow("QwenImageTransformer2DModel", _qwen, masked=True),
@@ -295,17 +291,14 @@ def encode_captions(
     flow = flow_of(pipe)
     given = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     options = prompt_options(pipe, given)
-    encoded = encoded_prompts(pipe, captions, guidance=False, **options)
-    found = embeddings_of(pipe, encoded)[0]
+    found = embeddings_of(pipe, encoded_prompts(pipe, captions, guidance=False, **options))[0]
     embeds, mask = found.embeds, found.mask
     if flow.masked:
         # Some pad to the longest caption, and return no mask if all are of one length.
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask
         missing = options["max_sequence_length"] - embeds.shape[1]
         embeds, mask = F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
-    texts = {"prompt_embeds": embeds, "prompt_mask": mask}
-    if flow.pooled is not None:
-        texts["pooled_prompt_embeds"] = encoded[flow.pooled]
+    texts = {"prompt_embeds": embeds, "prompt_mask": mask, "pooled_prompt_embeds": found.pooled}
     return {name: value for name, value in texts.items() if value is not None}
 
 

@@ -106,7 +106,7 @@ def test_the_second_derivatives_are_those_of_the_loss(name: str) -> None:
     batch["prompt_embeds"] = normal(2, 5, next(config[key] for key in names if key in config))
     if flow.masked:
         batch["prompt_mask"] = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    if flow.pooled is not None:
+    if "pooled_projection_dim" in config:
         batch["pooled_prompt_embeds"] = normal(2, config.pooled_projection_dim)
     variation = StepwiseVariationLoss("flow_prediction", rate=0.5).double().eval()
     objective = objective_of(pipe, variation, 1.0, "cosmap")
