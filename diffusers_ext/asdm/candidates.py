@@ -105,11 +105,9 @@ def find_candidates(
         scores = {"output": measure_sensitivity(network, inputs, progress=progress)}
     if all(num_rows(item) % 2 == 0 and _guided(item) for item in inputs):
         reference = predict(network, inputs)
-        change = measure_sensitivity(
+        scores["guidance"] = measure_sensitivity(
             network, inputs, lambda other: guidance_change(other, inputs, reference), progress
         )
-        kept = {group: change.cuts[group] for group in scores["output"].cuts}
-        scores["guidance"] = replace(change, cuts=kept)
 
     @cache
     def measured(cuts: Cuts) -> tuple[tuple[int, float], ...]:
@@ -194,7 +192,7 @@ def choose_candidates(
     """
     found: dict[str, Candidate] = {}
     tries = num_candidates * _TRIES
-    sources = itertools.islice(_sources(scores, list(tables), np.random.default_rng(seed)), tries)
+    sources = itertools.islice(_sources(scores, tables, np.random.default_rng(seed)), tries)
     with tqdm(total=num_candidates, disable=not progress, desc="candidates") as bar:
         for source in sources:
             candidate = _first_fast(config, source, tables, target, measure, stock_only)
@@ -212,15 +210,16 @@ def choose_candidates(
 
 
 def _sources(
-    scores: Mapping[str, Sensitivity], batch_sizes: list[int], rng: np.random.Generator
+    scores: Mapping[str, Sensitivity], tables: Mapping[int, CostTable], rng: np.random.Generator
 ) -> Iterator[_Source]:
     """The searches: all combinations of scores, times and GRI attention, then without end perturbed ones."""
+    batch_sizes = list(tables)
     times = {"": dict.fromkeys(batch_sizes, 1 / len(batch_sizes))}
     if len(batch_sizes) > 1:
         times |= {f", time of {b} row{'s' if b > 1 else ''}": {b: 1.0} for b in batch_sizes}
     plain = [
         _Source(f"{score} change{time}{'' if gri else ', no GRI'}", _allowed(losses, gri), weights)
-        for gri in ((True, False) if _has_gri(scores) else (True,))
+        for gri in ((True, False) if any(table.gri for table in tables.values()) else (True,))
         for time, weights in times.items()
         for score, losses in scores.items()
     ]
@@ -232,10 +231,6 @@ def _sources(
             label=f"{source.label}, perturbed {number}",
             sensitivity=_perturbed(source.sensitivity, rng),
         )
-
-
-def _has_gri(scores: Mapping[str, Sensitivity]) -> bool:
-    return any(cuts[0].startswith("gri.") for losses in scores.values() for cuts in losses.cuts)
 
 
 def _allowed(losses: Sensitivity, gri: bool) -> Sensitivity:

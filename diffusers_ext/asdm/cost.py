@@ -87,7 +87,8 @@ class CostTable:
         total: cost of the full network.
         parts: cost by module path, of resnets, attentions, samplers and the blocks that contain them; of transformers, of
             blocks and of what a block may lose when it becomes the last one.
-        gri: cost of attentions with GRI attention in place of self-attention.
+        gri: cost of attentions with GRI attention in place of self-attention, where that is another computation:
+            windows that cover the whole image are full attention.
         height, width: size of the latents; None if they are packed.
         tokens: length of the prompt; None if the prompts of a batch have their own.
     """
@@ -248,7 +249,9 @@ def cost_table(
 
     parts = {path: cost(path, macs, times) for path in paths}
     before = {path.split(".transformer_blocks")[0] for path in shape.gri()}
-    swaps = {p: cost(p, gri_macs, gri_times) for p in shape.attentions() if gri_macs and p not in before}
+    # Where the work is the same, a difference of times is noise.
+    other = [p for p in shape.attentions() if gri_macs and p not in before and gri_macs[p] != macs[p]]
+    swaps = {path: cost(path, gri_macs, gri_times) for path in other}
     return CostTable(cost("", macs, times), parts, swaps, height, width, tokens)
 
 

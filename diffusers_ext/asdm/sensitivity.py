@@ -119,7 +119,7 @@ def measure_sensitivity(
         criterion: of the cuts of a transformer, see `PruningProfile`.
 
     Returns:
-        Losses of all parts and cuts. Without `score`, GRI attention that does not change the output at all is no cut.
+        Losses of all parts and cuts.
 
     Raises:
         ValueError: there are neither inputs nor a score, the criterion is unknown or not possible, or the network cannot
@@ -156,9 +156,6 @@ def measure_sensitivity(
         alone = "mid_block" if group == ("mid",) else group[0].removeprefix("attention:")
         known = parts.get(alone)
         cuts[group] = loss(cut_network(unet, *group)) if known is None else known
-        # Windows that cover the whole image are full attention: nothing is cut, and a difference of times is noise.
-        if score is None and group[0].startswith("gri.") and cuts[group] == 0:
-            del cuts[group]
     return Sensitivity(parts, cuts)
 
 

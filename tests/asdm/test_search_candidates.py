@@ -80,8 +80,9 @@ def test_the_plain_searchs_plan_is_first(profile: PruningProfile) -> None:
 
 def test_windows_that_cover_the_image_are_no_cut(unet: Any, profile: PruningProfile) -> None:
     # 16 × 8 latents and windows of 8: at the second resolution, of 8 × 4, GRI attention is full attention.
-    assert ("gri.0",) in profile.sensitivity.cuts
-    assert ("gri.1",) not in profile.sensitivity.cuts
+    shape = UNetShape(profile.config)
+    assert set(profile.costs.gri) == set(shape.attentions(0))
+    assert profile.costs.of_shape(shape.cut("gri.1")) == profile.costs.total
     found = find_candidates(unet, inputs(), 0.99, num_candidates=4, repeats=1)
     assert not any("gri.1" in candidate.plan.cuts for candidate in found)
 
