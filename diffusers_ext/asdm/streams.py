@@ -54,13 +54,18 @@ class Ports:
 @functools.cache
 def _ports(kind: type) -> Ports:
     names = tuple(inspect.signature(kind.forward).parameters)[1:]
+    # FSDP2 gives every module that it shards a class of its own, a subclass.
+    return next((Ports(names, *found) for cls in kind.__mro__ if (found := _places(cls))), Ports(names))
+
+
+def _places(kind: type) -> tuple[int | None, int | None] | None:
+    """The positions of the image and of the text states in the output; None for an unknown class."""
     try:
         known = TransformerBlockRegistry.get(kind)
     except ValueError:
-        return Ports(names, *_UNREGISTERED.get(kind.__name__, (None, None)))
-    if known.return_encoder_hidden_states_index is None:
-        return Ports(names)
-    return Ports(names, known.return_hidden_states_index, known.return_encoder_hidden_states_index)
+        return _UNREGISTERED.get(kind.__name__)
+    text = known.return_encoder_hidden_states_index
+    return (None, None) if text is None else (known.return_hidden_states_index, text)
 
 
 def ports_of(block: nn.Module) -> Ports:

@@ -19,6 +19,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     disable_fsdp_ram_efficient_loading,
 )
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -27,8 +28,8 @@ from torch.utils._pytree import tree_map
 
 from .checkpoints import changed_by_training, check_names
 
-# The blocks that hold most weights of a UNet, gathered one by one with TRANSFORMER_BASED_WRAP.
-_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D"}
+# Of UNets without text, for which diffusers names no blocks.
+_BLOCKS = ["ResnetBlock2D"]
 _PREFIX = "`accelerate launch` asks for "
 
 
@@ -108,8 +109,15 @@ def to_shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     if not is_sharded(accelerator):
         return model
     shards: Any = copy.deepcopy(model.cpu())
-    shards._no_split_modules = sorted(_BLOCKS & {type(part).__name__ for part in model.modules()})
+    shards._no_split_modules = blocks_of(model)
     return shards
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """The classes of the blocks with most weights, which are gathered one by one with TRANSFORMER_BASED_WRAP."""
+    networks = [part for part in model.modules() if isinstance(part, ModelMixin)]
+    named: set[str] = set().union(*(part._no_split_modules or _BLOCKS for part in networks))
+    return sorted(named & {type(part).__name__ for part in model.modules()})
 
 
 def take_whole(model: nn.Module, shards: nn.Module, ema: EMAModel | None = None) -> None:

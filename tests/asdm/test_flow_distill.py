@@ -1,17 +1,20 @@
 """The losses of pruned flows against their formulas, and the training of intervals from the teacher's own states."""
 
+import copy
 import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.flow_distill import FlowDistillObjective, IntervalObjective, pooled_loss, token_loss
 from diffusers_ext.asdm.networks import network_config
 from diffusers_ext.asdm.prune import teacher_blocks
+from diffusers_ext.asdm.streams import ports_of
 from diffusers_ext.asdm.transformers import LISTS
 from diffusers_ext.training.transformers import encode_captions, flow_of
 from tests import families
@@ -111,12 +114,20 @@ class _Both:
         self.one, self.other = one, other
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from diffusers_ext.asdm.streams import ports_of
-
         ports = ports_of(self.one)
         image, text = ports.leaving(self.one(*args, **kwargs))
         named = {**dict(zip(ports.names, args)), **kwargs, ports.names[0]: image}
         return self.other(**(named if text is None else {**named, "encoder_hidden_states": text}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sharded_blocks_have_the_ports_of_their_class(name: str) -> None:
+    teacher, _, _ = made(name)
+    for path in LISTS[type(teacher).__name__]:
+        block = teacher.get_submodule(path)[0]
+        shard = copy.copy(block)
+        shard.__class__ = type("FSDP", (FSDPModule, type(block)), {})  # as `fully_shard` does
+        assert ports_of(shard) == ports_of(block)
 
 
 def test_only_what_is_weighted_is_computed() -> None:

@@ -15,8 +15,11 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.networks import network_config
 from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR
+from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import families, tiny
+from tests.asdm.transformers import deep
 from tests.training.launching import ROOT, write_pictures
 
 TRAINED = ("train_smooth_lora", "train_asdm", "train_sign", "train_npnet", "train_base")
@@ -26,7 +29,7 @@ CAPTIONED = TRAINED[:3]
 FROM_PIPELINE = TRAINED[:4]
 ALL = (*TRAINED, "collect_noise_pairs")
 # Scripts that also train transformers, with the model that they train here.
-ON_FLOWS = ("train_smooth_lora sd3",)
+ON_FLOWS = ("train_smooth_lora sd3", "train_asdm sd3")
 
 WIDTHS = ["--block_out_channels", "8", "8", "16"]
 WARM = ["--lr_warmup_steps", "0"]
@@ -37,7 +40,10 @@ def prepare(folder: Path) -> Path:
     pipe = tiny.build("sd")
     pipe.save_pretrained(folder / "sd")
     dx.PruningPlan(dict(pipe.unet.config), (("mid.attention",),)).save(folder / "plan.json")
-    stable_diffusion_3().save_pretrained(folder / "sd3")
+    flow = stable_diffusion_3(depth=3)
+    flow.save_pretrained(folder / "sd3")
+    cuts = ("block:transformer_blocks.1",)
+    dx.PruningPlan(network_config(flow.transformer), (cuts,)).save(folder / "plan-sd3.json")
     half = tiny.build("sd", dtype=torch.float16)
     half.save_pretrained(folder / "half")
     half.save_pretrained(folder / "variant", variant="fp16")
@@ -47,9 +53,9 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def stable_diffusion_3() -> Any:
+def stable_diffusion_3(depth: int = 1) -> Any:
     """The tiny Stable Diffusion 3 with a third text encoder that has no layers, without which a saved one does not load."""
-    pipe, tokenizer = tiny.build("sd3"), tiny.tokenizer()
+    pipe, tokenizer = deep("sd3", depth), tiny.tokenizer()
     sizes = dict.fromkeys(("d_model", "d_kv", "d_ff"), pipe.transformer.config.joint_attention_dim)
     config = transformers.T5Config(vocab_size=len(tokenizer), num_layers=0, num_heads=1, **sizes)
     pipe.register_modules(text_encoder_3=transformers.T5EncoderModel(config).eval(), tokenizer_3=tokenizer)
@@ -74,7 +80,7 @@ def arguments(
     script: str, base: Path, output: Path, pictures: Path | None = None, model: str = "sd"
 ) -> list[str]:
     """The arguments of a short run of a script, one of `ALL` or `ON_FLOWS`; its number of steps is not among them."""
-    script, _, flow = script.partition(" ")
+    name, (script, _, flow) = script, script.partition(" ")
     model = flow or model
     shared = ["--output_dir", str(output), "--train_batch_size", "2"]
     if script == "train_base":
@@ -91,17 +97,26 @@ def arguments(
     own = {
         "train_smooth_lora": ["--rank", "2", "--validation_prompts", "a aaa"],
         "train_asdm": ["--plan", str(base / "plan.json"), "--validation_prompts", "a aaa"],
+        "train_asdm sd3": [
+            *("--plan", str(base / "plan-sd3.json"), "--validation_prompts", "a aaa"),
+            *("--interval_steps", "2"),
+        ],
         "train_sign": [
             *("--num_pairs", "16", "--dmd_weight", "1", "--guidance_scale", "2"),
             *("--source_components", "2", "--source_rank", "2"),
         ],
     }
-    return [*shared, *own[script]]
+    return [*shared, *own[name if name in own else script]]
 
 
 def steps(script: str, count: int) -> list[str]:
     """The argument for the number of steps."""
-    return ["--steps_per_stage" if script == "train_asdm" else "--max_train_steps", str(count)]
+    return ["--steps_per_stage" if script.startswith("train_asdm") else "--max_train_steps", str(count)]
+
+
+def checkpoints_of(script: str, output: Path) -> list[Path]:
+    """The checkpoints of a run, those of its first stage if it has stages."""
+    return list_checkpoints(output / "stage-1" if script.startswith("train_asdm") else output)
 
 
 def parse(script: str, argv: list[str]) -> Any:

@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from diffusers_ext.asdm.incubation import check_xformers
 from diffusers_ext.asdm.plan import PruningPlan
 from diffusers_ext.training import loop, models, sharding
-from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.sharding import settle_sharding
 from tests.asdm.networks import SMALL, network
 from tests.training.launching import TWO_PROCESSES, kill_after, launch
-from tests.training.scripts import ON_FLOWS, TRAINED, arguments, path_of, run, steps
+from tests.training.scripts import ON_FLOWS, TRAINED, arguments, checkpoints_of, path_of, run, steps
 from tests.training.test_loop import TwoLines
 from tests.training.test_loop import arguments as loop_arguments
 
@@ -39,8 +38,7 @@ def four_steps(script: str, base: Path, output: Path, *extra: str) -> list[str]:
 
 
 def last_checkpoint(script: str, output: Path) -> dict[str, torch.Tensor]:
-    folder = output / "stage-1" if script == "train_asdm" else output
-    return load_file(list_checkpoints(folder)[-1] / "trained.safetensors")
+    return load_file(checkpoints_of(script, output)[-1] / "trained.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +106,7 @@ def fsdp(monkeypatch: Any, **settings: str) -> None:
 
 # Those that differentiate through a network with constant weights, or twice, are refused.
 EXTRA = {"train_smooth_lora": ["--estimator", "finite_difference"]}
-SHARDED = [name for name in TRAINED if name != "train_sign"]
+SHARDED = [name for name in (*TRAINED, *ON_FLOWS) if name != "train_sign"]
 
 
 @pytest.mark.parametrize("script", SHARDED)
@@ -116,7 +114,7 @@ def test_shards_are_trained_as_a_whole_model_is(
     script: str, base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     # With Adam's own ε, a weight whose gradient is only rounding moves by the learning rate all the same.
-    extra = [*EXTRA.get(script, []), "--adam_epsilon", "1e-3", "--validation_steps", "2"]
+    extra = [*EXTRA.get(script.split()[0], []), "--adam_epsilon", "1e-3", "--validation_steps", "2"]
     one, two = ([*arguments(script, base, tmp_path / name), *steps(script, 3), "--use_ema"] for name in "12")
     for argv, rows in ((one, "4"), (two, "2")):
         argv += [*extra, "--train_batch_size", rows]
@@ -125,8 +123,7 @@ def test_shards_are_trained_as_a_whole_model_is(
     file = path_of(script)
     # Killed at a random moment after the first checkpoint, and resumed.
     more = ["--checkpointing_steps", "1", "--resume_from_checkpoint", "latest"]
-    folder = tmp_path / "2" / ("stage-1" if script == "train_asdm" else "")
-    kill_after([file, *two, *more], lambda: list_checkpoints(folder), 0.3, TWO_PROCESSES)
+    kill_after([file, *two, *more], lambda: checkpoints_of(script, tmp_path / "2"), 0.3, TWO_PROCESSES)
     launch([file, *two, *more], TWO_PROCESSES)
     for kind in ("model", "optimizer", "ema"):
         whole, shards = (state(script, tmp_path / name, kind) for name in "12")
@@ -142,7 +139,7 @@ def test_shards_are_trained_as_a_whole_model_is(
 
 def state(script: str, output: Path, kind: str) -> dict[str, torch.Tensor]:
     """What a checkpoint has of the trained weights, of the optimizer or of the averages."""
-    folder = list_checkpoints(output / "stage-1" if script == "train_asdm" else output)[-1]
+    folder = checkpoints_of(script, output)[-1]
     sharded = not (folder / "trained.safetensors").exists()
     custom = torch.load(folder / "custom_checkpoint_2.pkl", weights_only=True)
     if kind == "model":

@@ -11,13 +11,15 @@ from diffusers import (
     FlowMatchLCMScheduler,
     QwenImageImg2ImgPipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusers_ext.core.families import guidance_of, to_grid
+from diffusers_ext.asdm.transformers import LISTS
+from diffusers_ext.core.families import denoiser_of, guidance_of, to_grid
 from diffusers_ext.core.hooks import add_hook
 from diffusers_ext.core.pipeline import call_pipeline
 from diffusers_ext.training.levels import SCHEMES, FlowLevels, loss_weights, training_sigmas
 from diffusers_ext.training.rows import rows_of_step
+from diffusers_ext.training.sharding import blocks_of
 from diffusers_ext.training.transformers import encode_captions, flow_of, without_padding
 from tests import families, tiny
 
@@ -187,3 +189,11 @@ def test_rows_draw_the_same_level_in_any_process() -> None:
     two = [levels(rows_of_step(3, 5, rank, 2))["sigmas"] for rank in (0, 1)]
     assert torch.equal(one, torch.cat(two))
     assert not torch.equal(one, levels(rows_of_step(3, 6, 0, 4))["sigmas"])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "sd", "ddpm"])
+def test_all_blocks_are_gathered_one_by_one(name: str) -> None:
+    network = denoiser_of(families.build(name))
+    lists = LISTS.get(type(network).__name__, ("down_blocks.0.resnets",))
+    blocks = {type(part).__name__ for path in lists for part in network.get_submodule(path).children()}
+    assert blocks <= set(blocks_of(nn.ModuleList([network])))

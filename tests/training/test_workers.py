@@ -20,7 +20,17 @@ from tests.training.launching import (
     launch,
     write_pictures,
 )
-from tests.training.scripts import CAPTIONED, ON_FLOWS, TRAINED, Scripts, arguments, path_of, run, steps
+from tests.training.scripts import (
+    CAPTIONED,
+    ON_FLOWS,
+    TRAINED,
+    Scripts,
+    arguments,
+    checkpoints_of,
+    path_of,
+    run,
+    steps,
+)
 
 # One worker runs them all: they share the models and the trained weights.
 # Every test starts processes that import everything, some of them several times.
@@ -94,10 +104,9 @@ def test_no_worker_outlives_a_killed_run(scripts: Scripts, tmp_path: Path) -> No
 def test_a_killed_run_with_workers_resumes_at_once_to_the_same_weights(
     scripts: Scripts, alone: Any, script: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "stage-1" if script == "train_asdm" else tmp_path
     path, workers = path_of(script), ("--dataloader_num_workers", "2")
     argv = [path, *command(scripts, script, tmp_path, *workers, "--checkpointing_steps", "1")]
-    kill_after(argv, lambda: list_checkpoints(folder), 0.3)
+    kill_after(argv, lambda: checkpoints_of(script, tmp_path), 0.3)
     # At once: no worker that outlives the killed process for some seconds holds its lock.
     more = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", "1")
     launch([path, *command(scripts, script, tmp_path, *more)])
