@@ -923,6 +923,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 NAMES = tuple(FAMILIES)
+# Those with a transformer that the package trains, and one of them for each class of transformers.
+FLOWS = ("sd3", "flux", "flux-schnell", "flux2", "flux2-klein", "qwen", "zimage", "sana", "lumina2")
+TRANSFORMERS = ("sd3", "flux", "flux2", "qwen", "zimage", "sana", "lumina2")
 
 
 def latent_shape(name: str) -> tuple[int, ...]:

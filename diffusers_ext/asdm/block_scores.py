@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .calibration import CalibrationInput, num_rows, the_latents
 from .cost import Cost, CostTable, measure_milliseconds
-from .networks import network_config
+from .networks import evaluating, network_config
 from .streams import States, recorded_blocks, skipped_blocks
 from .transformers import TransformerShape, interval_of, possible_block_cuts, possible_interval_cuts
 
@@ -165,16 +165,12 @@ def similarity(network: Any, inputs: Sequence[CalibrationInput]) -> dict[str, fl
     """
     paths = list(TransformerShape(network_config(network)).units())
     sums = dict.fromkeys(paths, 0.0)
-    training = network.training
-    try:
-        network.eval()
+    with evaluating(network):
         for given in inputs:
             with recorded_blocks(network, paths) as calls:
                 network(**given)
             for path, call in calls.items():
                 sums[path] += _turn(call.entering, call.leaving) / len(inputs)
-    finally:
-        network.train(training)
     return sums
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -165,7 +165,27 @@ class BlockFeatures:
         self._handles.clear()
 
 
-class DistillObjective(nn.Module):
+class Taught(nn.Module):
+    """A student, which is trained, and its teacher, which is frozen and stays in evaluation mode.
+
+    Raises:
+        ValueError: they are the same object.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        if student is teacher:
+            raise ValueError("Student and teacher are the same object: the student must be a copy.")
+        self.student, self.teacher = student, teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the training mode of the student."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+
+class DistillObjective(Taught):
     """The loss of one batch: the student compared with the data and with the teacher.
 
     Every term is a mean over rows, and no row depends on another. With the same number of rows per process,
@@ -196,13 +216,10 @@ class DistillObjective(nn.Module):
         snr_gamma: float | None = None,
         blocks: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        if student is teacher:
-            raise ValueError("Student and teacher are the same object: the student must be a copy.")
+        super().__init__(student, teacher)
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma must be above 0 or None, got {snr_gamma}.")
         _check_scheduler(scheduler)
-        self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.scheduler, self.snr_gamma = scheduler, snr_gamma
         self.weights = DistillWeights() if weights is None else weights
         compared = self.weights.feature or self.weights.semantic
@@ -212,12 +229,6 @@ class DistillObjective(nn.Module):
         self.blocks = {name: pairs[name] for name in own}
         if compared and not self.blocks:
             raise ValueError("Student and teacher have no block in common: set feature and semantic to 0.")
-
-    def train(self, mode: bool = True) -> DistillObjective:
-        """Sets the training mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     @property
     def semantic_block(self) -> str:

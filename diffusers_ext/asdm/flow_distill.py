@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.predictions import weighted_mse
-from ..training.levels import loss_weights
+from ..training.levels import loss_weights, noised
 from ..training.transformers import Flow
-from .distill import DistillWeights
+from .distill import DistillWeights, Taught
 from .streams import States, ports_of, recorded_blocks
 
 
@@ -60,7 +60,7 @@ def pooled_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(one, other, dim=1)).mean()
 
 
-class FlowDistillObjective(nn.Module):
+class FlowDistillObjective(Taught):
     """The loss of one batch: the student compared with the data and with the teacher.
 
     Every term is a mean over rows, as in `DistillObjective`.
@@ -88,18 +88,9 @@ class FlowDistillObjective(nn.Module):
         scheme: str = "none",
         guidance: float | None = None,
     ) -> None:
-        super().__init__()
-        if student is teacher:
-            raise ValueError("Student and teacher are the same object: the student must be a copy.")
-        self.student, self.teacher = student, teacher.requires_grad_(False).eval()
+        super().__init__(student, teacher)
         self.flow, self.blocks, self.scheme, self.guidance = flow, dict(blocks), scheme, guidance
         self.weights = DistillWeights() if weights is None else weights
-
-    def train(self, mode: bool = True) -> FlowDistillObjective:
-        """Sets the training mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     @property
     def semantic_block(self) -> str:
@@ -122,7 +113,7 @@ class FlowDistillObjective(nn.Module):
         """
         weights, middle = self.weights, self.semantic_block
         compared = list(self.blocks) if weights.feature else [middle] if weights.semantic else []
-        noisy = torch.lerp(latents, noise, sigmas[:, None, None, None])
+        noisy = noised(latents, noise, sigmas)
         given = (noisy, sigmas, self.guidance)
         with recorded_blocks(self.student, compared) as own:
             predicted = self.flow.velocity(self.student, *given, **texts)
@@ -143,7 +134,7 @@ class FlowDistillObjective(nn.Module):
         return found
 
 
-class IntervalObjective(nn.Module):
+class IntervalObjective(Taught):
     """Trains what is left of every interval alone: a block gets what enters the teacher's interval and should leave the same.
 
     This is the first stage of PPCL (arXiv:2511.16156). No error is carried from one interval to the next, so all learn in
@@ -169,20 +160,14 @@ class IntervalObjective(nn.Module):
         intervals: Mapping[str, tuple[str, str]],
         guidance: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(student, teacher)
         self.intervals = {name: ends for name, ends in intervals.items() if ends[0] != ends[1]}
         if not self.intervals:
             raise ValueError("The student has all blocks of the teacher, so no block stands for others.")
-        self.student, self.teacher = student.requires_grad_(False), teacher.requires_grad_(False).eval()
+        student.requires_grad_(False)
         for name in self.intervals:
             student.get_submodule(name).requires_grad_(True)
         self.flow, self.guidance = flow, guidance
-
-    def train(self, mode: bool = True) -> IntervalObjective:
-        """Sets the training mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The mean of `losses`, a scalar."""
@@ -190,7 +175,7 @@ class IntervalObjective(nn.Module):
 
     def losses(self, latents: Tensor, noise: Tensor, sigmas: Tensor, **texts: Tensor) -> dict[str, Tensor]:
         """{block of the student: its `token_loss`}; see `FlowDistillObjective.losses` for the arguments."""
-        noisy = torch.lerp(latents, noise, sigmas[:, None, None, None])
+        noisy = noised(latents, noise, sigmas)
         with torch.no_grad(), recorded_blocks(self.teacher, _both(self.intervals.values())) as calls:
             self.flow.velocity(self.teacher, noisy, sigmas, self.guidance, **texts)
         found = {}

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .block_scores import block_losses, check_criterion, cut_losses, similarity
 from .calibration import CalibrationInput, the_latents
-from .networks import network_config, shape_of
+from .networks import evaluating, network_config, shape_of
 from .prune import cut_network
 from .shape import UNetShape, possible_cuts
 
@@ -40,12 +40,8 @@ class Sensitivity:
 @torch.no_grad()
 def predict(network: Any, inputs: Sequence[CalibrationInput]) -> list[Tensor]:
     """The output (b, ...) of the network for every input, without a learned variance, float32, in evaluation mode."""
-    training = network.training
-    try:
-        network.eval()
+    with evaluating(network):
         return [_prediction(network(**item, return_dict=False)[0], the_latents(item)) for item in inputs]
-    finally:
-        network.train(training)
 
 
 def _prediction(output: Any, latents: Tensor) -> Tensor:

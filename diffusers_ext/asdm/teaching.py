@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ..core.schedules import noising_scheduler
 from ..training.captioned import CaptionedBatches, check_captioned_training
-from ..training.levels import training_sigmas
+from ..training.levels import noised, training_sigmas
 from ..training.rows import Batch, on_device, rows_of_step
 from ..training.transformers import FLOWS, Flow, flow_of, flow_of_class
 from . import training as asdm
 from .block_scores import macs_of
 from .distill import DistillWeights
 from .flow_distill import FlowDistillObjective
-from .networks import prunable
+from .networks import evaluating, prunable
 from .plan import PruningPlan
 from .prune import teacher_blocks
 from .sensitivity import predict
@@ -101,12 +101,8 @@ class Teaching:
         """The predictions (b, C, H, W) of a network for batches of `CaptionedBatches`, float32, in evaluation mode."""
         if self.flow is None:
             return predict(network, [self._call(batch) for batch in batches])
-        training = network.training
-        try:
-            network.eval()
+        with evaluating(network):
             return [self._velocity(network, **batch) for batch in batches]
-        finally:
-            network.train(training)
 
     def _call(self, batch: Batch) -> dict[str, Any]:
         given = asdm.conditioned(**batch)
@@ -118,7 +114,7 @@ class Teaching:
         self, network: Any, latents: Tensor, noise: Tensor, sigmas: Tensor, **texts: Tensor
     ) -> Tensor:
         assert self.flow is not None
-        noisy = torch.lerp(latents, noise, sigmas[:, None, None, None])
+        noisy = noised(latents, noise, sigmas)
         return self.flow.velocity(network, noisy, sigmas, self.guidance, **texts).float()
 
     def figures(self, network: Any, batches: CaptionedBatches) -> Mapping[str, int]:

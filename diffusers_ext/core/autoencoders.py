@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .families import denoiser_of, family_of, uncompiled
+from .families import denoiser_of, family_of, known_class, token_side, uncompiled
 
 Takes = Literal["images", "frames", "videos"]
 
@@ -77,14 +77,14 @@ def _component(pipe: Any) -> Any:
 
 def _takes(vae: Any) -> Takes:
     kind = type(uncompiled(vae))
-    for name in (cls.__name__ for cls in kind.__mro__):
-        if name in AUTOENCODERS:
-            return AUTOENCODERS[name]
-    raise ValueError(
-        f"The scale and the layout of the latents of {kind.__name__} are not known. The known autoencoders are"
-        f" {', '.join(AUTOENCODERS)}. Another one with a scaling_factor, a shift_factor or latents_mean and latents_std"
-        ' in its config can be added: diffusers_ext.core.autoencoders.AUTOENCODERS["ClassName"] = "images".'
-    )
+    found = known_class(kind, AUTOENCODERS)
+    if found is None:
+        raise ValueError(
+            f"The scale and the layout of the latents of {kind.__name__} are not known. The known autoencoders are"
+            f" {', '.join(AUTOENCODERS)}. Another one with a scaling_factor, a shift_factor or latents_mean and latents_std"
+            ' in its config can be added: diffusers_ext.core.autoencoders.AUTOENCODERS["ClassName"] = "images".'
+        )
+    return AUTOENCODERS[found]
 
 
 def downsampling_of(pipe_or_vae: Any) -> int:
@@ -109,8 +109,8 @@ def side_of(pipe_or_vae: Any) -> int:
     Raises:
         ValueError: see `vae_of` and `family_of`.
     """
-    packed = isinstance(pipe_or_vae, DiffusionPipeline) and family_of(pipe_or_vae).layout == "patches"
-    return downsampling_of(pipe_or_vae) * (2 if packed else 1)
+    tokens = token_side(pipe_or_vae) if isinstance(pipe_or_vae, DiffusionPipeline) else 1
+    return downsampling_of(pipe_or_vae) * tokens
 
 
 def channels_of(pipe_or_vae: Any) -> int:

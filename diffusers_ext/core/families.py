@@ -8,7 +8,7 @@ videos. Statistics, networks and encoded images of this package are in the grid 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,8 +76,7 @@ def family_of(pipe: Any) -> Family:
         ValueError: there is no record for the class of the denoiser.
     """
     part = uncompiled(denoiser_of(pipe))
-    classes = (cls.__name__ for cls in type(part).__mro__)
-    found = next((FAMILIES[name] for name in classes if name in FAMILIES), None)
+    found = known_class(type(part), FAMILIES)
     if found is None:
         what = "no unet and no transformer" if part is None else f"a {type(part).__name__}"
         raise ValueError(
@@ -85,7 +84,12 @@ def family_of(pipe: Any) -> Family:
             f" known. The known denoisers are {', '.join(FAMILIES)}. The facts of another one can be added:"
             ' diffusers_ext.core.families.FAMILIES["ClassName"] = Family(...).'
         )
-    return found
+    return FAMILIES[found]
+
+
+def known_class(kind: type, known: Collection[str]) -> str | None:
+    """The name of a class, or of its nearest base class, that is among `known`; None if there is none."""
+    return next((cls.__name__ for cls in kind.__mro__ if cls.__name__ in known), None)
 
 
 # --- the pipeline's networks ---
@@ -171,6 +175,19 @@ def loop_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
     if layout == "channels last":
         return (*([1] if len(sizes) == 2 else []), *sizes, channels)
     return shape
+
+
+def token_side(pipe: Any) -> int:
+    """What the height and width of latents in the grid layout are multiples of: the side of a patch.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    if family_of(pipe).layout == "patches":
+        return 2
+    config = uncompiled(denoiser_of(pipe)).config
+    size = config.get("patch_size") or config.get("all_patch_size") or 1
+    return size if isinstance(size, int) else size[-1]
 
 
 def grid_shape(pipe: Any, x: Tensor, call: Mapping[str, Any]) -> tuple[int, ...]:

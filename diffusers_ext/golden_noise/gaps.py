@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from ..core.checks import check_finite
@@ -72,8 +73,7 @@ def gap_of(pipe: Any, gap: Gap | None = None) -> Gap:
 
 def _is_schnell(pipe: Any) -> bool:
     part = uncompiled(denoiser_of(pipe))
-    flux = any(cls.__name__ == "FluxTransformer2DModel" for cls in type(part).__mro__)
-    return flux and not part.config.get("guidance_embeds")
+    return isinstance(part, FluxTransformer2DModel) and not part.config.get("guidance_embeds")
 
 
 def sampling_weight(pipe: Any, weight: float | None) -> float:

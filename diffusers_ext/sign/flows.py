@@ -16,12 +16,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..core.autoencoders import side_of
-from ..core.families import guidance_of
+from ..core.families import guidance_of, known_class, token_side
 from ..core.hooks import parameters_of
 from ..core.predictions import clean_prediction
 from ..core.schedules import prediction_type
-from ..training.transformers import FLOWS, Flow, encode_captions, flow_of, patch_of, without_padding
+from ..training.transformers import FLOWS, Flow, encode_captions, flow_of, without_padding
 from .held_time import hold_time, time_features, time_layer
 from .projector import Projector
 from .source import MixtureSource
@@ -133,11 +132,6 @@ def conditions_of(
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in texts.items()}
 
 
-def image_side(stock: Any) -> int:
-    """The number of pixels that image sides must be multiples of."""
-    return side_of(stock) * patch_of(stock)
-
-
 def check_flow_teacher(pipe: Any) -> None:
     """Raises a ValueError unless a projector can be made of the flow: see `flow_of`."""
     flow_of(pipe)
@@ -178,7 +172,7 @@ def flow_parts(
     guidance = parameters_of(teacher)[embedded].default if embedded else None
     if held and time_layer(transformer).bias is not None:
         transformer = copy.deepcopy(transformer)
-        side = 2 * patch_of(teacher)
+        side = 2 * token_side(teacher)
         zeros = torch.zeros(
             1, flow.channels(transformer), side, side, device=transformer.device, dtype=transformer.dtype
         )
@@ -194,7 +188,7 @@ def flow_parts(
         "transformer": transformer,
         "scheduler": projector_scheduler(held),
         "timestep": TIMES * level,
-        "teacher": next(cls.__name__ for cls in type(teacher).__mro__ if cls.__name__ in FLOWS),
+        "teacher": known_class(type(teacher), FLOWS),
         "held": held,
         "guidance": guidance,
         "max_sequence_length": max_sequence_length,

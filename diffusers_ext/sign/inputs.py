@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.autoencoders import side_of
 from ..core.checks import check_counts
 from ..core.images import as_tensor
-from .flows import TIMES, image_side
+from .flows import TIMES
 
 # The noise level of the second step, as a share of that of the first one.
 REFINEMENT = 0.125
@@ -50,7 +51,7 @@ def latent_size(pipe: Any, height: int | None = None, width: int | None = None) 
     Raises:
         ValueError: only one of them, none where there is no default, or a size that the projector does not have.
     """
-    side = image_side(pipe.stock_pipeline) if pipe.flow else pipe.vae_scale_factor
+    side = side_of(pipe.stock_pipeline) if pipe.flow else pipe.vae_scale_factor
     own: Any = pipe.config["sample_size"] if pipe.flow else pipe.unet.config.sample_size
     if pipe.flow and pipe.source is not None:
         own = pipe.source.config.shape[1:]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.checks import check_counts, check_latents
-from ..core.families import denoiser_of, family_of, guidance_of
+from ..core.families import guidance_of, token_side
 from ..core.hooks import parameters_of
 from ..core.latents import image_size, starting_from, with_size
 from ..core.pipeline import final_latents, given_latents, quiet, scheduler_of
@@ -75,7 +75,7 @@ def ddim_invert(
     if "pag_scale" in parameters_of(pipe):
         call.setdefault("pag_scale", 0.0)
     call = prompts_per_row({**call, "prompt": prompt}, latents)
-    multiple = _multiple(pipe)
+    multiple = token_side(pipe)
     if latents.ndim != 4 or any(n % multiple for n in latents.shape[2:]):
         sizes = f" with H and W that are multiples of {multiple}" if multiple > 1 else ""
         raise ValueError(f"Expected latents (B, C, H, W){sizes}, got {tuple(latents.shape)}.")
@@ -90,12 +90,3 @@ def _guided(pipe: Any, scale: float) -> dict[str, Any]:
     if guidance.embedded is not None:
         return {**guidance.call(1.0), guidance.embedded: scale}
     return guidance.call(scale)
-
-
-def _multiple(pipe: Any) -> int:
-    """What the height and width of latents in the grid layout are multiples of: the side of a patch."""
-    if family_of(pipe).layout == "patches":
-        return 2
-    config = denoiser_of(pipe).config
-    size = config.get("patch_size") or config.get("all_patch_size") or 1
-    return size if isinstance(size, int) else size[-1]

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from ..core.predictions import denoising_loss, weighted_mse
 from ..core.schedules import first_order_scheduler, levels_at, noising_scheduler
-from ..training.levels import loss_weights, training_sigmas
+from ..training.levels import loss_weights, noised, training_sigmas
 from ..training.rows import Rows
 from ..training.transformers import FLOWS, Flow, flow_of, flow_of_class
 from .variation import StepwiseVariationLoss, double_differentiable
@@ -217,8 +216,7 @@ class FlowSmoothLoraObjective(nn.Module):
             return weighted_mse(output, noise - latents, loss_weights(self.scheme, sigmas))
 
         if self.variation is None:
-            levels = sigmas[:, None, None, None].to(latents)
-            return loss(denoise(torch.lerp(latents, noise, levels)))
+            return loss(denoise(noised(latents, noise, sigmas)))
         twice = self.variation.estimator == "vjp"
         with double_differentiable(self.denoiser) if twice else contextlib.nullcontext():
             found = self.variation(denoise, latents, noise, 1 - sigmas, sigmas, sigmas, direction)

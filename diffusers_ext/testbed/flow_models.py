@@ -22,6 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from ..training.levels import noised
 from .base_models import clip_config
 
 # Of the two CLIP encoders. Stable Diffusion 3 places their tokens and pooled vectors side by side.
@@ -164,9 +165,8 @@ class VelocityObjective(nn.Module):
         """
         tokens, pooled = self.encode(input_ids)
         tokens = F.pad(tokens, (0, 0, 0, 1))
-        levels = sigmas[:, None, None, None]
         predicted = self.transformer(
-            torch.lerp(x, noise, levels),
+            noised(x, noise, sigmas),
             encoder_hidden_states=tokens,
             pooled_projections=pooled,
             timestep=1000 * sigmas,

@@ -21,7 +21,7 @@ from .encodings import Shards, encode_once
 from .levels import FlowLevels, training_sigmas
 from .models import frozen_dtype
 from .rows import Batch, Rows
-from .transformers import encode_captions, flow_of, flow_of_class, patch_of, without_padding
+from .transformers import encode_captions, flow_of, flow_of_class, without_padding
 
 # Entries in the config of a UNet for inputs besides the image, the timestep and the embeddings of one encoder.
 _INPUTS = {
@@ -251,7 +251,7 @@ class CaptionedBatches:
 
 def _encode(pipe: Any, images: Tensor) -> Tensor:
     """Latents in float32, whatever the type of the UNet, of images uint8 (n, 3, h, w)."""
-    check_sides(images, side_of(pipe) * patch_of(pipe))
+    check_sides(images, side_of(pipe))
     return encode_pixels(pipe, images / 127.5 - 1)
 
 

@@ -70,6 +70,16 @@ class FlowLevels:
         return {"sigmas": self.sigmas[index]}
 
 
+def noised(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """The noisy states x_σ = (1 − σ)x₀ + σε, in the dtype of the latents.
+
+    Args:
+        latents, noise: (B, C, H, W) x₀ and ε.
+        sigmas: (B,) noise levels σ in [0, 1].
+    """
+    return torch.lerp(latents, noise, sigmas[:, None, None, None].to(latents))
+
+
 def loss_weights(scheme: str, sigmas: Tensor) -> Tensor:
     """(B,) weights of the squared errors of the velocity at noise levels (B,).
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.autoencoders import latent_channels_of, vae_of
-from ..core.families import FAMILIES, Family, from_grid, to_grid
+from ..core.families import FAMILIES, Family, from_grid, known_class, to_grid
 from ..core.prompts import embeddings_of, encoded_prompts, prompt_options
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -227,7 +227,8 @@ FLOWS: dict[str, Flow] = {
 
 def flow_of_class(kind: type) -> Flow | None:
     """The record of a class of pipelines, which its subclasses have too; None if there is none."""
-    return next((FLOWS[cls.__name__] for cls in kind.__mro__ if cls.__name__ in FLOWS), None)
+    name = known_class(kind, FLOWS)
+    return None if name is None else FLOWS[name]
 
 
 def flow_of(pipe: Any) -> Flow:
@@ -241,9 +242,9 @@ def flow_of(pipe: Any) -> Flow:
         raise ValueError(
             f"{name} has no transformer that can be trained. Expected one of {', '.join(FLOWS)}."
         )
-    kinds = [cls.__name__ for cls in type(pipe.transformer).__mro__]
-    if flow.transformer not in kinds:
-        raise ValueError(f"The transformer of {name} is a {kinds[0]}, expected a {flow.transformer}.")
+    kind = type(pipe.transformer)
+    if known_class(kind, (flow.transformer,)) is None:
+        raise ValueError(f"The transformer of {name} is a {kind.__name__}, expected a {flow.transformer}.")
     missing = [part for part in ("vae", "text_encoder") if getattr(pipe, part, None) is None]
     if missing:
         raise ValueError(
@@ -256,15 +257,6 @@ def flow_of(pipe: Any) -> Flow:
             " for inpainting or control, which training does not have."
         )
     return flow
-
-
-def patch_of(pipe: Any) -> int:
-    """Latents of an image side that make one token inside of the transformer, beyond the packing of the loop layout."""
-    flow = flow_of_class(type(pipe))
-    if flow is None or flow.family.layout != "grid":
-        return 1
-    config = pipe.transformer.config
-    return config.get("patch_size") or config["all_patch_size"][0]
 
 
 # --- captions ---

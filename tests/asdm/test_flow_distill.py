@@ -22,9 +22,6 @@ from tests.asdm.transformers import deep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# The flows that training knows, and that can be pruned.
-NAMES = ("sd3", "flux", "flux2", "qwen", "zimage", "sana", "lumina2")
-
 
 @functools.cache
 def made(name: str) -> tuple[Any, Any, dict[str, Tensor]]:
@@ -76,7 +73,7 @@ def test_pooled_loss_does_not_depend_on_the_order_of_the_tokens() -> None:
     assert float(pooled_loss(states, -states)) == pytest.approx(2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
 def test_a_student_with_all_blocks_differs_from_the_data_alone(name: str) -> None:
     teacher, flow, batch = made(name)
     found = objective(teacher, flow).losses(**batch)
@@ -91,7 +88,7 @@ def test_a_student_with_all_blocks_differs_from_the_data_alone(name: str) -> Non
     assert float(found["task"].detach()) == pytest.approx(float(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
 def test_the_target_of_a_block_is_the_output_of_its_interval(name: str) -> None:
     teacher, flow, batch = made(name)
     blocks = first_list(teacher)
@@ -120,7 +117,7 @@ class _Both:
         return self.other(**(named if text is None else {**named, "encoder_hidden_states": text}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
 def test_sharded_blocks_have_the_ports_of_their_class(name: str) -> None:
     teacher, _, _ = made(name)
     for path in LISTS[type(teacher).__name__]:
@@ -155,7 +152,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
         torch.testing.assert_close(value, (rows[0][key] + rows[1][key]) / 2, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
 def test_a_block_learns_its_interval_from_the_teachers_own_states(name: str) -> None:
     teacher, flow, batch = made(name)
     blocks = first_list(teacher)

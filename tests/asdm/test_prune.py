@@ -279,7 +279,7 @@ def test_errors() -> None:
     refused("from_stage=2 must lie between 0 and num_stages=1", teacher, cuts, from_stage=2, num_stages=1)
     refused("A Linear cannot be pruned, since its blocks are not known", torch.nn.Linear(1, 1), cuts)
     refused(
-        "got OptimizedModule: give the .unet of a pipeline, before torch.compile",
+        "Give the .unet or .transformer of a pipeline, before torch.compile",
         torch.compile(teacher),
         cuts,
     )

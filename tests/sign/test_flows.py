@@ -24,8 +24,7 @@ from tests.training.scripts import stable_diffusion_3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAMES = ("sd3", "flux", "flux2", "qwen", "zimage", "sana", "lumina2")
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", families.TRANSFORMERS)
 PROMPTS = ["a aaa", "a bbbbbbb"]
 SIDES = {"height": 8, "width": 8}
 

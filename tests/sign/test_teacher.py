@@ -22,14 +22,10 @@ REFUSED = {
 }
 
 
-# Those of test_flows.
-FLOWS = ("sd3", "flux", "flux-schnell", "flux2", "flux2-klein", "qwen", "zimage", "sana", "lumina2")
-
-
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_teacher_is_a_flow_or_one_unet_with_at_most_one_text_encoder(name: str) -> None:
     pipe = families.build(name)
-    if name in FLOWS:
+    if name in families.FLOWS:
         check_pipeline(pipe)
         return
     if name in ("sd", "sd2", "sd-pag", "ddpm"):

@@ -14,7 +14,6 @@ from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss, double_di
 from diffusers_ext.training.transformers import encode_captions, flow_of
 from tests import families
 
-NAMES = ("sd3", "flux", "flux2", "flux2-klein", "qwen", "zimage", "sana", "lumina2")
 TEMPLATES = ("complex_human_instruction", "system_prompt")
 EMBEDDED = 2.5
 
@@ -50,7 +49,7 @@ def objective_of(
     return FlowSmoothLoraObjective(pipe.transformer, flow_of(pipe), variation, weight, scheme, EMBEDDED)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
 def test_the_loss_is_that_of_what_the_pipeline_predicts(name: str) -> None:
     pipe, _ = trainable(name)
     batch = batch_of(pipe, name)
@@ -92,7 +91,7 @@ def from_patches(x: Tensor, name: str) -> Tensor:
     return torch.cat([torch.cat(row, dim=3) for row in rows], dim=2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
 def test_the_second_derivatives_are_those_of_the_loss(name: str) -> None:
     pipe, added = trainable(name, torch.float64)
     draw = torch.Generator().manual_seed(2)

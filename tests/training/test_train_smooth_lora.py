@@ -24,8 +24,7 @@ from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after
 # One worker runs them all: they share the trained weights.
 pytestmark = [pytest.mark.slow]
 
-FLOWS = ["sd3", "flux", "flux-schnell", "flux2", "flux2-klein", "qwen", "zimage", "sana", "lumina2"]
-OTHERS = [n for n in families.NAMES if n not in ("sd", "sd2", "sdxl", "sd-ip-adapter", *FLOWS)]
+OTHERS = [n for n in families.NAMES if n not in ("sd", "sd2", "sdxl", "sd-ip-adapter", *families.FLOWS)]
 SCRIPT = str(ROOT / "training" / "train_smooth_lora.py")
 
 
@@ -179,7 +178,7 @@ def test_refusals() -> None:
         ("sd2", None),
         ("sdxl", None),
         ("sd-ip-adapter", "has an IP-Adapter"),
-        *((other, None) for other in FLOWS),
+        *((other, None) for other in families.FLOWS),
         *((other, "can be trained on StableDiffusionPipeline, .*, got") for other in OTHERS),
     ],
 )

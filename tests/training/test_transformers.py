@@ -23,7 +23,6 @@ from diffusers_ext.training.sharding import blocks_of
 from diffusers_ext.training.transformers import encode_captions, flow_of, without_padding
 from tests import families, tiny
 
-NAMES = ("sd3", "flux", "flux-schnell", "flux2", "flux2-klein", "qwen", "zimage", "sana", "lumina2")
 EMBEDDED = 2.5
 
 
@@ -55,7 +54,7 @@ def steps_of(pipe: Any, call: dict[str, Any]) -> list[tuple[Tensor, Tensor, floa
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.FLOWS)
 @torch.no_grad()
 def test_the_velocity_is_what_the_pipeline_gives_its_scheduler(name: str) -> None:
     pipe, call = families.build(name), call_of(name)
@@ -78,7 +77,7 @@ def test_the_velocity_is_what_the_pipeline_gives_its_scheduler(name: str) -> Non
             assert (other - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.FLOWS)
 @torch.no_grad()
 def test_a_row_depends_on_no_other_row(name: str) -> None:
     pipe, call = families.build(name), call_of(name, 3)
@@ -191,7 +190,7 @@ def test_rows_draw_the_same_level_in_any_process() -> None:
     assert not torch.equal(one, levels(rows_of_step(3, 6, 0, 4))["sigmas"])
 
 
-@pytest.mark.parametrize("name", [*NAMES, "sd", "ddpm"])
+@pytest.mark.parametrize("name", [*families.FLOWS, "sd", "ddpm"])
 def test_all_blocks_are_gathered_one_by_one(name: str) -> None:
     network = denoiser_of(families.build(name))
     lists = LISTS.get(type(network).__name__, ("down_blocks.0.resnets",))
