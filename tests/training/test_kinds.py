@@ -324,8 +324,9 @@ def stop_at(step: int, error: type[BaseException]) -> Any:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(unet if unet.exists() else folder / "pytorch_lora_weights.safetensors")
+    parts = [folder / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "transformer")]
+    trained = next((path for path in parts if path.exists()), folder / "pytorch_lora_weights.safetensors")
+    return load_file(trained)
 
 
 # --- pictures ---
