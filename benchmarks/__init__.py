@@ -10,6 +10,7 @@ NAMES = (
     "teleport_flow",
     "cost",
     "golden_noise",
+    "golden_noise_flow",
     "golden_noise_cost",
     "smooth_lora",
     "smooth_lora_cost",
