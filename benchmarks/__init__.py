@@ -13,6 +13,7 @@ NAMES = (
     "golden_noise_flow",
     "golden_noise_cost",
     "smooth_lora",
+    "smooth_lora_flow",
     "smooth_lora_cost",
     "sign",
     "asdm",
