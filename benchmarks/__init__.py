@@ -17,6 +17,7 @@ NAMES = (
     "smooth_lora_cost",
     "sign",
     "asdm",
+    "asdm_flow",
     "gri_error",
     "gri_joint",
     "gri_images",

@@ -40,18 +40,19 @@ def flow_reads(folder: Path) -> tuple[Path, ...]:
     return (*(folder / part for part in PARTS), *CARDS.values())
 
 
-def model_folder(bench: Bench, *more: str) -> Path:
+def model_folder(bench: Bench, *more: str, layers: int = 1) -> Path:
     """Where the model is; a random one for quick runs.
 
     Args:
         bench: the run.
         more: folders that it must have besides `PARTS`, such as "gaussian".
+        layers: of the random one.
 
     Raises:
         ValueError: the model has not been trained, or has no statistics.
     """
     if bench.quick:
-        return random_model(bench.cache_dir / "random-flow", bench.data_dir)
+        return random_model(bench.cache_dir / f"random-flow-{layers}", bench.data_dir, layers)
     folder = card_dir(NAME) if has_card(NAME) else None
     missing = [part for part in (*PARTS, *more) if folder is None or not (folder / part).is_dir()]
     if folder is None or missing:
@@ -77,11 +78,11 @@ def included(name: str, how: str) -> Path:
     return card_dir(name)
 
 
-def random_model(folder: Path, data_dir: Path, scenes: int = 60) -> Path:
+def random_model(folder: Path, data_dir: Path, layers: int, scenes: int = 60) -> Path:
     """A pipeline of the model's layout with random weights, with statistics of a few scenes and a map to their mean."""
     if (folder / "gaussian" / "config.json").is_file():
         return folder
-    pipe = random_pipeline()
+    pipe = random_pipeline(num_layers=layers)
     pipe.save_pretrained(folder)
     images, _ = fashion_scenes.scene_arrays(data_dir, "train", scenes)
     with torch.no_grad():
