@@ -48,7 +48,7 @@ READS = (BASE / "unet", BASE / "vae", BASE / "text_encoder", *CARDS.values())
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 # Of training/collect_noise_pairs.py, for the true re-denoised noise: of the UNet and of the flow.
 PAIRS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.5}
-FLOW_PAIRS: dict[str, Any] = {"jump": 0.1, "guidance_scale": 5.5}
+FLOW_PAIRS: dict[str, Any] = {"jump": 0.05, "guidance_scale": 5.5, "num_rounds": 2}
 PLACES = 8
 
 

@@ -12,30 +12,30 @@ from diffusers_ext.core.prompts import prompt_embeddings
 from .flow_runs import SHORT, flow_reads, included, model_folder
 from .framework.bench import Bench
 from .framework.cells import Cell
-from .golden_noise import images, load, write
-from .golden_noise_page import Settings, jobs_of
+from .golden_noise import FLOW_PAIRS, images, load, write
+from .golden_noise_page import Job, Settings, jobs_of
 
 WRITES = ("golden_noise_flow.md", "golden_noise_flow.png", "golden_noise_flow_pictures.png")
-CARD = "npnet-fashion-flow"
+CARD, ROUNDS = "npnet-fashion-flow", FLOW_PAIRS["num_rounds"]
 
 
 def main(bench: Bench) -> None:
     """Makes the images that are missing, and writes the page."""
     settings = bench.pick(
-        Settings(strengths=(0.5, 1.5, 2.0), others=(), more_steps=(20,)),
-        Settings(3, 2, (1.0, 2.0), (2,), (0.5,), (), (4,)),
+        Settings(strengths=(0.5, 1.5, 2.0), others=(), rounds=ROUNDS, more_steps=(20,)),
+        Settings(3, 2, (1.0, 2.0), (2,), (0.5,), (), ROUNDS, (4,)),
     )
     base = model_folder(bench)
     how = "training/collect_noise_pairs.py and training/train_npnet.py, as for npnet-fashion-scenes"
     npnet = random_npnet(bench.cache_dir / "random-npnet", base) if bench.quick else included(CARD, how)
     reads = flow_reads(base)
 
-    def cells(job: object, variant: str) -> list[Cell]:
+    def cells(job: Job) -> list[Cell]:
         # Plain and re-denoised noise don't depend on the network.
-        models = (base,) if variant in ("plain", "re-denoised") else (base, npnet)
+        models = (base,) if job.variant in ("plain", "re-denoised") else (base, npnet)
         return [Cell(images, (job, seed, settings.prompts, *models), reads) for seed in range(settings.seeds)]
 
-    found = bench.samples({job: cells(job, job.variant) for job in jobs_of(settings)})
+    found = bench.samples({job: cells(job) for job in jobs_of(settings)})
     write(bench, "golden_noise_flow", "FlowMatchEuler", settings, found)
 
 

@@ -36,6 +36,8 @@ class Settings:
     best_of: tuple[int, ...] = (2, BEST_OF)
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.5, 2.0)
     others: tuple[str, ...] = ("20 steps", "trailing timesteps")
+    # Of re-denoising, for the target.
+    rounds: int = 1
     # With all controls, besides the few steps of the page.
     more_steps: tuple[int, ...] = ()
 
@@ -59,10 +61,9 @@ class Job:
     candidate: int = 0
 
     @property
-    def cost(self) -> float:
-        """Denoiser rows an image: a guided step evaluates two."""
-        extra = 3.0 if self.variant == "re-denoised" else 0.0
-        return self.steps * (2 if self.guidance > 1 else 1) + extra
+    def cost(self) -> int:
+        """Denoiser rows an image, without those of re-denoising: a guided step evaluates two."""
+        return self.steps * (2 if self.guidance > 1 else 1)
 
 
 def jobs_of(settings: Settings) -> list[Job]:
@@ -105,7 +106,7 @@ def main_table(
     found: dict[Job, Samples], settings: Settings, measures: list[Measure], images_of_garments: Samples
 ) -> str:
     """Every noise at every guidance scale."""
-    rows = noise_rows(found, settings.guidances, STEPS, settings.best_of)
+    rows = noise_rows(found, settings, settings.guidances, STEPS, settings.best_of)
     # Its noise is nobody's: a comparison of two sets that share their prompts only.
     rows.append(
         Row(("", "real images, through the autoencoder", "0"), images_of_garments, found[Job("plain")])
@@ -114,7 +115,11 @@ def main_table(
 
 
 def noise_rows(
-    found: dict[Job, Samples], guidances: Sequence[float], steps: int, counts: Sequence[int] = ()
+    found: dict[Job, Samples],
+    settings: Settings,
+    guidances: Sequence[float],
+    steps: int,
+    counts: Sequence[int] = (),
 ) -> list[Row]:
     """Every noise at every guidance scale, and the best of `counts` plain ones."""
     rows = []
@@ -123,7 +128,10 @@ def noise_rows(
         for variant in noises(guidance):
             job = Job(variant, guidance, steps)
             control = None if job == plain else found[plain]
-            rows.append(Row((f"{guidance:g}", NAMES[variant], f"{job.cost:g}"), found[job], control))
+            # A guided step down and one without guidance up.
+            extra = 3 * settings.rounds if variant == "re-denoised" else 0
+            labels = (f"{guidance:g}", NAMES[variant], f"{job.cost + extra}")
+            rows.append(Row(labels, found[job], control))
         for count in counts if guidance <= FULL else ():
             chosen = best_of([found[replace(plain, candidate=k)] for k in range(count)])
             labels = (f"{guidance:g}", f"best of {count}", f"{count * plain.cost:g}")
@@ -178,7 +186,7 @@ def other_tables(found: dict[Job, Samples], settings: Settings, measures: list[M
         header = ["guidance", "noise", "rows an image"]
         parts += [
             f"{steps} steps:",
-            comparison(header, noise_rows(found, scales, steps), measures, "plain's"),
+            comparison(header, noise_rows(found, settings, scales, steps), measures, "plain's"),
         ]
     return parts
 
