@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {"weighting_scheme": "none", "running_mean": "per_time
 def main(bench: Bench) -> None:
     """Trains and measures what is missing, and writes the pages."""
     s = bench.pick(
-        Settings(weights=(0, 0.1, 1, 10), guidances=(1.5, 3.0)),
+        Settings(weights=(0, 1, 10), paths=60, images=400, samples=4000, guidances=(3.0,)),
         Settings((0, 1), (0,), 2, 4, 2, 1, 4, 16, (3.0,)),
     )
     base = model_folder(bench)
