@@ -21,13 +21,14 @@ from diffusers_ext.asdm.networks import network_config
 from diffusers_ext.asdm.prune import prune_network
 from diffusers_ext.asdm.sensitivity import measure_sensitivity
 from diffusers_ext.asdm.transformers import block_cut, possible_block_cuts
+from diffusers_ext.core.storage import digest
 from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
 from .asdm import Student, columns, measured, of_samples
 from .asdm_runs import ALL_TOKENS, AS_IS, Sampling, load, probes_of
 from .flow_runs import SHORT, flow_reads, included, model_folder
 from .framework.bench import Bench
-from .framework.cells import Cell
+from .framework.cells import Cell, content
 from .framework.plots import draw
 from .framework.tables import Measure, Row, comparison, quality
 from .framework.trainings import Training
@@ -95,7 +96,9 @@ def write_plan(bench: Bench, folder: Path, removed: tuple[int, ...]) -> Path:
 
 def untrained(bench: Bench, folder: Path, plan: Path) -> Path:
     """A folder with the pruned transformer of a plan as it is before any training."""
-    found = bench.cache_dir / "untrained" / plan.stem
+    # Of another model, the weights are others.
+    made_of = digest([content(folder / "transformer"), content(plan)])
+    found = bench.cache_dir / "untrained" / f"{plan.stem}-{made_of}"
     if not (found / "transformer").is_dir():
         made = dx.PruningPlan.load(plan)
         prune_network(load(folder, folder).transformer, made).save_pretrained(found / "transformer")
