@@ -14,7 +14,20 @@ from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts
 
 from .asdm_plans import NUM_DRAWS, plans_of
-from .asdm_runs import AS_IS, BATCHES, FOLDED, TEACHER, latency, pictures, plan, size, training, variants
+from .asdm_runs import (
+    AS_IS,
+    BATCHES,
+    FOLDED,
+    TEACHER,
+    Sampling,
+    latency,
+    pictures,
+    plan,
+    size,
+    training,
+    variants,
+)
+from .flow_runs import flow_reads
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
 from .framework.plots import draw
@@ -58,15 +71,10 @@ def controls_of(depth: str) -> dict[str, Control]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Sampling):
     """How large the benchmark is."""
 
     depths: tuple[str, ...] = ("80", "63", "50", "40")
-    images: int = 250
-    seeds: tuple[int, ...] = (31, 32)
-    steps: int = 6
-    guidance: float = 2.0
-    rounds: int = 30
     train_steps: int = 150
     # Of every stage but the last.
     first_steps: int = 20
@@ -75,7 +83,7 @@ class Settings:
     controls: int | None = None
 
 
-QUICK = Settings(("80",), 3, (31,), 2, 2.0, 1, 4, 1, 4, 16, 2)
+QUICK = Settings(3, (31,), 2, 2.0, 1, ("80",), 4, 1, 4, 16, 2)
 
 
 def student(control: Control, plans: dict[str, Path], data_dir: Path, s: Settings) -> Training:
@@ -165,22 +173,27 @@ def controls(bench: Bench, s: Settings, measures: list[Measure]) -> dict[str, St
     return found
 
 
-def measured(bench: Bench, s: Settings, rows: dict[str, tuple[Path, str]]) -> dict[str, Student]:
-    """Images, size and times of every row. Folded layers compute the same images."""
-    cells = {}
+def measured(
+    bench: Bench, s: Sampling, rows: dict[str, tuple[Path, str]], flow: Path | None = None
+) -> dict[str, Student]:
+    """Images, size and times of every row, of the UNet or of a flow. Folded layers compute the same images."""
+    more, cells = () if flow is None else (flow,), {}
+    reads = READS if flow is None else flow_reads(flow)
+    network = (TEACHER / "unet",) if flow is None else reads
     for name, (folder, how) in rows.items():
         drawn = AS_IS if how == FOLDED else how
         seeds = [
-            Cell(pictures, (folder, drawn, seed, s.images, s.steps, s.guidance), READS) for seed in s.seeds
+            Cell(pictures, (folder, drawn, seed, s.images, s.steps, s.guidance, *more), reads)
+            for seed in s.seeds
         ]
-        timed = Cell(latency, (folder, how, s.rounds), (TEACHER / "unet",), alone=True)
-        cells[name] = (seeds, Cell(size, (folder,), (TEACHER / "unet",)), timed)
+        timed = Cell(latency, (folder, how, s.rounds, *more), network, alone=True)
+        cells[name] = (seeds, Cell(size, (folder, *more), network), timed)
     samples = bench.samples({name: seeds for name, (seeds, *_) in cells.items()})
     found = bench.run(cell for _, *others in cells.values() for cell in others)
     return {name: Student(found[own], found[timed], samples[name]) for name, (_, own, timed) in cells.items()}
 
 
-def columns() -> list[Measure]:
+def columns(network: str = "UNet") -> list[Measure]:
     """Sizes, and times as a share of the teacher's of the same round."""
 
     def share(batch: int) -> Any:
@@ -193,7 +206,7 @@ def columns() -> list[Measure]:
         for name in ("parameters", "MACs")
     ]
     for batch in BATCHES:
-        label = f"UNet's time, {batch} row{'s' * (batch > 1)}, % of the teacher's"
+        label = f"{network}'s time, {batch} row{'s' * (batch > 1)}, % of the teacher's"
         found.append(Measure(label, share(batch), digits=1, scale=100))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from diffusers import DiffusionPipeline
 
 import diffusers_ext as dx
 from diffusers_ext.asdm.apply import gri_attention_of
-from diffusers_ext.asdm.calibration import record_calibration_inputs
+from diffusers_ext.asdm.block_scores import macs_of
+from diffusers_ext.asdm.calibration import record_calibration_inputs, with_rows
 from diffusers_ext.asdm.condconv import fold_cond_convs
 from diffusers_ext.asdm.cost import example_inputs
 from diffusers_ext.asdm.prune import cut_network
 from diffusers_ext.asdm.sensitivity import output_change, predict
 from diffusers_ext.asdm.training import cost_figures, load_student
 from diffusers_ext.asdm.unet import unet_config
+from diffusers_ext.core.families import denoiser_of
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
+from .flow_runs import call_options
 from .framework.samples import graded
 from .framework.timing import take_turns
 
@@ -30,29 +34,43 @@ TEACHER = card_dir("fashion-scenes")
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
 LATENT = (8, 16)
 BATCHES = (8, 1)
-# How a UNet is run: as it was saved, with GRI attention put on or taken off, with its CLME-CondConv layers folded.
+# How a network is run: as it was saved, with GRI attention put on or taken off, with its CLME-CondConv layers folded.
 AS_IS, GRI_ON, GRI_OFF, FOLDED = "as is", "GRI on", "GRI off", "folded"
+# A flow is called with as few of T5's tokens as possible, unless it is asked for all.
+ALL_TOKENS = "256 T5 tokens"
 
 
-def load(folder: Path = TEACHER) -> Any:
-    """A pipeline with a pruned UNet, or the embedded one."""
+@dataclass(frozen=True)
+class Sampling:
+    """How images and times are measured: images of each seed, steps, guidance scale, and rounds of calls."""
+
+    images: int = 250
+    seeds: tuple[int, ...] = (31, 32)
+    steps: int = 6
+    guidance: float = 2.0
+    rounds: int = 30
+
+
+def load(folder: Path = TEACHER, teacher: Path = TEACHER) -> Any:
+    """A pipeline with a pruned UNet or transformer, or the teacher's."""
     own: dict[str, Any] = {}
     if not (folder / "model_index.json").is_file():
-        # A card of a pruned UNet alone.
-        own["unet"] = load_student(folder / "unet")
-        folder = TEACHER
+        # A card of a pruned network alone.
+        part = "transformer" if (teacher / "transformer").is_dir() else "unet"
+        own[part] = load_student(folder / part)
+        folder = teacher
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **own)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def variant_of(folder: Path, variant: str) -> Any:
-    """A pipeline of its own with the UNet as `variant` says.
+def variant_of(folder: Path, variant: str, teacher: Path = TEACHER) -> Any:
+    """A pipeline of its own with the network as `variant` says.
 
     Raises:
         ValueError: CLME-CondConv layers that mix anew for every image cannot be folded.
     """
-    pipe = load(folder)
+    pipe = load(folder, teacher)
     if variant == GRI_ON:
         dx.apply_gri_attention(pipe)
     elif variant == GRI_OFF:
@@ -76,46 +94,71 @@ def variants(folder: Path) -> list[str]:
 
 
 def pictures(
-    folder: Path, variant: str, seed: int, num_images: int, steps: int, guidance: float
+    folder: Path,
+    variant: str,
+    seed: int,
+    num_images: int,
+    steps: int,
+    guidance: float,
+    teacher: Path = TEACHER,
 ) -> dict[str, Any]:
     """One seed's images, graded."""
-    texts = held_out_prompts(num_images, seed)
+    texts, pipe = held_out_prompts(num_images, seed), variant_of(folder, variant, teacher)
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    return graded(run_scenes(variant_of(folder, variant), texts, seed=seed, **options).images, texts)
+    options |= {} if variant == ALL_TOKENS else call_options(pipe)
+    return graded(run_scenes(pipe, texts, seed=seed, **options).images, texts)
+
+
+def inputs_of(pipe: Any, batch: int) -> dict[str, Any]:
+    """The arguments of a call of the pipeline's network with `batch` rows."""
+    if not call_options(pipe):
+        return example_inputs(unet_config(pipe.unet), batch, *LATENT, pipe.tokenizer.model_max_length)
+    return with_rows(probes_of(pipe, 1, num_timesteps=1, num_inference_steps=1)[0], batch)
+
+
+def probes_of(pipe: Any, num_prompts: int, **options: Any) -> list[dict[str, Any]]:
+    """Inputs of the pipeline's network in guided calls."""
+    texts = held_out_prompts(num_prompts, seed=5)
+    call = {**SIZE, **call_options(pipe), "guidance_scale": 2.0, **options}
+    return record_calibration_inputs(pipe, texts, **call)
 
 
 @torch.no_grad()
-def latency(folder: Path, variant: str, rounds: int) -> dict[str, Any]:
-    """Seconds of one call of the teacher's UNet and of another, in turns, by batch size; one thread."""
+def latency(folder: Path, variant: str, rounds: int, teacher: Path = TEACHER) -> dict[str, Any]:
+    """Seconds of one call of the teacher's network and of another, in turns, by batch size; one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    own = variant_of(folder, variant)
-    tokens, found = own.tokenizer.model_max_length, {}
-    unets = {"teacher": load().unet.eval(), "own": own.unet.eval()}
+    first, found = load(teacher, teacher), {}
+    pipes = {"teacher": first, "own": variant_of(folder, variant, teacher)}
+    networks = {name: denoiser_of(pipe).eval() for name, pipe in pipes.items()}
     for batch in BATCHES:
-        inputs = example_inputs(unet_config(unets["teacher"]), batch, *LATENT, tokens)
-        work = {f"{name} {batch}": partial(unet, **inputs) for name, unet in unets.items()}
+        inputs = inputs_of(first, batch)
+        work = {f"{name} {batch}": partial(network, **inputs) for name, network in networks.items()}
         found |= take_turns(work, rounds, 3, torch.device("cpu"), f"batches of {batch}")
     torch.set_num_threads(threads)
     return found
 
 
-def size(folder: Path) -> dict[str, Any]:
+def size(folder: Path, teacher: Path = TEACHER) -> dict[str, Any]:
     """Parameters, and MACs of one call for one image."""
-    pipe = load(folder)
-    return dict(cost_figures(pipe.unet, *LATENT, pipe.tokenizer.model_max_length))
+    pipe = load(folder, teacher)
+    if not call_options(pipe):
+        return dict(cost_figures(pipe.unet, *LATENT, pipe.tokenizer.model_max_length))
+    network, inputs = pipe.transformer, inputs_of(pipe, 1)
+    macs = macs_of(network, lambda: network(**inputs))[""]
+    return {"parameters": network.num_parameters(), "MACs": macs}
 
 
-def plan(folder: Path) -> dict[str, Any]:
+def plan(folder: Path, teacher: Path = TEACHER) -> dict[str, Any]:
     """How much the teacher's output changes by a plan's cuts without training, each alone and all together."""
-    teacher, cuts = load(), dx.PruningPlan.load(folder / "plan.json").cuts
-    probes = record_calibration_inputs(teacher, held_out_prompts(8, seed=5), **SIZE, guidance_scale=2.0)
-    whole = predict(teacher.unet, probes)
-    alone = [output_change(cut_network(teacher.unet, cut), probes, whole) for cut in cuts]
+    pipe, cuts = load(teacher, teacher), dx.PruningPlan.load(folder / "plan.json").cuts
+    network, probes = denoiser_of(pipe), probes_of(pipe, 8)
+    whole = predict(network, probes)
+    alone = [output_change(cut_network(network, cut), probes, whole) for cut in cuts]
     return {
         "cuts": np.array(cuts),
         "alone": np.array(alone),
-        "together": output_change(cut_network(teacher.unet, *cuts), probes, whole),
+        "together": output_change(cut_network(network, *cuts), probes, whole),
     }
 
 

@@ -18,7 +18,8 @@ from diffusers_ext.testbed.runs import both_grades
 
 from .framework.bench import Bench
 from .framework.cells import Arrays, Cell
-from .golden_noise import NPNET, READS, Job, load, prompts, starts
+from .golden_noise import NPNET, READS, load, prompts, starts
+from .golden_noise_page import Job
 
 WRITES = ("judges.md",)
 STEPS = 6
@@ -59,7 +60,7 @@ class Settings:
 @torch.no_grad()
 def generated(name: str, sampler: str, variant: str, count: int) -> dict[str, Any]:
     """The grades of a cell's images by both graders, (n,) each."""
-    pipe, _ = load()
+    pipe = load()
     texts = texts_of(name, count)
     latents = starts(Job(variant), FIRST_DRAW + list(SETS).index(name), texts)
     original = pipe.scheduler
@@ -76,7 +77,7 @@ def real(data_dir: Path, split: Any, decoded: bool, count: int) -> dict[str, Any
     """The grades of real scenes, as they are or through the autoencoder; `split` is that of the garments."""
     garments, items = fashion_scenes.load_garments(data_dir, split)
     scenes, texts = fashion_scenes.compose("test", garments, items, count, seed=3)
-    return both_grades(reconstruct(load()[0].vae, as_tensor(scenes)) if decoded else scenes, texts)
+    return both_grades(reconstruct(load().vae, as_tensor(scenes)) if decoded else scenes, texts)
 
 
 def gains(cells: dict[tuple[str, str, str], Arrays], count: int) -> str:

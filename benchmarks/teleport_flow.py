@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from torch import nn
-from transformers import CLIPTextModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import diffusers_ext as dx
-from diffusers_ext.core.autoencoders import encode_pixels
-from diffusers_ext.core.images import as_tensor
 from diffusers_ext.core.schedules import grid_levels
-from diffusers_ext.teleport.prompt_map import PromptMap
-from diffusers_ext.teleport.prompts import prompt_features
 from diffusers_ext.teleport.skipping import steps_to_sigma
-from diffusers_ext.testbed import base_models, fashion_scenes, flow_models
-from diffusers_ext.testbed.embedded import card_dir, has_card
+from diffusers_ext.testbed.flow_models import flow_solver
 from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
 
+from .flow_runs import SHORT, flow_reads, model_folder
 from .framework.bench import Bench
 from .framework.cells import Cell
 from .framework.plots import Panel, Series, draw
-from .framework.samples import CARDS, Samples, graded
+from .framework.samples import Samples, graded
 from .framework.statistics import Statistics
 from .framework.tables import Row, comparison, quality
 
@@ -35,7 +29,6 @@ WRITES = ("teleport_flow.md", "teleport_flow.png")
 GUIDANCE = 2.0
 # How far the map leads, as noise-to-signal ratios: what the calibration of the UNet found, and half of the way.
 REACHES = (2.0, 4.0)
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "gaussian")
 # What takes the place of the map with all that the statistics have, at the same shift, calls and reach.
 CONTROLS = {
     "isotropic": "no directions",
@@ -107,7 +100,7 @@ def _controls(shift: float, calls: int) -> dict[Point, int]:
 
 def make_solver(name: str, shift: float) -> Any:
     """A flow's solver under a static shift."""
-    return FlowMatchEulerDiscreteScheduler(shift=shift) if name == "Euler" else flow_models.flow_solver(shift)
+    return FlowMatchEulerDiscreteScheduler(shift=shift) if name == "Euler" else flow_solver(shift)
 
 
 def grid_of(solver: str, shift: float, calls: int, reach: float) -> tuple[int, int] | None:
@@ -122,69 +115,6 @@ def grid_of(solver: str, shift: float, calls: int, reach: float) -> tuple[int, i
         if skipped and steps - skipped == calls:
             return steps, skipped
     return None
-
-
-# --- the model ---
-
-
-def model_folder(bench: Bench) -> Path:
-    """Where the model is; a random one for quick runs.
-
-    Raises:
-        ValueError: the model has not been trained, or has no statistics.
-    """
-    if bench.quick:
-        return random_model(bench.cache_dir / "random-flow", bench.data_dir)
-    folder = card_dir("fashion-flow") if has_card("fashion-flow") else None
-    missing = [part for part in PARTS if folder is None or not (folder / part).is_dir()]
-    if folder is None or missing:
-        raise ValueError(
-            f"model_cards/fashion-flow lacks {', '.join(missing)}. Train it (training/train_base.py --model flow), copy"
-            " its model there, and fit its statistics (training/fit_base_gaussians.py --model_dir"
-            " model_cards/fashion-flow). --quick runs with random weights."
-        )
-    return folder
-
-
-def random_model(folder: Path, data_dir: Path, scenes: int = 60) -> Path:
-    """A pipeline of the model's layout with random weights, with statistics of a few scenes and a map to their mean."""
-    if (folder / "gaussian" / "config.json").is_file():
-        return folder
-    pipe = random_pipeline()
-    pipe.save_pretrained(folder)
-    images, _ = fashion_scenes.scene_arrays(data_dir, "train", scenes)
-    with torch.no_grad():
-        latents = encode_pixels(pipe.vae, as_tensor(images) * 2 - 1)
-        length = prompt_features(pipe, ["a red bag"]).shape[1]
-    fitted = dx.GaussianStats.fit([latents], rank=8)
-    flat = PromptMap(
-        torch.zeros(length),
-        torch.eye(length, 1),
-        torch.zeros(1, latents[0].numel()),
-        fitted.mean.flatten(),
-        1.0,
-    )
-    calibration = {"sigma": {"6": 2.0}}
-    stats = replace(fitted, prompt_map=flat, unconditional=fitted, calibration=calibration)
-    stats.save_pretrained(folder / "gaussian")
-    return folder
-
-
-def random_pipeline(width: int = 64, num_layers: int = 1) -> Any:
-    """A small pipeline of the model's layout with random weights, and the autoencoder and text encoder of the UNet."""
-    torch.manual_seed(0)
-    card, tokenizer = card_dir("fashion-scenes"), base_models.build_tokenizer()
-    transformer = flow_models.build_transformer(width, num_layers)
-    for parameter in transformer.parameters():
-        # The zeros that it begins with would be no flow at all.
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.05)
-    start = CLIPTextModel.from_pretrained(card / "text_encoder", dtype=torch.float32)
-    starts = (start, None)
-    first, second = (flow_models.build_clip(tokenizer, w, own) for w, own in zip(flow_models.WIDTHS, starts))
-    vae: Any = AutoencoderKL.from_pretrained(card / "vae", dtype=torch.float32)
-    objective = flow_models.VelocityObjective(transformer, first, second).eval()
-    return flow_models.flow_pipeline(objective, tokenizer, vae)
 
 
 @lru_cache(maxsize=1)
@@ -203,7 +133,7 @@ def images(folder: Path, point: Point, seed: int, count: int) -> dict[str, Any]:
     """One seed's images, graded."""
     pipe, whole = load(folder)
     own, pipe.scheduler = pipe.scheduler, make_solver(point.solver, point.shift)
-    options: dict[str, Any] = {"num_inference_steps": point.steps}
+    options: dict[str, Any] = {**SHORT, "num_inference_steps": point.steps}
     try:
         if point.variant == "zero-init":
             pipe.scheduler.set_timesteps(point.steps)
@@ -248,8 +178,8 @@ def main(bench: Bench) -> None:
         Settings(72, (21, 22, 23)),
         Settings(4, (21,), ("Euler",), shifts=(3.0,), calls=(4,), calibrated=(6,)),
     )
-    folder = model_folder(bench)
-    reads = (*(folder / part for part in PARTS), *CARDS.values())
+    folder = model_folder(bench, "gaussian")
+    reads = (*flow_reads(folder), folder / "gaussian")
     wanted = points(settings)
     found = bench.samples(
         {

@@ -154,6 +154,9 @@ def search_plans(
     if not (output / "candidates.json").is_file():
         height, width = (length * batches.read.side for length in batches.size)
         captions = Captions(args, held_out)
+        # The students are trained with prompts of this length, so times and losses are those of such calls.
+        length = args.max_sequence_length
+        prompts = {} if length is None else {"max_sequence_length": length}
         inputs = record_calibration_inputs(
             pipe,
             [captions.numbered(i) for i in range(_NUM_PROMPTS)],
@@ -162,6 +165,7 @@ def search_plans(
             guidance_scale=guidance_scale,
             height=height,
             width=width,
+            **prompts,
         )
         found = find_candidates(
             prunable(pipe),

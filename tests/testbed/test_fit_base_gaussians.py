@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_ext as dx
-from benchmarks import teleport_flow
+from benchmarks import flow_runs, teleport_flow
 from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR
 from diffusers_ext.testbed.flow_models import flow_solver
 
@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_a_flow_gets_statistics_a_prompt_map_and_a_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teleport_flow.random_pipeline().save_pretrained(tmp_path)
+    flow_runs.random_pipeline().save_pretrained(tmp_path)
     sizes = {"num_scenes": 300, "rank": 8, "calibration_steps": 4, "num_calibration_images": 2}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     run(monkeypatch, "--train_data_dir", str(SAMPLE_DIR), "--model_dir", str(tmp_path), *options)
@@ -73,14 +73,14 @@ def test_the_benchmark_is_refused_before_the_model_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = teleport_flow.Bench(tmp_path, tmp_path, SAMPLE_DIR, workers=0)
-    monkeypatch.setattr(teleport_flow, "has_card", lambda name: False)
+    monkeypatch.setattr(flow_runs, "has_card", lambda name: False)
     with pytest.raises(
         ValueError, match=r"fashion-flow lacks transformer, .*gaussian.*--model flow.*--quick"
     ):
         teleport_flow.main(bench)
     (tmp_path / "transformer").mkdir()
-    monkeypatch.setattr(teleport_flow, "has_card", lambda name: True)
-    monkeypatch.setattr(teleport_flow, "card_dir", lambda name: tmp_path)
+    monkeypatch.setattr(flow_runs, "has_card", lambda name: True)
+    monkeypatch.setattr(flow_runs, "card_dir", lambda name: tmp_path)
     with pytest.raises(ValueError, match=r"fashion-flow lacks vae, .*fit its statistics"):
         teleport_flow.main(bench)
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3
 from transformers import T5Config, T5EncoderModel
 
 import diffusers_ext as dx
+from diffusers_ext.asdm import plan_search
 from diffusers_ext.asdm.incubation import check_teacher
 from diffusers_ext.asdm.networks import network_config
 from tests import families
@@ -52,6 +53,21 @@ def arguments(base: Path, output: Path, *extra: str) -> list[str]:
         *("--learning_rate", "1e-3", "--plan", str(base / "plan.json"), "--max_sequence_length", "8"),
         *("--steps_per_stage", "2", "--checkpointing_steps", "1", *extra),
     ]
+
+
+def test_search_measures_prompts_of_the_length_of_its_training(
+    base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def recorded(*_: Any, **call: Any) -> Any:
+        raise KeyError(call.get("max_sequence_length"))
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(plan_search, "record_calibration_inputs", recorded)
+    options = {"train_data_dir": base / "pictures", "resolution": 8, "max_sequence_length": 8}
+    with pytest.raises(KeyError, match="8"):
+        plan_search.search_plans(
+            str(base / "sd3"), tmp_path, 0.8, num_validation_images=4, num_candidates=4, **options
+        )
 
 
 def transformer(folder: Path) -> SD3Transformer2DModel:
