@@ -31,6 +31,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect)
 
 
+@pytest.fixture(autouse=True)
+def _own_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `set_attention_backend` of one model sets that of the process too.
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -132,7 +132,7 @@ def test_in_a_pipeline(tmp_path: Path) -> None:
         ({"removed_attentions": ["down_blocks.0.resnets.0"]}, "removed_attentions: expected paths like"),
         ({"cond_convs": {"conv_norm_out": 2}}, "expected a Conv2d at 'conv_norm_out', found a GroupNorm"),
         ({"cond_convs": {"conv_in": 0}}, "num_experts"),
-        ({"gri_attention": {"paths": ["mid"]}}, "There is no attn1 at or under 'mid'"),
+        ({"gri_attention": {"paths": ["mid"]}}, "There is no self-attention at or under 'mid'"),
     ],
 )
 def test_errors(given: dict[str, Any], text: str) -> None:
