@@ -78,6 +78,7 @@ def test_the_plain_searchs_plan_is_first(profile: PruningProfile) -> None:
     assert any(not any(cut.startswith("gri") for cut in c.plan.cuts) for c in found)
 
 
+@pytest.mark.slow
 def test_windows_that_cover_the_image_are_no_cut(unet: Any, profile: PruningProfile) -> None:
     # 16 × 8 latents and windows of 8: at the second resolution, of 8 × 4, GRI attention is full attention.
     shape = UNetShape(profile.config)

@@ -153,6 +153,7 @@ def test_what_is_left_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("ToMe" in note and "diffusers-ext[bench]" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_page_says_what_was_measured(tmp_path: Path) -> None:
     unet_speed.main(Bench(tmp_path, tmp_path, tmp_path, workers=0, quick=True))
     page = (tmp_path / "unet_speed.md").read_text()

@@ -681,7 +681,7 @@ GUIDED_PATHS = {
 
 
 @pytest.mark.parametrize("name", list(GUIDED_PATHS))
-@pytest.mark.parametrize("w", [1.5, 3.0, 7.5])
+@pytest.mark.parametrize("w", [*(pytest.param(w, marks=pytest.mark.slow) for w in (1.5, 3.0)), 7.5])
 def test_guided_transport_follows_the_guided_ode(name, w):
     conditional, unconditional = _two_gaussians()
     path = GUIDED_PATHS[name]
