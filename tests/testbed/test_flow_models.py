@@ -41,7 +41,7 @@ def test_a_weighted_token_is_as_many_equal_tokens(objective: flow_models.Velocit
     weighted = objective.transformer(
         **call,
         encoder_hidden_states=F.pad(tokens, (0, 0, 0, 1)),
-        joint_attention_kwargs={"log_counts": torch.tensor([1.0, 256.0]).log()},
+        joint_attention_kwargs={"log_counts": torch.tensor(flow_models.T5_TOKENS, dtype=torch.float32).log()},
     ).sample
     objective.transformer.set_attn_processor(JointAttnProcessor2_0())  # type: ignore[arg-type]
     stock = [
@@ -105,4 +105,4 @@ def test_noise_levels_and_token_counts() -> None:
     # Half of them uniform; of the logistic of a standard normal .0016 are above .95.
     assert float((sigmas > 0.95).float().mean()) == pytest.approx((0.05 + 0.0016) / 2, abs=0.005)
     counts = flow_models.draw_counts(torch.tensor([0.2, 0.7]))
-    assert counts.tolist() == [1, 256]
+    assert counts.tolist() == [2, 256]
