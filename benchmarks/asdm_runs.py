@@ -126,7 +126,7 @@ def probes_of(pipe: Any, num_prompts: int, **options: Any) -> list[dict[str, Any
 @torch.no_grad()
 def latency(folder: Path, variant: str, rounds: int, teacher: Path = TEACHER) -> dict[str, Any]:
     """Seconds of one call of the teacher's network and of another, in turns, by batch size; one thread."""
-    threads = torch.get_num_threads()
+    # Until the end of the cell.
     torch.set_num_threads(1)
     first, found = load(teacher, teacher), {}
     pipes = {"teacher": first, "own": variant_of(folder, variant, teacher)}
@@ -135,7 +135,6 @@ def latency(folder: Path, variant: str, rounds: int, teacher: Path = TEACHER) ->
         inputs = inputs_of(first, batch)
         work = {f"{name} {batch}": partial(network, **inputs) for name, network in networks.items()}
         found |= take_turns(work, rounds, 3, torch.device("cpu"), f"batches of {batch}")
-    torch.set_num_threads(threads)
     return found
 
 

@@ -100,7 +100,7 @@ def flow_scenes(folder: Path, point: Point, tokens: int, settings: FlowSettings)
 
 def seconds(folder: Path, settings: FlowSettings) -> dict[str, Any]:
     """Seconds of a call of both models for eight images in 20 guided steps of DPM++ 2M, in turns, on one thread."""
-    threads = torch.get_num_threads()
+    # Until the end of the cell.
     torch.set_num_threads(1)
     prompts = held_out_prompts(8, settings.seed)
     options: dict[str, Any] = {"height": 32, "width": 64, "num_inference_steps": max(settings.steps)}
@@ -111,9 +111,7 @@ def seconds(folder: Path, settings: FlowSettings) -> dict[str, Any]:
         name: partial(call_pipeline, load(place), prompts, **options, **more)
         for name, (place, more) in calls.items()
     }
-    found = take_turns(work, settings.rounds, 1, torch.device("cpu"), "seconds of a call")
-    torch.set_num_threads(threads)
-    return found
+    return take_turns(work, settings.rounds, 1, torch.device("cpu"), "seconds of a call")
 
 
 def garments(steps: int, settings: Settings) -> dict[str, Any]:

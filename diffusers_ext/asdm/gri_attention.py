@@ -62,8 +62,8 @@ def gri_attention(
     the parts between the edges, the last cell of a part is smaller. A `pool` above `window` has the cells of
     `pool = window`.
 
-    Without a `text_mask` no mask is needed, which flash kernels would not support: log n_c is the product of one more dimension of
-    queries (1) and keys (log n_c / s). Queries, keys and values are padded to the next multiple of 8.
+    Without a `text_mask` no mask is needed, which flash kernels would not support: log n_c is the product of one more
+    dimension of queries (1) and keys (log n_c / s). Queries, keys and values are padded to the next multiple of 8.
 
     Args:
         query, key, value: (b, height·width, heads, d), in row-major order.

@@ -89,18 +89,12 @@ class GRIAttnProcessor:
         height, width, window, pool = self._grid(hidden_states.shape[1], gri_grid)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        # Typed as optional, but never None here: attention with added keys only, which has no to_k and to_v,
-        # is rejected when GRI attention is added.
-        projections: list[Any] = [attn.to_q, attn.to_k, attn.to_v]
-        query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in projections)
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
+        # Attention with added keys only, which has no to_k and to_v, is rejected when GRI attention is added.
+        query, key, value = _heads(attn, hidden_states)
         out = gri_attention(
             query, key, value, height, width, window, pool, scale=attn.scale, backend=self._attention_backend
         )
-        out = out.flatten(2).to(query.dtype)
-        for layer in attn.to_out:  # type: ignore[union-attr]
-            out = layer(out)
+        out = _projected(attn, out.flatten(2).to(query.dtype))
         if residual.ndim == 4:
             out = out.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
