@@ -383,9 +383,10 @@ def test_of_many_blocks_the_best_set_is_found_in_a_short_time() -> None:
 
 
 def test_random_plans_are_of_single_blocks() -> None:
-    found = [profile("contiguous").random_plan(0.6, seed=seed) for seed in range(3)]
-    assert len({plan.shape().identity() for plan in found}) > 1
-    assert len({fingerprint(plan.shape().config()) for plan in found}) == 1  # with as many blocks
+    found = [profile("contiguous").random_plan(0.6, seed=seed) for seed in range(8)]
+    # No plan of equal blocks is within 3 points of the target.
+    assert len({plan.shape().identity() for plan in found}) > 5
+    assert {len(plan.cuts) for plan in found} == {4}
     for plan in found:
         assert all("-" not in cut for cut in plan.cuts)
         assert plan.predictions[-1].cost.macs <= 0.6 * plan.predictions[0].cost.macs
