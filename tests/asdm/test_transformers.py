@@ -19,7 +19,7 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.block_scores import block_costs, similarity
 from diffusers_ext.asdm.calibration import the_latents, with_rows
 from diffusers_ext.asdm.cost import Cost
-from diffusers_ext.asdm.networks import fingerprint, network_config, shape_of
+from diffusers_ext.asdm.networks import network_config, shape_of
 from diffusers_ext.asdm.prune import teacher_blocks
 from diffusers_ext.asdm.search import PruningProfile
 from diffusers_ext.asdm.sensitivity import Sensitivity, predict
