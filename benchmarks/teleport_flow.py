@@ -48,7 +48,7 @@ class Settings:
     solvers: tuple[str, ...] = ("Euler", "DPM++ 2M")
     shifts: tuple[float, ...] = (1.0, 3.0, 6.0)
     calls: tuple[int, ...] = (4, 6, 10)
-    calibrated: tuple[int, ...] = (6, 10, 20)
+    calibrated: tuple[int, ...] = (10,)
 
 
 @dataclass(frozen=True)
