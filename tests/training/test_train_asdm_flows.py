@@ -120,7 +120,7 @@ def test_what_flows_do_not_have_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--snr_gamma is for Stable Diffusion and SDXL"):
         run("train_asdm", arguments(base, tmp_path, "--snr_gamma", "5"))
     with pytest.raises(
-        ValueError, match="--no_cond_convs is for .* StableDiffusion3Pipeline has a transformer: omit it"
+        ValueError, match=r"--no_cond_convs is for .* StableDiffusion3Pipeline has a transformer: omit it"
     ):
         run("train_asdm", arguments(base, tmp_path, "--no_cond_convs"))
 
