@@ -137,7 +137,8 @@ class FlowDistillObjective(Taught):
         if weights.feature:
             found["feature"] = torch.stack([token_loss(*pair) for pair in pairs.values()]).mean()
         if weights.semantic:
-            found["semantic"] = pooled_loss(*(part[0] for part in pairs[middle]))
+            (image, _), (wanted_image, _), (mask, _) = pairs[middle]
+            found["semantic"] = pooled_loss(image, wanted_image, mask)
         return found
 
 

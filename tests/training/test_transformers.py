@@ -126,13 +126,16 @@ def test_a_frozen_transformer_in_half_precision_takes_inputs_in_float32(name: st
 
 def test_numbers_of_positions_are_not_rounded() -> None:
     seen: list[Any] = []
-    network = nn.Linear(2, 2)
-    network.dtype = torch.bfloat16  # type: ignore[assignment]
+    network: Any = nn.Linear(2, 2)
+    network.dtype = torch.bfloat16
     launch: Any = SimpleNamespace(mixed_precision="bf16", device="cpu")
     freeze(network, launch)
     network.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
     # As of Flux at 4112 pixels, and of SDXL.
-    numbers = {"img_ids": torch.tensor([[0.0, 257.0, 1.0]]), "added": {"time_ids": torch.tensor([[1023.0]])}}
+    numbers: Any = {
+        "img_ids": torch.tensor([[0.0, 257.0, 1.0]]),
+        "added": {"time_ids": torch.tensor([[1023.0]])},
+    }
     with pytest.raises(TypeError):
         network(torch.zeros(1, 2), timestep=torch.tensor([999.0]), **numbers)
     (given,) = seen
