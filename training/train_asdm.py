@@ -55,6 +55,7 @@ from diffusers_ext.training.data import (
 from diffusers_ext.training.levels import add_flow_arguments
 from diffusers_ext.training.loop import make_accelerator
 from diffusers_ext.training.recipes import dataset_record
+from diffusers_ext.training.sampling import GUIDANCE_HELP
 
 ABOUT = """\
 # {model}, pruned
@@ -133,12 +134,7 @@ def parse_args() -> argparse.Namespace:
         help="prompts for images of the full network and of the students",
     )
     add("--num_inference_steps", type=positive_int, default=20, help="for the validation images")
-    add(
-        "--guidance_scale",
-        type=non_negative_float,
-        default=7.5,
-        help="for the validation images, and what a transformer with embedded guidance (Flux.1 dev) is told",
-    )
+    add("--guidance_scale", type=non_negative_float, default=None, help=GUIDANCE_HELP)
     add_flow_arguments(parser)
     add_training_arguments(parser)
     args = parser.parse_args()

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_ext.core.families import denoiser_of, guidance_of
-from diffusers_ext.core.latents import image_size
 from diffusers_ext.core.schedules import noising_scheduler
 from diffusers_ext.metrics.istd import compute_istd
 from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
@@ -61,6 +60,7 @@ from diffusers_ext.training.levels import add_flow_arguments, check_flow_argumen
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.recipes import dataset_record, run_recipe
+from diffusers_ext.training.sampling import GUIDANCE_HELP, default_guidance, image_call
 from diffusers_ext.training.sharding import is_sharded, refuse_shards
 from diffusers_ext.training.start import set_train_steps
 from diffusers_ext.training.transformers import Flow, flow_of_class
@@ -121,13 +121,7 @@ def parse_args() -> argparse.Namespace:
     add_flow_arguments(parser)
     add("--validation_prompts", nargs="*", default=[], help="prompts for measuring the ISTD")
     add("--num_inference_steps", type=positive_int, default=20, help="for the validation images")
-    add(
-        "--guidance_scale",
-        type=non_negative_float,
-        default=None,
-        help="for the validation images, 1 is off on every model; models with an embedded scale (Flux.1 dev, Flux.2) are"
-        " also trained at it. Default: 7.5 for Stable Diffusion and SDXL, 3.5 for embedded scales, else 4",
-    )
+    add("--guidance_scale", type=non_negative_float, default=None, help=GUIDANCE_HELP)
     add_training_arguments(parser)
     args = parser.parse_args()
     require_data(parser, args)
@@ -153,7 +147,7 @@ def main() -> None:
     check_flow_arguments(args, flow)
     made_of = {"model": stored, "data": dataset_record(args, data)}
     if args.guidance_scale is None:
-        args.guidance_scale = 7.5 if flow is None else 3.5 if guidance.embedded else 4.0
+        args.guidance_scale = default_guidance(pipe)
     embedded = args.guidance_scale if guidance.embedded else None
     # An argument of the validation may change, but not what the model is told in training.
     own = {} if embedded is None else {"embedded guidance": embedded}
@@ -169,15 +163,9 @@ def main() -> None:
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         if not args.validation_prompts:
             return {}
-        size = image_size(pipe, *batches.size)
-        call = {"num_inference_steps": args.num_inference_steps, **guidance_of(pipe).call(1.0)}
-        if guidance.embedded:
-            call[guidance.embedded] = args.guidance_scale
-        elif guidance.argument:
-            call |= guidance.call(args.guidance_scale)
-        if args.max_sequence_length:
-            call["max_sequence_length"] = args.max_sequence_length
-        found = compute_istd(pipe, args.validation_prompts, progress=False, **size, **call)
+        call = image_call(pipe, args, *batches.size)
+        steps = args.num_inference_steps
+        found = compute_istd(pipe, args.validation_prompts, progress=False, num_inference_steps=steps, **call)
         return {"ISTD": found.istd, "mean adjacent distance": found.mean_distance, "relative": found.relative}
 
     rows = SmoothLoraRows(batches.read)

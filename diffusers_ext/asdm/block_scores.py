@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .calibration import CalibrationInput, num_rows, the_latents
 from .cost import Cost, CostTable, measure_milliseconds
 from .networks import evaluating, network_config
-from .streams import States, recorded_blocks, skipped_blocks
+from .streams import BlockCall, mean_of_tokens, recorded_blocks, skipped_blocks
 from .transformers import TransformerShape, interval_of, possible_block_cuts, possible_interval_cuts
 
 CRITERIA = ("drop", "similarity", "contiguous")
@@ -170,11 +170,14 @@ def similarity(network: Any, inputs: Sequence[CalibrationInput]) -> dict[str, fl
             with recorded_blocks(network, paths) as calls:
                 network(**given)
             for path, call in calls.items():
-                sums[path] += _turn(call.entering, call.leaving) / len(inputs)
+                sums[path] += _turn(call) / len(inputs)
     return sums
 
 
-def _turn(entering: States, leaving: States) -> float:
-    pairs = [(one, other) for one, other in zip(entering, leaving) if one is not None and other is not None]
-    cosines = [F.cosine_similarity(one.float(), other.float(), dim=-1).mean() for one, other in pairs]
+def _turn(call: BlockCall) -> float:
+    cosines = [
+        mean_of_tokens(F.cosine_similarity(one.float(), other.float(), dim=-1), mask).mean()
+        for one, other, mask in zip(call.entering, call.leaving, call.masks)
+        if one is not None and other is not None
+    ]
     return float(1 - torch.stack(cosines).double().mean())

@@ -163,7 +163,10 @@ def search(
     num_inference_steps: Annotated[
         int, typer.Option(min=1, help="Steps of the sampling run that cuts are measured on.")
     ] = 20,
-    guidance_scale: Guidance = 7.5,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="As --guidance_scale of the training scripts: the default depends on the model."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of time measurements.")] = 10,
     seed: Seed = 0,
 ) -> None:

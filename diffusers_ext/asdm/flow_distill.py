@@ -19,27 +19,30 @@ from ..core.predictions import weighted_mse
 from ..training.levels import loss_weights, noised
 from ..training.transformers import Flow
 from .distill import DistillWeights, Taught
-from .streams import States, ports_of, recorded_blocks
+from .streams import Masks, States, mean_of_tokens, ports_of, recorded_blocks
 
 
-def token_loss(student: States, teacher: States) -> Tensor:
+def token_loss(student: States, teacher: States, masks: Masks = (None, None)) -> Tensor:
     """‖s/‖s‖ − t/‖t‖‖² of the states of a block, averaged over tokens, rows, and image and text; between 0 and 4.
 
     Args:
         student, teacher: image states (b, tokens, width), and text states or None. Text is compared if both have it.
+        masks: the tokens that count.
 
     Raises:
         ValueError: the shapes differ.
     """
-    pairs = [(s, t) for s, t in zip(student, teacher) if s is not None and t is not None]
     found = []
-    for one, other in pairs:
+    for one, other, mask in zip(student, teacher, masks):
+        if one is None or other is None:
+            continue
         if one.shape != other.shape:
             raise ValueError(
                 f"The states of the student have the shape {tuple(one.shape)}, those of the teacher {tuple(other.shape)}:"
                 " compare blocks with the same tokens."
             )
-        found.append((_directions(one) - _directions(other)).square().sum(-1).mean())
+        errors = (_directions(one) - _directions(other)).square().sum(-1)
+        found.append(mean_of_tokens(errors, mask).mean())
     return torch.stack(found).mean()
 
 
@@ -48,14 +51,16 @@ def _directions(states: Tensor) -> Tensor:
     return F.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)
 
 
-def pooled_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def pooled_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """SAS: 1 − cosine similarity of image states averaged over their tokens, between 0 and 2; mean over rows.
 
     Args:
         student, teacher: (b, tokens, width).
+        mask: (b, tokens), the tokens that count.
     """
     one, other = (
-        states.to(torch.promote_types(states.dtype, torch.float32)).mean(1) for states in (student, teacher)
+        mean_of_tokens(states.to(torch.promote_types(states.dtype, torch.float32)), mask)
+        for states in (student, teacher)
     )
     return (1 - F.cosine_similarity(one, other, dim=1)).mean()
 
@@ -124,13 +129,16 @@ class FlowDistillObjective(Taught):
             return found
         with torch.no_grad(), recorded_blocks(self.teacher, {self.blocks[n] for n in compared}) as theirs:
             wanted = self.flow.velocity(self.teacher, *given, **texts)
-        pairs = {name: (own[name].leaving, theirs[self.blocks[name]].leaving) for name in compared}
+        pairs = {
+            name: (own[name].leaving, theirs[self.blocks[name]].leaving, own[name].masks) for name in compared
+        }
         if weights.output:
             found["output"] = weighted_mse(predicted, wanted, rows)
         if weights.feature:
             found["feature"] = torch.stack([token_loss(*pair) for pair in pairs.values()]).mean()
         if weights.semantic:
-            found["semantic"] = pooled_loss(pairs[middle][0][0], pairs[middle][1][0])
+            (image, _), (wanted_image, _), (mask, _) = pairs[middle]
+            found["semantic"] = pooled_loss(image, wanted_image, mask)
         return found
 
 
@@ -182,7 +190,7 @@ class IntervalObjective(Taught):
         for name, (first, last) in self.intervals.items():
             block: Any = self.student.get_submodule(name)
             output = block(*calls[first].args, **calls[first].kwargs)
-            found[name] = token_loss(ports_of(block).leaving(output), calls[last].leaving)
+            found[name] = token_loss(ports_of(block).leaving(output), calls[last].leaving, calls[last].masks)
         return found
 
 

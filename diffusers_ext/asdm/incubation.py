@@ -24,6 +24,7 @@ from ..training.loop import make_accelerator, train
 from ..training.models import as_stored, freeze, frozen_dtype, load_frozen
 from ..training.recipes import Recipe, run_recipe
 from ..training.rows import on_device, rows_of_step
+from ..training.sampling import default_guidance, image_call
 from ..training.transformers import flow_of_class
 from . import training as asdm
 from .distill import DistillWeights
@@ -37,15 +38,29 @@ from .teaching import Teaching, check_teacher
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, dict[str, Any]]:
     """The pipeline of the teacher, with all parameters frozen, and its record.
 
-    Its UNet or transformer is in float32, for the students that start from it.
+    Its UNet or transformer is in float32, for the students that start from it. If `guidance_scale` is not given, it is set
+    to the default for the pipeline.
 
     Raises:
-        ValueError: see `check_teacher` and `check_flow_arguments`.
+        ValueError: see `check_teacher` and `check_flow_arguments`; or an argument has no meaning for the network.
     """
     pipe, stored = load_frozen(args, accelerator, trained=("unet", "transformer"))
     check_teacher(pipe)
     check_flow_arguments(args, flow_of_class(type(pipe)))
+    _check_own_arguments(args, pipe)
+    if args.guidance_scale is None:
+        args.guidance_scale = default_guidance(pipe)
     return pipe, stored
+
+
+def _check_own_arguments(args: argparse.Namespace, pipe: Any) -> None:
+    name, unet = type(pipe).__name__, flow_of_class(type(pipe)) is None
+    if unet and getattr(args, "interval_steps", None):
+        raise ValueError(f"--interval_steps is for transformers, and {name} has a UNet: omit it.")
+    if not unet and getattr(args, "no_cond_convs", False):
+        raise ValueError(
+            f"--no_cond_convs is for the convolutions of UNets, and {name} has a transformer: omit it."
+        )
 
 
 def load_plan(args: argparse.Namespace, network: Any) -> tuple[PruningPlan, list[int]]:
@@ -124,10 +139,6 @@ class Incubation:
 
     def __post_init__(self) -> None:
         self.teaching = Teaching(self.args, self.pipe)
-        if self.args.interval_steps and self.teaching.flow is None:
-            raise ValueError(
-                f"--interval_steps is for transformers, and {type(self.pipe).__name__} has a UNet: omit it."
-            )
 
     def all_stages(self) -> tuple[Any, list[dict[str, Any]]]:
         """Trains all stages and skips those whose student is already saved.
@@ -253,15 +264,19 @@ class Incubation:
         """Saves validation images of the teacher (top row) and of the student."""
         args, pipe, rows = self.args, self.pipe, []
         part, teacher = self.teaching.part, self.teaching.teacher
-        height, width = (length * self.batches.read.side for length in self.batches.size)
-        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        call |= {"height": height, "width": width}
+        call = image_call(pipe, args, *self.batches.size)
         try:
             for network in (teacher, student):
                 setattr(pipe, part, network)
                 seeds = [torch.Generator().manual_seed(i) for i in range(len(args.validation_prompts))]
+                # By name: the first argument of Flux.2 is an image.
                 found = call_pipeline(
-                    pipe, args.validation_prompts, generator=seeds, output_type="pt", **call
+                    pipe,
+                    prompt=args.validation_prompts,
+                    generator=seeds,
+                    num_inference_steps=args.num_inference_steps,
+                    output_type="pt",
+                    **call,
                 ).images
                 rows.append(found.float().cpu())
         finally:

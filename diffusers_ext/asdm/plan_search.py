@@ -20,6 +20,7 @@ from ..training.data import Captions, add_augmentation_arguments, add_data_argum
 from ..training.levels import add_flow_arguments
 from ..training.loop import make_accelerator
 from ..training.recipes import dataset_record, run_recipe
+from ..training.sampling import image_call
 from .calibration import record_calibration_inputs
 from .candidates import Candidate, find_candidates
 from .halving import Halving, Rung, ranking, successive_halving
@@ -89,7 +90,7 @@ def search_plans(
     stock_only: bool = False,
     num_validation_images: int = 256,
     num_inference_steps: int = 20,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     repeats: int = 10,
     **training: Any,
 ) -> SearchResult:
@@ -106,12 +107,13 @@ def search_plans(
     continues.
 
     Args:
-        model: folder or Hub repository of a Stable Diffusion or SDXL pipeline.
+        model: folder or Hub repository of a pipeline whose students can be trained, see `check_teacher`.
         output_dir: the folder.
         target, batch_sizes, num_candidates, stock_only, repeats: see `find_candidates`.
         halving: the budget.
         num_validation_images: number of images to keep from training, for the loss.
-        num_inference_steps, guidance_scale: the sampling runs on which the losses of cuts are measured.
+        num_inference_steps: of the sampling runs on which the losses of cuts are measured.
+        guidance_scale: of these runs, and what a transformer with embedded guidance is told; see `training.sampling`.
         training: arguments of the training scripts by name, such as `train_data_dir`, `resolution`,
             `train_batch_size`, `learning_rate` and `seed`.
 
@@ -129,7 +131,7 @@ def search_plans(
         check_counts(batch_sizes=size)
     halving.sizes(num_candidates)
     args = _arguments(model, output_dir, halving, training)
-    args.guidance_scale = guidance_scale  # of transformers with embedded guidance
+    args.guidance_scale = guidance_scale
     accelerator = make_accelerator(args)
     if accelerator.num_processes > 1:
         raise ValueError(f"The search runs in one process, got {accelerator.num_processes}.")
@@ -143,7 +145,7 @@ def search_plans(
         "halving": asdict(halving),
         "stock only": stock_only,
         "inference steps": num_inference_steps,
-        "guidance scale": guidance_scale,
+        "guidance scale": args.guidance_scale,
         "repeats": repeats,
     }
     made_of = {"model": stored, "data": data_record, "search": asked}
@@ -152,20 +154,14 @@ def search_plans(
         write_json(output / "recipe.json", recipe)
     batches = CaptionedBatches(args, accelerator, pipe, trained_on, made_of, _EMPTY_PROMPTS)
     if not (output / "candidates.json").is_file():
-        height, width = (length * batches.read.side for length in batches.size)
         captions = Captions(args, held_out)
-        # The students are trained with prompts of this length, so times and losses are those of such calls.
-        length = args.max_sequence_length
-        prompts = {} if length is None else {"max_sequence_length": length}
         inputs = record_calibration_inputs(
             pipe,
             [captions.numbered(i) for i in range(_NUM_PROMPTS)],
             num_timesteps=min(_NUM_TIMESTEPS, num_inference_steps),
             num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            **prompts,
+            # The students are trained with prompts of this length, so times and losses are those of such calls.
+            **image_call(pipe, args, *batches.size),
         )
         found = find_candidates(
             prunable(pipe),

@@ -9,10 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import Tensor, nn
 
 States = tuple[Tensor, Tensor | None]
+# (b, tokens) bool of the image, which is all tokens in a single stream, and of the text: False at the padding of captions.
+# None where all tokens count.
+Masks = tuple[Tensor | None, Tensor | None]
+
+# What the mask of a single stream of image and text is called in Z-Image and in Lumina 2.
+_MASKS = ("attn_mask", "attention_mask")
 
 # Blocks with two outputs that diffusers' registry does not know: (position of the image states, of the text states).
 _UNREGISTERED = {"AuraFlowJointTransformerBlock": (1, 0)}
@@ -37,6 +44,15 @@ class Ports:
         """The states in the arguments of a call."""
         given = {**dict(zip(self.names, args)), **kwargs}
         return given[self.names[0]], None if self.text is None else given["encoder_hidden_states"]
+
+    def masks(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Masks:
+        """The masks in the arguments of a call."""
+        given = {**dict(zip(self.names, args)), **kwargs}
+        if self.text is not None:
+            return None, given.get("encoder_hidden_states_mask")
+        # Others have biases by these names.
+        found = (given.get(name) for name in _MASKS)
+        return next((v for v in found if isinstance(v, Tensor) and v.dtype == torch.bool), None), None
 
     def leaving(self, output: Any) -> States:
         """The states in the output of a call. The last block of Stable Diffusion 3 has no text states."""
@@ -116,6 +132,11 @@ class BlockCall:
         """The states in its output."""
         return self.ports.leaving(self.output)
 
+    @property
+    def masks(self) -> Masks:
+        """The tokens that count in both."""
+        return self.ports.masks(self.args, self.kwargs)
+
 
 @contextmanager
 def recorded_blocks(network: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, BlockCall]]:
@@ -139,3 +160,21 @@ def recorded_blocks(network: nn.Module, paths: Iterable[str]) -> Iterator[dict[s
     finally:
         for handle in handles:
             handle.remove()
+
+
+def mean_of_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the tokens of every row that count.
+
+    The padding of a row is as long as the longest other caption asks for, and would be compared as well.
+
+    Args:
+        values: (b, tokens, ...).
+        mask: (b, tokens), see `Masks`.
+
+    Returns:
+        (b, ...).
+    """
+    if mask is None:
+        return values.mean(1)
+    weights = mask.to(values).reshape(*mask.shape, *[1] * (values.ndim - 2))
+    return (values * weights).sum(1) / weights.sum(1)

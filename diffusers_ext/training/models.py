@@ -61,13 +61,18 @@ def _cast_inputs(network: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return _cast(args, network.dtype), _cast(kwargs, network.dtype)
 
 
+# Numbers of positions and sizes of images. Networks embed them in float32, and 257 is no bfloat16.
+_NUMBERS = ("img_ids", "txt_ids", "time_ids")
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        # Latents and embeddings, not timesteps and sizes: networks embed those in float32, and 999 is no bfloat16.
-        return value.to(dtype) if value.ndim > 2 and value.is_floating_point() else value
+        # Latents and embeddings, pooled ones too, but not timesteps, which are embedded in float32: 999 is no bfloat16.
+        return value.to(dtype) if value.ndim > 1 and value.is_floating_point() else value
     if isinstance(value, dict):
-        return {name: _cast(part, dtype) for name, part in value.items()}
-    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+        return {name: part if name in _NUMBERS else _cast(part, dtype) for name, part in value.items()}
+    # Z-Image takes lists of latents and of embeddings.
+    return type(value)(_cast(part, dtype) for part in value) if type(value) in (tuple, list) else value
 
 
 def as_stored(pipe: Any, args: argparse.Namespace, accelerator: Accelerator, trained: Collection[str]) -> Any:

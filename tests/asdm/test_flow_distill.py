@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import diffusers_ext as dx
+from diffusers_ext.asdm.block_scores import similarity
 from diffusers_ext.asdm.distill import DistillWeights
 from diffusers_ext.asdm.flow_distill import FlowDistillObjective, IntervalObjective, pooled_loss, token_loss
 from diffusers_ext.asdm.networks import network_config
 from diffusers_ext.asdm.prune import teacher_blocks
 from diffusers_ext.asdm.streams import ports_of
 from diffusers_ext.asdm.transformers import LISTS
-from diffusers_ext.training.transformers import encode_captions, flow_of
+from diffusers_ext.training.transformers import encode_captions, flow_of, without_padding
 from tests import families
 from tests.asdm.transformers import deep
 
@@ -61,6 +62,9 @@ def test_token_loss_is_the_distance_of_the_directions() -> None:
     assert float(token_loss((1e4 * image.half(), None), (other[0].half(), None))) == pytest.approx(
         0.04, abs=1e-3
     )
+    # The second token of the image does not count.
+    first = torch.tensor([[True, False]])
+    assert float(token_loss((image, text), other, (first, None))) == pytest.approx((0.08 + 2.0) / 2)
     with pytest.raises(
         ValueError, match=r"student have the shape \(1, 2, 2\), those of the teacher \(1, 1, 2\)"
     ):
@@ -71,6 +75,10 @@ def test_pooled_loss_does_not_depend_on_the_order_of_the_tokens() -> None:
     states = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     assert float(pooled_loss(states, states.flip(1))) == pytest.approx(0, abs=1e-6)
     assert float(pooled_loss(states, -states)) == pytest.approx(2)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    padded = torch.where(mask[..., None], states, 9.0)
+    assert float(pooled_loss(states, padded, mask)) == pytest.approx(0, abs=1e-6)
+    assert float(pooled_loss(states, padded)) > 0.1
 
 
 @pytest.mark.parametrize("name", families.TRANSFORMERS)
@@ -142,14 +150,46 @@ def test_only_what_is_weighted_is_computed() -> None:
     assert whole.semantic_block == "transformer_blocks.1"
 
 
-def test_rows_do_not_depend_on_each_other() -> None:
+@pytest.mark.parametrize("name", ["qwen", "zimage", "sana", "lumina2"])
+@torch.no_grad()
+def test_a_row_has_the_loss_that_it_has_alone_whatever_the_captions_of_the_others(name: str) -> None:
+    teacher, flow, batch = made(name)
+    blocks = first_list(teacher)
+    # Z-Image pads to multiples of 32 tokens.
+    mask = torch.arange(50) < torch.tensor([[5], [50]])
+    width = batch["prompt_embeds"].shape[-1]
+    embeds = torch.randn(2, 50, width, generator=torch.Generator().manual_seed(0)) * mask[..., None]
+    batch = {**batch, "prompt_embeds": embeds, "prompt_mask": mask}
+    student, plan = student_of(teacher, f"block:{blocks}.2")
+    given = [
+        FlowDistillObjective(student, teacher, flow, teacher_blocks(plan), guidance=3.5),
+        IntervalObjective(copy.deepcopy(student), teacher, flow, plan.shape().intervals(), guidance=3.5),
+    ]
+    for one in given:
+        both = one.losses(**without_padding(batch))
+        rows = [
+            one.losses(**without_padding({key: value[i : i + 1] for key, value in batch.items()}))
+            for i in range(2)
+        ]
+        for key, value in both.items():
+            # Products of one row and of two are summed in another order.
+            torch.testing.assert_close(value, (rows[0][key] + rows[1][key]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_similarity_does_not_count_padding() -> None:
     teacher, flow, batch = made("qwen")
-    given = objective(teacher, flow, "block:transformer_blocks.2")
-    both = given.losses(**batch)
-    rows = [given.losses(**{key: value[i : i + 1] for key, value in batch.items()}) for i in range(2)]
-    for key, value in both.items():
-        # Products of one row and of two are summed in another order.
-        torch.testing.assert_close(value, (rows[0][key] + rows[1][key]) / 2, rtol=1e-4, atol=1e-6)
+    calls: list[Any] = []
+    handle = teacher.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+    for padding in (0, 8):
+        embeds, mask = batch["prompt_embeds"][:1], batch["prompt_mask"][:1]
+        texts = {
+            "prompt_embeds": nn.functional.pad(embeds, (0, 0, 0, padding)),
+            "prompt_mask": nn.functional.pad(mask, (0, padding)),
+        }
+        flow.velocity(teacher, batch["latents"][:1], batch["sigmas"][:1], **texts)
+    handle.remove()
+    short, long = (similarity(teacher, [call]) for call in calls)
+    assert short == pytest.approx(long, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", families.TRANSFORMERS)

@@ -109,9 +109,20 @@ def test_intervals_then_the_whole_student_to_a_stock_pipeline(base: Path, tmp_pa
     assert not changed(transformer(tmp_path / "stage-1" / "transformer"), student)
 
 
+def test_half_precision_reaches_the_end(base: Path, tmp_path: Path) -> None:
+    run("train_asdm", arguments(base, tmp_path, "--mixed_precision", "bf16", "--interval_steps", "1"))
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["teacher MACs"] > record["stage 1 MACs"]
+    assert record["guidance_scale"] == 4.0
+
+
 def test_what_flows_do_not_have_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--snr_gamma is for Stable Diffusion and SDXL"):
         run("train_asdm", arguments(base, tmp_path, "--snr_gamma", "5"))
+    with pytest.raises(
+        ValueError, match=r"--no_cond_convs is for .* StableDiffusion3Pipeline has a transformer: omit it"
+    ):
+        run("train_asdm", arguments(base, tmp_path, "--no_cond_convs"))
 
 
 @pytest.mark.parametrize("name", ["pixart", "auraflow", "chroma", "wan"])

@@ -1,5 +1,6 @@
 """The canonical call of every trained transformer is that of its pipeline: inputs, time, sign, layout, captions."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from diffusers_ext.core.families import denoiser_of, guidance_of, to_grid
 from diffusers_ext.core.hooks import add_hook
 from diffusers_ext.core.pipeline import call_pipeline
 from diffusers_ext.training.levels import SCHEMES, FlowLevels, loss_weights, training_sigmas
+from diffusers_ext.training.models import freeze
 from diffusers_ext.training.rows import rows_of_step
 from diffusers_ext.training.sharding import blocks_of
 from diffusers_ext.training.transformers import encode_captions, flow_of, without_padding
@@ -101,6 +103,45 @@ def test_a_row_depends_on_no_other_row(name: str) -> None:
         assert together["prompt_mask"].shape == together["prompt_embeds"].shape[:2]
         assert not together["prompt_embeds"][~together["prompt_mask"]].any()
         assert without_padding(together)["prompt_mask"].any(0).all()
+
+
+@pytest.mark.parametrize("name", families.TRANSFORMERS)
+@torch.no_grad()
+def test_a_frozen_transformer_in_half_precision_takes_inputs_in_float32(name: str) -> None:
+    pipe, call = families.build(name), call_of(name)
+    flow = flow_of(pipe)
+    texts = encode_captions(pipe, call["prompt"], call.get("max_sequence_length"))
+    x = torch.randn(2, *families.latent_shape(name), generator=torch.Generator().manual_seed(0))
+    # Flux rounds 1000 times these to bfloat16, which has all three.
+    given: Any = (x, torch.tensor([0.256, 0.768]), 2.0)
+    exact = flow.velocity(pipe.transformer, *given, **texts)
+    launch: Any = SimpleNamespace(mixed_precision="bf16", device="cpu")
+    freeze(pipe.transformer, launch)
+    # Without autocast, as in validations and for figures.
+    found = flow.velocity(pipe.transformer, *given, **texts)
+    assert found.dtype == torch.bfloat16
+    # Eight bits, through a few layers; networks with weights as large as theirs enlarge the rounding.
+    assert float((found - exact).norm() / exact.norm()) < 0.2
+
+
+def test_numbers_of_positions_are_not_rounded() -> None:
+    seen: list[Any] = []
+    network: Any = nn.Linear(2, 2)
+    network.dtype = torch.bfloat16
+    launch: Any = SimpleNamespace(mixed_precision="bf16", device="cpu")
+    freeze(network, launch)
+    network.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    # As of Flux at 4112 pixels, and of SDXL.
+    numbers: Any = {
+        "img_ids": torch.tensor([[0.0, 257.0, 1.0]]),
+        "added": {"time_ids": torch.tensor([[1023.0]])},
+    }
+    with pytest.raises(TypeError):
+        network(torch.zeros(1, 2), timestep=torch.tensor([999.0]), **numbers)
+    (given,) = seen
+    assert given["timestep"].item() == 999
+    assert given["img_ids"][0, 1] == 257
+    assert given["added"]["time_ids"].item() == 1023
 
 
 @pytest.mark.parametrize("name", ["sd", "pixart", "chroma", "auraflow", "wan", "dit", "modular-flux"])
