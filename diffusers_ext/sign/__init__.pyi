@@ -1,2 +1,3 @@
 from .pipelines import SIGNPipeline as SIGNPipeline
 from .source import MixtureSource as MixtureSource
+from .source import PromptSource as PromptSource

@@ -36,12 +36,12 @@ from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.checks import check_counts
 from ..core.classes import FromPipeMixin
 from ..core.images import encode_images
-from ..core.prompts import encode_prompts
 from ..training.transformers import FLOWS, Flow
+from .conditions import encode_texts, sdxl_of, start_means, takes_sizes, with_sizes
 from .flows import TEXTS, FlowProjector, conditions_of, stock_pipeline
 from .inputs import check_output_type, check_strength, edit_mask, latent_size, step_levels
 from .projector import Projector, check_teacher
-from .source import MixtureSource
+from .source import MixtureSource, PromptSource
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -59,7 +59,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             deviation `sigma`.
         timestep: the constant time input of the network; of a flow, 1000 times its σ*.
         transformer: of a flow, instead of `unet`.
-        text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: as in the teacher.
+        text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: as in the teacher; of SDXL, those that end with 2.
         teacher: of a flow, the class of its pipeline, one of `training.transformers.FLOWS`.
         held: of a flow, whether the network is always called at `timestep`. Otherwise it is time-conditional: every step
             calls it at its own noise level.
@@ -83,7 +83,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         vae: ModelMixin | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        source: MixtureSource | None = None,
+        source: MixtureSource | PromptSource | None = None,
         timestep: float | None = None,
         transformer: ModelMixin | None = None,
         text_encoder_2: PreTrainedModel | None = None,
@@ -131,6 +131,10 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             self.register_to_config(max_sequence_length=max_sequence_length)
         self.vae_scale_factor = downsampling_of(self)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if isinstance(source, PromptSource) and text_encoder is None:
+            raise ValueError(
+                "A PromptSource has the means of prompts, and this projector has no text encoder: use a MixtureSource."
+            )
         if transformer is None:
             check_teacher(unet, scheduler)
         else:
@@ -236,7 +240,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             if latents is None
             else latents.to(self._execution_device, self.network.dtype)
         )
-        x = self._project(self.projector.start(noise, levels[0]), levels[0], conditions)
+        start = self.projector.start(noise, levels[0], start_means(self, conditions))
+        x = self._project(start, levels[0], conditions)
         for sigma in levels[1:]:
             x = self._project(x + sigma * self._noise(shape, generator), sigma, conditions)
         return self._output(x, output_type, return_dict)
@@ -318,8 +323,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         mask = edit_mask(self, mask_image, known)
         x = known
         if strength == 1 and mask_image is not None:
-            unknown = 0 if self.source is None else self.source.mean.to(known)
-            x = mask * unknown + (1 - mask) * known
+            x = mask * self._mean(conditions, known) + (1 - mask) * known
         for k in range(num_inference_steps):
             sigma = strength * self.sigma * (1 - k / num_inference_steps)
             x = self._project(x + sigma * self._noise(x.shape, generator), sigma, conditions)
@@ -345,8 +349,13 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             (n, tokens, width) for the prompts, and the same for the empty prompt or None.
 
         Raises:
-            ValueError: the projector of a flow, which encodes prompts as its `stock_pipeline`.
+            ValueError: the projector of a flow, which encodes prompts as its `stock_pipeline`, or of SDXL.
         """
+        if self.flow is None and takes_sizes(self.unet):
+            raise ValueError(
+                "The prompts of this projector are encoded by StableDiffusionXLPipeline: use its encode_prompt with the"
+                " same text encoders."
+            )
         if self.flow is not None:
             raise ValueError(
                 f"The prompts of a flow are encoded by {self.config['teacher']}: use sign.stock_pipeline.encode_prompt."
@@ -405,9 +414,18 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         if self.flow is not None:
             length, dtype = self.config["max_sequence_length"], self.transformer.dtype
             return conditions_of(self.stock_pipeline, texts, count // len(texts), dtype, length)
-        embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
-        embeds = embeds.repeat_interleave(count // len(texts), 0)
-        return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
+        found = encode_texts(sdxl_of(self) if takes_sizes(self.unet) else self, texts)
+        found = {name: v.repeat_interleave(count // len(texts), 0) for name, v in found.items()}
+        found = {name: v.to(self.unet.dtype) for name, v in found.items()}
+        height, width = (n * self.vae_scale_factor for n in latent_size(self))
+        return with_sizes(self.unet, found, height, width)
+
+    def _mean(self, conditions: dict[str, Tensor], like: Tensor) -> Tensor:
+        """What is known of an image of these prompts before any of it is seen."""
+        if self.source is None:
+            return torch.zeros_like(like)
+        mean = start_means(self, conditions)
+        return self.source.mean.to(like).expand_as(like) if mean is None else mean.to(like)
 
     def _encode(self, image: Any) -> Tensor:
         """(n, C, H, W) in the space of the network, from images of any accepted type."""

@@ -18,11 +18,11 @@ from ..core.families import (
     guidance_of,
     uncompiled,
 )
+from ..core.features import features_of
 from ..core.hooks import add_hook, parameters_of
 from ..core.prompts import PromptReader, check_encodes, differing_options
 from ..core.schedules import scaling
 from .gaussian import GaussianStats
-from .prompt_map import features_of
 from .scheduler import TeleportScheduler
 
 # Attribute of a pipeline with the handles of its hooks, which `remove_teleport` removes.
