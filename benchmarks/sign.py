@@ -106,7 +106,7 @@ def main(bench: Bench) -> None:
         strips[f"{corruption}, projected, strength {strength:g}"] = projected[
             corruption, "SIGN", strength
         ].pictures
-    draw(bench.path("sign.png"), strips)
+    draw(bench.path("sign.png"), strips, small=True)
 
 
 def best_of_teacher(statistics: Statistics, s: Settings, found: Mapping[tuple[str, int], Samples]) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from diffusers_ext.metrics.comparison import Estimate
 from diffusers_ext.sign.arguments import add_sign_arguments, parse, scores_of, weights_of
-from diffusers_ext.sign.projector import Projector, nearest_timestep
+from diffusers_ext.sign.teacher import untrained_projector
 from diffusers_ext.sign.training import Scores, SIGNObjective, SIGNRows
 from diffusers_ext.training.arguments import add_training_arguments
 from diffusers_ext.training.rows import rows_of_step
@@ -122,7 +122,7 @@ def step_seconds(
     torch.set_num_threads(1)
     teacher, draw = load_teacher(), torch.Generator().manual_seed(0)
     data = torch.randn(batch_size, 1, 32, 32, generator=draw).clamp(-1, 1)
-    work = {name: partial(_step, _objective(teacher, name), data) for name in names}
+    work = {name: partial(_step, objective_of(teacher, CANDIDATES[name]), data) for name in names}
     noise = torch.randn(64, 1, 32, 32, generator=draw)
     work["pair"] = partial(_forward, teacher.unet, noise)
     times = take_turns(work, rounds, 1, noise.device, "seconds of a step", time.process_time)
@@ -130,20 +130,20 @@ def step_seconds(
     return times
 
 
-def _objective(teacher: Any, name: str) -> SIGNObjective:
-    args = _arguments(name)
-    network = copy.deepcopy(teacher.unet).requires_grad_(True)
-    projector = Projector(network, teacher.scheduler, nearest_timestep(teacher.scheduler))
-    scores = scores_of(args, 1.0)
-    return SIGNObjective(projector, copy.deepcopy(teacher.unet), weights_of(args), scores)
-
-
-def _arguments(name: str) -> argparse.Namespace:
+def objective_of(teacher: Any, options: Mapping[str, Any], guidance_scale: float = 1.0) -> SIGNObjective:
+    """What `train_sign.py` trains with these options, with networks of its own and without a source."""
     parser = argparse.ArgumentParser()
     add_sign_arguments(parser)
     add_training_arguments(parser)
-    given = [part for key, value in CANDIDATES[name].items() for part in (f"--{key}", str(value))]
-    return parse(parser, ["--output_dir", "", *given])
+    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    args = parse(parser, ["--output_dir", "", *given])
+    sign = untrained_projector(teacher, in_weights=False)
+    projector = sign.projector
+    own = copy.deepcopy(sign.network).requires_grad_(True)
+    setattr(projector, "unet" if sign.flow is None else "transformer", own)
+    return SIGNObjective(
+        projector, copy.deepcopy(sign.network), weights_of(args), scores_of(args, guidance_scale)
+    )
 
 
 def _step(objective: SIGNObjective, data: torch.Tensor) -> None:
