@@ -18,23 +18,30 @@ import argparse
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_ext import GaussianStats
 from diffusers_ext.core.autoencoders import downsampling_of
+from diffusers_ext.core.families import DENOISERS
+from diffusers_ext.core.records import part_record
 from diffusers_ext.core.storage import tensors_digest
 from diffusers_ext.sign.arguments import add_sign_arguments, parse, scores_of, weights_of
 from diffusers_ext.sign.conditions import Texts, start_means
 from diffusers_ext.sign.figures import projector_figures
 from diffusers_ext.sign.flows import hold_in_weights, holds_in_weights
+from diffusers_ext.sign.lora import lora_copy, save_sign_lora
+from diffusers_ext.sign.pipelines import encode_data
 from diffusers_ext.sign.source import PromptSource
 from diffusers_ext.sign.teacher import (
     collect_pairs,
     load_data,
+    load_start,
     load_teacher,
     make_source,
     save_samples,
@@ -66,7 +73,7 @@ steps and projects corrupted images onto the data.
 ```python
 import diffusers_ext as dx
 
-sign = dx.SIGNPipeline.from_pretrained("FOLDER")
+{load}
 images = sign({prompt}batch_size=8, num_inference_steps=1).images
 cleaned = sign.project(images, {prompt}strength=0.2).images
 ```
@@ -74,6 +81,10 @@ cleaned = sign.project(images, {prompt}strength=0.2).images
 In the table, `idempotence` is ‖f(f(z)) − f(z)‖/‖f(z)‖ (0 is ideal), `motion` is ‖f(z) − z‖/‖z‖ (0 for the
 identity), `variance` is the variance of the samples relative to that of the data, and `reconstruction` is the
 mean |f(x) − x| on data, in the space of the network."""
+
+
+WHOLE = 'sign = dx.SIGNPipeline.from_pretrained("FOLDER")'
+LORA = 'sign = dx.load_sign_lora(pipe, "FOLDER")  # pipe is the teacher'
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,6 +118,7 @@ def main() -> None:
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
     stats = load_statistics(args)
     stock, stored = load_teacher(args, accelerator)
+    start = load_start(args, accelerator, stock)
     guidance_scale, embedded = settle_guidance(args, stock)
     pipe = untrained_projector(
         stock, args.sigma, max_sequence_length=args.max_sequence_length, in_weights=False
@@ -118,6 +130,7 @@ def main() -> None:
     set_train_steps(args, accelerator, len(data))
     source = make_source(args, stock, data, stats)
     made_of = {"model": stored, "data": found, "source": record_of(args, source)}
+    made_of |= {} if start is None else {"projector": part_record(start)}
     recipe = run_recipe(accelerator, args, made_of)
     if source is not None:
         pipe.register_modules(source=source.to(accelerator.device))
@@ -129,18 +142,18 @@ def main() -> None:
     pairs = None
     if weights.reg:
         pairs = collect_pairs(args, accelerator, pipe, texts, captions, made_of, guidance_scale)
-    teacher = copy.deepcopy(pipe.network)
-    pipe.network.requires_grad_(True)
+    teacher, fake = make_networks(args, accelerator, stock, pipe, start)
     scores = scores_of(args, guidance_scale)
-    objective = SIGNObjective(pipe.projector, teacher, weights, scores, args.warmup_steps)
-    freeze(objective.teacher, accelerator)  # not before the fake score was copied from it
+    objective = SIGNObjective(pipe.projector, teacher, weights, scores, args.warmup_steps, fake)
+    if not args.rank:
+        freeze(teacher, accelerator)  # not before the fake score was copied from it
     augmented = args.random_flip or not args.center_crop
     rows = SIGNRows(images if augmented else data, tuple(data.shape[1:]), pairs, captions)
     guided = guidance_scale != 1 or args.fake_guidance_scale != 1
 
     def encode(found: dict[str, Any]) -> dict[str, Tensor]:
         if "images" in found:
-            found["data"] = pipe._encode(found.pop("images") / 255).float()
+            found["data"] = encode_data(pipe, found.pop("images") / 255).float()
         if "prompts" in found:
             found |= texts.batch(found.pop("prompts"), guided)
         return found
@@ -159,14 +172,11 @@ def main() -> None:
     if accelerator.is_main_process:
         record["parameters"] = pipe.network.num_parameters()
         name = Path(args.pretrained_model_name_or_path).name
-        about = ABOUT.format(model=name, prompt="" if pipe.text_encoder is None else "prompt, ")
-        if holds_in_weights(pipe):
-            hold_in_weights(pipe)
-        as_stored(pipe, args, accelerator, trained=("unet", "transformer", "source")).to(torch.float16)
-        for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            if getattr(pipe, part) is not None:
-                getattr(pipe, part).float()
-        publish(args, sys.argv, record, pipe.save_pretrained, about, ["sign"], repo_id)
+        prompt = "" if pipe.text_encoder is None else "prompt, "
+        load = LORA if args.rank else WHOLE
+        about = ABOUT.format(model=name, prompt=prompt, load=load)
+        save = partial(save_projector, args, accelerator, pipe, stock)
+        publish(args, sys.argv, record, save, about, ["sign", "lora"] if args.rank else ["sign"], repo_id)
         print(json.dumps(record, indent=1))
 
 
@@ -177,6 +187,39 @@ def load_statistics(args: argparse.Namespace) -> GaussianStats | None:
     beside = Path(args.pretrained_model_name_or_path) / "gaussian"
     wanted = args.source in (None, "prompts") and beside.is_dir()
     return GaussianStats.from_pretrained(beside) if wanted else None
+
+
+def make_networks(
+    args: argparse.Namespace, accelerator: Accelerator, stock: Any, pipe: Any, start: nn.Module | None
+) -> tuple[nn.Module, nn.Module | None]:
+    """Gives the projector `pipe` the network that is trained, and returns those of the real and of the fake score.
+
+    Without a LoRA, the fake score is None: the objective makes it.
+    """
+    part, teacher = ("unet" if pipe.flow is None else "transformer"), pipe.network
+    if not args.rank:
+        teacher = copy.deepcopy(teacher)
+        pipe.register_modules(**{part: (pipe.network if start is None else start).requires_grad_(True)})
+        return teacher, None
+    own = lora_copy(teacher if start is None else start, stock, args.rank)
+    pipe.register_modules(**{part: own})
+    return teacher, lora_copy(teacher, stock, args.rank) if args.dmd_weight else None
+
+
+def save_projector(
+    args: argparse.Namespace, accelerator: Accelerator, pipe: Any, stock: Any, folder: Path
+) -> None:
+    """Writes the projector, or its LoRA, into a folder. The networks are then on the CPU, and in half precision."""
+    if args.rank:
+        save_sign_lora(pipe, stock, folder)
+        return
+    if holds_in_weights(pipe):
+        hold_in_weights(pipe)
+    as_stored(pipe, args, accelerator, trained=(*DENOISERS, "source")).to(torch.float16)
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if getattr(pipe, part) is not None:
+            getattr(pipe, part).float()
+    pipe.save_pretrained(folder)
 
 
 def record_of(args: argparse.Namespace, source: nn.Module | None) -> str | dict[str, Any]:

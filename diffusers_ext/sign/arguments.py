@@ -60,6 +60,19 @@ def add_sign_arguments(parser: argparse.ArgumentParser) -> None:
         " learning rate of 1e-4 and one of 1e-3 for the fake score, momentum 0, no weight decay. regression: images and"
         " steps of the teacher, which it generates first, and a learning rate of 1e-3",
     )
+    add(
+        "--projector",
+        default=None,
+        help="a pipeline with the network that the projector starts from, such as one that train_asdm.py has pruned from the"
+        " teacher; default: the teacher's",
+    )
+    add(
+        "--rank",
+        type=positive_int,
+        default=None,
+        help="train a LoRA of this rank on the network, and the fake score as a second one: one copy of the weights in"
+        " memory. Default: all weights of two copies beside the teacher",
+    )
     add("--sigma", type=positive_float, default=SIGMA, help="noise level of the projector")
     add(
         "--source",

@@ -428,10 +428,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         return self.source.mean.to(like).expand_as(like) if mean is None else mean.to(like)
 
     def _encode(self, image: Any) -> Tensor:
-        """(n, C, H, W) in the space of the network, from images of any accepted type."""
-        # The class of a flow's pipeline tells which statistics of the autoencoder are used.
-        x = encode_images(self.stock_pipeline if self.flow else self, image)
-        latent_size(self, *(n * self.vae_scale_factor for n in x.shape[2:]))
+        """(n, C, H, W) in the space and the data type of the network, from images of any accepted type."""
+        x = encode_data(self, image)
         return x.to(self._execution_device, self.network.dtype)
 
     def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
@@ -442,6 +440,18 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def encode_data(pipe: Any, image: Any) -> Tensor:
+    """(n, C, H, W) in the space of the network of a `SIGNPipeline`, in the data type of its autoencoder.
+
+    Raises:
+        ValueError: see `encode_images`, or images of another size than that of the projector.
+    """
+    # The class of a flow's pipeline tells which statistics of the autoencoder are used.
+    x = encode_images(pipe.stock_pipeline if pipe.flow else pipe, image)
+    latent_size(pipe, *(n * pipe.vae_scale_factor for n in x.shape[2:]))
+    return x
 
 
 def describe(pipe: Any) -> str | None:

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.autoencoders import channels_of, vae_of
-from ..core.families import DENOISERS, check_starts_from_noise, guidance_of
+from ..core.families import DENOISERS, check_starts_from_noise, denoiser_of, guidance_of
 from ..core.hooks import parameters_of
 from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.prompts import differing_options, prompt_options
+from ..core.schedules import prediction_type
+from ..core.storage import tensors_digest
 from ..training.captioned import other_inputs
 from ..training.data import Captions, TrainingImages, load_dataset
 from ..training.encodings import Shards
-from ..training.models import frozen_dtype, load_frozen
+from ..training.models import freeze, frozen_dtype, load_frozen
 from ..training.recipes import dataset_record
 from ..training.start import lock_folder
 from ..training.transformers import FLOWS, flow_of_class
@@ -30,20 +33,61 @@ from .conditions import Texts, start_means, takes_sizes
 from .flows import check_flow_teacher, flow_parts, hold_in_weights, holds_in_weights
 from .inputs import latent_size
 from .pairs import teacher_pairs
-from .pipelines import SIGNPipeline
+from .pipelines import SIGNPipeline, encode_data
 from .projector import SIGMA, check_teacher, nearest_timestep
 from .source import MixtureSource, PromptSource, Source
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, dict[str, Any]]:
-    """The teacher's pipeline, frozen but for the data type of its denoiser, which is float32; and its record.
+    """The teacher's pipeline, frozen, and its record. Its denoiser stays in float32 unless it gets a LoRA.
 
     Raises:
         ValueError: see `check_pipeline`.
     """
-    teacher, stored = load_frozen(args, accelerator, trained=DENOISERS)
+    teacher, stored = load_frozen(args, accelerator, trained=() if args.rank else DENOISERS)
     check_pipeline(teacher)
     return teacher, stored
+
+
+def load_start(args: argparse.Namespace, accelerator: Accelerator, teacher: Any) -> Any:
+    """The denoiser of the pipeline `--projector`, frozen as the teacher's, or None.
+
+    Raises:
+        ValueError: it takes or predicts something else than the teacher's.
+    """
+    if args.projector is None:
+        return None
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        args.projector, dtype=torch.float32, cache_dir=args.cache_dir
+    )
+    check_pipeline(pipe)
+    own, theirs = _signature(pipe), _signature(teacher)
+    differing = [
+        f"{name} {own[name]} there, {theirs[name]} here" for name in own if own[name] != theirs[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"The network of --projector and the teacher's differ in {'; '.join(differing)}: use a network that was pruned"
+            " from the teacher."
+        )
+    network = denoiser_of(pipe).requires_grad_(False).eval().to(accelerator.device)
+    if args.rank:
+        freeze(network, accelerator)
+    return network
+
+
+def _signature(pipe: Any) -> dict[str, Any]:
+    """What two denoisers need to have in common to be called in the same way."""
+    config, scheduler = denoiser_of(pipe).config, pipe.scheduler
+    names = ("in_channels", "out_channels", "sample_size", "cross_attention_dim", "joint_attention_dim")
+    found = {name: config.get(name) for name in names}
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    return {
+        "class": type(pipe).__name__,
+        **found,
+        "prediction type": prediction_type(scheduler),
+        "noise schedule": None if alphas is None else tensors_digest({"alphas": alphas}),
+    }
 
 
 def untrained_projector(
@@ -219,7 +263,7 @@ def load_data(
     with torch.no_grad():
         for low in tqdm(range(0, len(data), 64), desc="reading images"):
             rows = range(low, min(low + 64, len(data)))
-            encoded.append(pipe._encode(images.read(rows)[0] / 255).cpu())
+            encoded.append(encode_data(pipe, images.read(rows)[0] / 255).float().cpu())
     captions = Captions(args, data) if with_prompts else None
     record = {**dataset_record(args, data), "resolution": args.resolution}
     return torch.cat(encoded), images, captions, record

@@ -13,11 +13,11 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from diffusers_ext.smooth_lora.training import add_lora
 from diffusers_ext.testbed import base_models
 from diffusers_ext.training import optimizers
 from diffusers_ext.training.arguments import add_training_arguments
 from diffusers_ext.training.loop import make_accelerator
+from diffusers_ext.training.lora import add_lora
 from diffusers_ext.training.optimizers import (
     Muon,
     check_optimizer,

@@ -29,13 +29,14 @@ def base(tmp_path_factory: Any) -> Path:
 
 
 def command(base: Path, output: Path, *extra: str, teacher: str = "ddpm") -> list[str]:
+    """A run with every loss and every phase."""
     return [
         SCRIPT,
         *("--pretrained_model_name_or_path", str(base / teacher), "--train_data_dir", str(base / "pictures")),
-        *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "3"),
-        *("--train_batch_size", "4", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--use_ema"),
-        *("--num_pairs", "16", "--num_inference_steps", "2"),
-        *("--dmd_weight", "1", "--fake_updates", "2"),
+        *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "2"),
+        *("--train_batch_size", "4", "--use_ema", "--num_pairs", "16", "--num_inference_steps", "2"),
+        *("--reg_weight", "0.5", "--flow_weight", "1", "--renoised_share", "0.5"),
+        *("--fake_first_steps", "1", "--fake_updates", "2"),
         *("--source_rank", "2", "--source_components", "3"),
         *("--pairs_dir", str(base / f"pairs-{teacher}"), *extra),
     ]
@@ -79,12 +80,13 @@ def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path
     launch(command(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     one, two = weights(trained), weights(tmp_path)
     # Adam moves every weight by up to the learning rate a step, also where a gradient is only rounding: of the 8 steps
-    # of 1e-3 nearly all weights must differ by less than one tenth, and none by more than they can have moved.
+    # of 1e-4 nearly all weights must differ by less than one tenth, and none by more than they can have moved. Beside
+    # that, the weights are stored in float16, with a spacing of up to 1e-3 of their size.
     difference = torch.cat(
         [(value.float() - two[name].float()).abs().flatten() for name, value in one.items()]
     )
-    assert difference.max() < 8e-3
-    assert difference.quantile(0.95) < 8e-4
+    assert difference.max() < 2e-3
+    assert difference.quantile(0.95) < 2e-4
 
 
 def test_a_teacher_with_prompts(base: Path, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_scores_alone_need_no_pairs(base: Path, tmp_path: Path) -> None:
     launch(
         command(
             base, tmp_path, "--warmup_steps", "0", "--reg_weight", "0", "--flow_weight", "0",
-            "--pairs_dir", str(tmp_path / "pairs"), "--source_components", "0",
+            "--pairs_dir", str(tmp_path / "pairs"), "--source", "white",
         )
     )  # fmt: skip
     assert not (tmp_path / "pairs").exists()
