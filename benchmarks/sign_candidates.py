@@ -17,6 +17,7 @@ import torch
 
 from diffusers_ext.metrics.comparison import Estimate
 from diffusers_ext.sign.arguments import add_sign_arguments, parse, scores_of, weights_of
+from diffusers_ext.sign.lora import lora_copy
 from diffusers_ext.sign.teacher import untrained_projector
 from diffusers_ext.sign.training import Scores, SIGNObjective, SIGNRows
 from diffusers_ext.training.arguments import add_training_arguments
@@ -138,12 +139,13 @@ def objective_of(teacher: Any, options: Mapping[str, Any], guidance_scale: float
     given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     args = parse(parser, ["--output_dir", "", *given])
     sign = untrained_projector(teacher, in_weights=False)
-    projector = sign.projector
-    own = copy.deepcopy(sign.network).requires_grad_(True)
+    projector, network, fake = sign.projector, sign.network.requires_grad_(False), None
+    if args.rank:
+        own, fake = (lora_copy(network, teacher, args.rank) for _ in range(2))
+    else:
+        own = copy.deepcopy(network).requires_grad_(True)
     setattr(projector, "unet" if sign.flow is None else "transformer", own)
-    return SIGNObjective(
-        projector, copy.deepcopy(sign.network), weights_of(args), scores_of(args, guidance_scale)
-    )
+    return SIGNObjective(projector, network, weights_of(args), scores_of(args, guidance_scale), fake=fake)
 
 
 def _step(objective: SIGNObjective, data: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,20 +28,18 @@ from diffusers_ext.testbed.base_training import reconstruct
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.flow_models import flow_solver
 from diffusers_ext.testbed.runs import held_out_prompts, run_scenes
-from diffusers_ext.training.data import Captions
 from diffusers_ext.training.rows import rows_of_step
 
 from .flow_runs import call_options, flow_reads, included, model_folder
 from .framework.bench import Bench
 from .framework.cells import content
 from .framework.samples import CARDS, graded
-from .framework.timing import take_turns
+from .framework.timing import peak_memory, take_turns
 from .sign_candidates import objective_of
 
 DPM, DDIM, EULER = "DPM++ 2M", "DDIM", "Euler"
 SIZE: dict[str, Any] = {"height": 32, "width": 64}
-# Weights that are in no file are those of a projector before training.
-UNTRAINED = "untrained"
+LATENT = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def as_projector(teacher: Any, sigma: float = 1.5) -> Any:
     """The projector of a teacher before its training, without a source."""
     sign = untrained_projector(teacher, sigma, **call_options(teacher))
     if sign.flow is not None:
-        sign.register_to_config(sample_size=[8, 16])
+        sign.register_to_config(sample_size=list(LATENT[1:]))
     return sign
 
 
@@ -147,7 +146,8 @@ def source_alone(folder: Path, base: Path, called: bool, seed: int, count: int) 
     pipe.set_progress_bar_config(disable=True)
     if called:
         return graded(run_scenes(pipe, prompts, seed=seed, num_inference_steps=1).images, prompts)
-    noise = torch.stack([torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(i)) for i in range(count)])
+    seeds = [1_000_000 * seed + number for number in range(count)]  # as in `run_scenes`
+    noise = torch.stack([torch.randn(*LATENT, generator=torch.Generator().manual_seed(n)) for n in seeds])
     latents = pipe.projector.start(noise, 0.0, start_means(pipe, pipe._conditions(prompts, count)))
     stock = load_teacher(base)
     pictures = torch.cat([decode_latents(stock, part) for part in latents.split(64)])
@@ -211,36 +211,71 @@ def teacher_images(
 
 
 def step_seconds(
-    base: Path, options: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...], batch_size: int, rounds: int
+    base: Path,
+    guidance: float,
+    options: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...],
+    batch_size: int,
+    rounds: int,
 ) -> dict[str, np.ndarray]:
-    """CPU seconds of a training step by name, and of one guided step of the teacher for one image, "image"; (rounds,).
+    """CPU seconds of a training step by name, and of one guided call of the teacher for one image, "image"; (rounds,).
 
     Args:
-        base: the teacher.
+        base: folder of the teacher.
+        guidance: of the real score.
         options: of `train_sign.py`, by name.
         batch_size, rounds: of the steps.
     """
-    import time
-
     torch.set_num_threads(1)
-    teacher, scale = load_teacher(base), dict(options[0][1]).get("guidance_scale", 1.0)
-    pipe = as_projector(teacher)
-    texts = Texts(teacher, pipe, torch.device("cpu"), call_options(teacher).get("max_sequence_length"))
-    texts.size = SIZE["height"], SIZE["width"]
-    prompts = held_out_prompts(batch_size, seed=0)
-    data = torch.randn(batch_size, 4, 8, 16, generator=torch.Generator().manual_seed(0))
-    rows = SIGNRows(data, (4, 8, 16), None, None)(rows_of_step(0, 0, 0, batch_size))
-    given = {**rows, **texts.batch(prompts, guided=True)}
-    work: dict[str, Any] = {}
-    for name, own in options:
-        objective = objective_of(teacher, dict(own), float(scale))
-        work[name] = partial(_step, objective, given)
+    teacher, prompts = load_teacher(base), held_out_prompts(batch_size, seed=0)
+    given = inputs_of(teacher, prompts)
+    work: dict[str, Any] = {
+        name: partial(step, objective_of(teacher, dict(own), guidance), given) for name, own in options
+    }
     call = {**SIZE, **call_options(teacher), "num_inference_steps": 2, "guidance_scale": 2.0}
     work["image"] = partial(call_pipeline, teacher, prompts, output_type="latent", **call)
-    times = take_turns(work, rounds, 1, data.device, "seconds of a step", time.process_time)
+    times = take_turns(work, rounds, 1, torch.device("cpu"), "seconds of a step", time.process_time)
     times["image"] /= 2 * batch_size
     return times
 
 
-def _step(objective: Any, given: dict[str, torch.Tensor]) -> None:
+def inputs_of(teacher: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """A batch of random latents for the objective, with these prompts and the empty one."""
+    pipe, draw = as_projector(teacher), torch.Generator().manual_seed(0)
+    texts = Texts(teacher, pipe, torch.device("cpu"), call_options(teacher).get("max_sequence_length"))
+    texts.size = SIZE["height"], SIZE["width"]
+    data = torch.randn(len(prompts), *LATENT, generator=draw)
+    rows = SIGNRows(data, LATENT, None, None)(rows_of_step(0, 0, 0, len(prompts)))
+    return {**rows, **texts.batch(prompts, guided=True)}
+
+
+def step(objective: Any, given: dict[str, torch.Tensor]) -> None:
+    """One forward and backward pass."""
     objective(**given).backward()
+
+
+def memory(base: Path, options: tuple[tuple[str, Any], ...], batch_size: int) -> dict[str, Any]:
+    """MB (10⁶ bytes) of the tensors after a training step, and by how much it raised the peak of the process.
+
+    Args:
+        base: folder of the teacher.
+        options: of `train_sign.py`.
+        batch_size: of the step.
+    """
+    teacher, device = load_teacher(base), torch.device("cpu")
+    given, before = inputs_of(teacher, held_out_prompts(batch_size, seed=0)), peak_memory(device)
+    objective = objective_of(teacher, dict(options), 2.0)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    step(objective, given)
+    optimizer.step()
+    # A LoRA's copies of the network share its tensors.
+    networks = {p.data_ptr(): p for p in objective.parameters()}.values()
+    states = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
+    tensors = {
+        "trained": trained,
+        "parameters": networks,
+        "gradients": [p.grad for p in trained if p.grad is not None],
+        "optimizer": states,
+    }
+    found = {name: sum(t.numel() * t.element_size() for t in of) / 1e6 for name, of in tensors.items()}
+    return {**found, "peak": (peak_memory(device) - before) * 2**30 / 1e6}
