@@ -47,7 +47,7 @@ class Settings:
     seeds: tuple[int, ...]
     solvers: tuple[str, ...] = ("Euler", "DPM++ 2M")
     shifts: tuple[float, ...] = (1.0, 3.0, 6.0)
-    calls: tuple[int, ...] = (4, 6, 8, 10, 20)
+    calls: tuple[int, ...] = (4, 6, 10)
     calibrated: tuple[int, ...] = (6, 10, 20)
 
 
@@ -82,7 +82,9 @@ def points(settings: Settings) -> dict[Point, int]:
                     if grid is not None:
                         found[Point(solver, shift, grid[0], "teleport", grid[1])] = calls
                 found |= _controls(shift, calls) if solver == "Euler" else {}
-            found |= {Point(solver, shift, steps, "auto"): 0 for steps in settings.calibrated}
+            for steps in settings.calibrated:
+                found[Point(solver, shift, steps)] = steps
+                found[Point(solver, shift, steps, "auto")] = 0
     return found
 
 

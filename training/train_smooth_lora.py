@@ -53,7 +53,7 @@ from diffusers_ext.training.data import (
     load_dataset,
     require_data,
 )
-from diffusers_ext.training.levels import add_flow_arguments
+from diffusers_ext.training.levels import add_flow_arguments, check_flow_arguments
 from diffusers_ext.training.loop import make_accelerator, train
 from diffusers_ext.training.lora import TARGETS, add_lora, lora_state, save_lora
 from diffusers_ext.training.models import load_frozen
@@ -141,13 +141,13 @@ def main() -> None:
     kind = stored_class(args)
     if kind is not None:  # else a class of another package
         check_class(kind)
-        check_arguments(args, flow_of_class(kind))
+        check_flow_arguments(args, flow_of_class(kind))
     data = load_dataset(args)
     set_train_steps(args, accelerator, len(data))
     pipe, stored = load_frozen(args, accelerator)
     check_pipeline(pipe)
     flow, guidance = flow_of_class(type(pipe)), guidance_of(pipe)
-    check_arguments(args, flow)
+    check_flow_arguments(args, flow)
     made_of = {"model": stored, "data": dataset_record(args, data)}
     if args.guidance_scale is None:
         args.guidance_scale = 7.5 if flow is None else 3.5 if guidance.embedded else 4.0
@@ -209,17 +209,6 @@ def make_objective(
     return SmoothLoraObjective(
         pipe.unet, scheduler, variation(scheduler.config.prediction_type), weight, args.snr_gamma
     )
-
-
-def check_arguments(args: argparse.Namespace, flow: Flow | None) -> None:
-    """Raises a ValueError if an argument has no meaning for the model."""
-    if flow is not None and args.snr_gamma is not None:
-        raise ValueError(
-            "--snr_gamma is for Stable Diffusion and SDXL, and the model is a flow: use --weighting_scheme."
-        )
-    for name in ("weighting_scheme", "max_sequence_length"):
-        if flow is None and getattr(args, name) is not None:
-            raise ValueError(f"--{name} is for flow-matching models, got Stable Diffusion or SDXL: omit it.")
 
 
 def settle_estimator(args: argparse.Namespace, accelerator: Accelerator) -> None:

@@ -65,7 +65,7 @@ def plan(
     ] = "drop",
     stages: Annotated[int, typer.Option(min=1, help="Number of stages to divide the cuts into.")] = 3,
     stock_only: Annotated[
-        bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the UNet.")
+        bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the network.")
     ] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with one prompt per line, for calibration.")
@@ -90,7 +90,7 @@ def plan(
     if preset is not None and (plot, prompts, height, width) != (None,) * 4:
         raise ValueError("--prompts, --plot, --height and --width need --target: a preset is not measured.")
     if preset is None and prompts is None:
-        raise ValueError("--target needs --prompts FILE: the UNet is measured while it samples for them.")
+        raise ValueError("--target needs --prompts FILE: the network is measured while it samples for them.")
     if preset is not None:
         found = _preset_plan(model, preset)
     else:
@@ -120,7 +120,9 @@ def plan(
 
 def search(
     model: Model,
-    target: Annotated[float, typer.Option(help="Share of the UNet's time that may remain: 0.6 saves 40%.")],
+    target: Annotated[
+        float, typer.Option(help="Share of the network's time that may remain: 0.6 saves 40%.")
+    ],
     output_dir: Annotated[Path, typer.Option(help="Folder of the search; an interrupted one continues.")],
     batch_size: Annotated[
         list[int],
@@ -147,9 +149,16 @@ def search(
     ] = 2,
     train_batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Learning rate, constant after a warmup.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="As --optimizer of the training scripts.")] = "adamw",
+    weighting_scheme: Annotated[
+        str | None, typer.Option(help="Of flow-matching models, as for the training scripts.")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Of flow-matching models: tokens of a caption.")
+    ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
     stock_only: Annotated[
-        bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the UNet.")
+        bool, typer.Option("--stock-only", help="Only cuts after which plain diffusers loads the network.")
     ] = False,
     num_inference_steps: Annotated[
         int, typer.Option(min=1, help="Steps of the sampling run that cuts are measured on.")
@@ -181,6 +190,9 @@ def search(
         max_train_samples=max_train_samples,
         train_batch_size=train_batch_size,
         learning_rate=learning_rate,
+        optimizer=optimizer,
+        weighting_scheme=weighting_scheme,
+        max_sequence_length=max_sequence_length,
         mixed_precision=mixed_precision,
         seed=seed,
     )

@@ -19,10 +19,12 @@ from ..core.images import save_grid
 from ..core.pipeline import call_pipeline
 from ..core.storage import whole_folder, write_json
 from ..training.captioned import CaptionedBatches
+from ..training.levels import check_flow_arguments
 from ..training.loop import make_accelerator, train
 from ..training.models import as_stored, freeze, frozen_dtype, load_frozen
 from ..training.recipes import Recipe, run_recipe
 from ..training.rows import on_device, rows_of_step
+from ..training.transformers import flow_of_class
 from . import training as asdm
 from .distill import DistillWeights
 from .flow_distill import IntervalObjective
@@ -38,10 +40,11 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[An
     Its UNet or transformer is in float32, for the students that start from it.
 
     Raises:
-        ValueError: see `check_teacher`.
+        ValueError: see `check_teacher` and `check_flow_arguments`.
     """
     pipe, stored = load_frozen(args, accelerator, trained=("unet", "transformer"))
     check_teacher(pipe)
+    check_flow_arguments(args, flow_of_class(type(pipe)))
     return pipe, stored
 
 

@@ -85,14 +85,10 @@ class Teaching:
         self, student: Any, plan: PruningPlan, stage: int, weights: DistillWeights | None = None
     ) -> nn.Module:
         """The loss of the student of a stage compared with the full network."""
-        blocks, gamma = teacher_blocks(plan, stage), getattr(self.args, "snr_gamma", None)
+        blocks = teacher_blocks(plan, stage)
         if self.flow is None:
+            gamma = getattr(self.args, "snr_gamma", None)
             return asdm.StageObjective(student, self.teacher, blocks, self.scheduler, weights, gamma)
-        if gamma is not None:
-            raise ValueError(
-                f"snr_gamma={gamma:g} is for the noise schedule of DDPM, and {type(self.pipe).__name__} is a flow: use"
-                " weighting_scheme."
-            )
         scheme = self.args.weighting_scheme or self.flow.weighting_scheme
         return FlowDistillObjective(student, self.teacher, self.flow, blocks, weights, scheme, self.guidance)
 

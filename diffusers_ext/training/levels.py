@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.schedules import first_order_scheduler, prediction_type
 from .arguments import positive_int
 from .rows import Rows
+from .transformers import Flow
 
 SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 # Of diffusers' training scripts: mean and standard deviation of logit_normal, and the scale of mode.
@@ -39,6 +40,22 @@ def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="of flow-matching models: tokens of a caption, as in the call of the pipeline; default: that of the pipeline",
     )
+
+
+def check_flow_arguments(args: argparse.Namespace, flow: Flow | None) -> None:
+    """Raises a ValueError if an argument has no meaning for the model.
+
+    Args:
+        args: with those of `add_flow_arguments`, and `snr_gamma` where there is one.
+        flow: the model's; None for Stable Diffusion and SDXL.
+    """
+    if flow is not None and getattr(args, "snr_gamma", None) is not None:
+        raise ValueError(
+            "--snr_gamma is for Stable Diffusion and SDXL, and the model is a flow: use --weighting_scheme."
+        )
+    for name in ("weighting_scheme", "max_sequence_length"):
+        if flow is None and getattr(args, name, None) is not None:
+            raise ValueError(f"--{name} is for flow-matching models, got Stable Diffusion or SDXL: omit it.")
 
 
 @dataclass(frozen=True)

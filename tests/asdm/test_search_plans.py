@@ -198,6 +198,10 @@ def test_a_search_is_not_mixed_with_another(searched: tuple[Path, str], base: Pa
         ({"num_validation_images": 12}, "There are 12 images, of which 12 are for validation"),
         ({"learning_rate": 0}, "expected a number above 0, got 0.0"),
         ({"mixed_precision": "fp8"}, "invalid choice: 'fp8'"),
+        ({"optimizer": "sgd"}, "--optimizer: invalid choice: 'sgd'"),
+        ({"weighting_scheme": "some"}, "--weighting_scheme: invalid choice: 'some'"),
+        ({"weighting_scheme": "none"}, "--weighting_scheme is for flow-matching models"),
+        ({"max_sequence_length": 4}, "--max_sequence_length is for flow-matching models"),
         ({"target": 0.01}, "No plan leaves 1.0% of the time for 8 and 1 rows"),
     ],
 )

@@ -19,7 +19,7 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.block_scores import block_costs, similarity
 from diffusers_ext.asdm.calibration import the_latents, with_rows
 from diffusers_ext.asdm.cost import Cost
-from diffusers_ext.asdm.networks import fingerprint, network_config, shape_of
+from diffusers_ext.asdm.networks import network_config, shape_of
 from diffusers_ext.asdm.prune import teacher_blocks
 from diffusers_ext.asdm.search import PruningProfile
 from diffusers_ext.asdm.sensitivity import Sensitivity, predict
@@ -383,9 +383,10 @@ def test_of_many_blocks_the_best_set_is_found_in_a_short_time() -> None:
 
 
 def test_random_plans_are_of_single_blocks() -> None:
-    found = [profile("contiguous").random_plan(0.6, seed=seed) for seed in range(3)]
-    assert len({plan.shape().identity() for plan in found}) > 1
-    assert len({fingerprint(plan.shape().config()) for plan in found}) == 1  # with as many blocks
+    found = [profile("contiguous").random_plan(0.6, seed=seed) for seed in range(8)]
+    # No plan of equal blocks is within 3 points of the target.
+    assert len({plan.shape().identity() for plan in found}) > 5
+    assert {len(plan.cuts) for plan in found} == {4}
     for plan in found:
         assert all("-" not in cut for cut in plan.cuts)
         assert plan.predictions[-1].cost.macs <= 0.6 * plan.predictions[0].cost.macs
