@@ -308,7 +308,6 @@ def _lora_on_time() -> Any:
         (lambda: projector("flux")("a", height=7, width=8), "both multiples of 2, got 7 and 8"),
         (lambda: sd3()("a", height=8), "got 8 and None"),
         (lambda: sd3().project(pictures()), "needs a prompt"),
-        (lambda: sd3().encode_prompt("a"), "use sign.stock_pipeline.encode_prompt"),
         (lambda: untrained_projector(tiny.build("ddpm")).stock_pipeline, "The projector has a UNet"),
         (lambda: dx.SIGNPipeline(**{**sd3().components, "transformer": None}, timestep=600), "got none"),
         (lambda: dx.SIGNPipeline(**sd3().components, timestep=600), "must be one of StableDiffusion3Pipeline, .*got teacher=None"),
