@@ -34,6 +34,8 @@ from .sign_text_runs import as_projector, load_sign, load_teacher
 COLOR, ITEM, REMOVED = "colour replaced", "garment replaced", "second garment removed"
 KINDS = (COLOR, ITEM, REMOVED)
 GUIDANCE = 2.0
+# Mean brightness. Scenes of two garments have more in their outer quarters, those of one garment almost none.
+EMPTY = 0.03
 BEFORE, SIGN, SDEDIT, INVERSION = "before", "SIGN", "SDEdit", "inversion"
 
 
@@ -68,13 +70,13 @@ def to_edit(data_dir: Path, kind: str, count: int) -> tuple[np.ndarray, list[str
 def words(judge: Any, images: np.ndarray, targets: Sequence[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(n,) whether the new word, and whether all words that were kept, are right.
 
-    Of a scene whose second garment was removed, the one that is left has to be in the middle: that is new, and nothing
-    else is kept.
+    Of a scene whose second garment was removed, it is new that the outer quarters are empty, and the garment that is left
+    has to be in the middle.
     """
     scenes = [fashion_scenes.parse_caption(text) for text in targets]
     if kind == REMOVED:
-        right = grade(judge, images, targets)["aligned"]
-        return right, right
+        outer = np.concatenate([images[:, :, : SIZE // 2], images[:, :, -SIZE // 2 :]], 2).max(3)
+        return outer.mean((1, 2)) < EMPTY, grade(judge, images, targets)["aligned"]
     left, other = (_alone(judge, images, place, [s[place] for s in scenes]) for place in (0, 1))
     new, own = ("color", "item") if kind == COLOR else ("item", "color")
     return left[new], left[own] & other["aligned"]

@@ -62,6 +62,7 @@ class Settings:
         drawn, draw_steps: how many images of the teacher, and in how many steps.
         rows: training images.
         rounds: of what is timed.
+        controls: which are trained, of `CONTROLS`.
     """
 
     images: int = 1000
@@ -77,9 +78,10 @@ class Settings:
     batch_size: int = 16
     rows: int = 2000
     rounds: int = 7
+    controls: tuple[str, ...] = tuple(CONTROLS)
 
 
-QUICK = Settings(4, 51, (1, 2), (2,), (2.0,), (), 2.0, 0.0, 4, 2, 2, 8, 1)
+QUICK = Settings(4, 51, (1, 2), (2,), (2.0,), (), 2.0, 0.0, 4, 2, 2, 8, 1, (OURS, SFT, LORA))
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def rows_of(s: Settings, base: Base) -> dict[str, tuple[Cell, int]]:
 
 def controls(bench: Bench, s: Settings, base: Base) -> tuple[dict[str, Any], Arrays, dict[str, int]]:
     """Trains the controls, the LoRA of the UNet only: their folders, the seconds of a step, and their steps."""
-    names = [name for name in CONTROLS if name != LORA or base.name == "fashion-scenes"]
+    names = [name for name in s.controls if name != LORA or base.name == "fashion-scenes"]
     timed = tuple((name, tuple(CONTROLS[name].items())) for name in names if name != LORA)
     cost = Cell(
         step_seconds, (base.folder, s.guidance, timed, s.batch_size, s.rounds), base.reads, alone=True
@@ -240,7 +242,7 @@ def of_shown(measure: Measure) -> Measure:
 def variance(statistics: Statistics, one: Shown, scenes: Samples) -> Estimate:
     """Mean squared distance of the grader's features of two images of a prompt, over that of real images."""
     first, second, group = pairs_of(one.samples.prompts)
-    if not len(group):
+    if len(np.unique(group)) < 2:
         return Estimate(float("nan"), float("nan"), float("nan"))
 
     def apart(samples: Samples) -> np.ndarray:
