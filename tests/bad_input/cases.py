@@ -159,6 +159,9 @@ SECTIONS: dict[str, list[str]] = {
         'dx.SIGNPipeline(**flow_projector.components, teacher="StableDiffusion3Pipeline", timestep=1000)',
         'flow_projector("a red bag", height=8)',
         'flow_projector.encode_prompt("a red bag")',
+        "dx.SIGNPipeline(ddpm.unet, ddpm.scheduler, source=dx.PromptSource((3, 8, 8), 1, 4, 1, 0.1), timestep=440)",
+        "dx.PromptSource((3, 8, 8), 1, 4, 1, 0.1).means(torch.zeros(2, 5))",
+        "dx.load_sign_lora(pipe, folder)",
     ],
     "A-SDM": [
         'dx.preset_plan("tiny", pipe.unet)',
