@@ -81,7 +81,7 @@ class Settings:
     controls: tuple[str, ...] = tuple(CONTROLS)
 
 
-QUICK = Settings(4, 51, (1, 2), (2,), (2.0,), (), 2.0, 0.0, 4, 2, 2, 8, 1, (OURS, SFT, LORA))
+QUICK = Settings(4, 51, (1, 2), (2,), (2.0,), (), 2.0, 0.0, 4, 2, 2, 8, 2, (OURS, SFT, LORA))
 
 
 @dataclass(frozen=True)
