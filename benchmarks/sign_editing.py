@@ -89,7 +89,7 @@ def main(bench: Bench) -> None:
 
 def page(bench: Bench, s: Settings, base: Base, name: str) -> None:
     """The page of one teacher."""
-    statistics, strips = bench.statistics("scenes"), {}
+    statistics, strips, repaired = bench.statistics("scenes"), {}, {}
     parts = [
         f"{s.scenes} real test scenes a row, the same noise in every row. SDEdit and inversion use the teacher at guidance"
         f" {GUIDANCE:g}, of which a step evaluates two rows; an inversion has one more for each step. Strength is the noise as"
@@ -109,10 +109,11 @@ def page(bench: Bench, s: Settings, base: Base, name: str) -> None:
         ]
         parts += [table(found, chosen, [psnr(statistics), *quality(statistics)])]
         shown = [how for how in chosen if how[0] in (BEFORE, SIGN)]
-        strips |= {f"{corruption}: {title(how)}": found[how].pictures[:SHOWN] for how in shown}
+        repaired |= {f"{corruption}: {title(how)}": found[how].pictures[:SHOWN] for how in shown}
     bench.write(f"{name}.md", *parts, *fixed_points(bench, s, base))
     captions = to_edit(bench.data_dir, KINDS[0], s.scenes)[2][:SHOWN]
-    draw(bench.path(f"{name}.png"), strips, captions=captions, small=True)
+    # The captions are those of the edits, which are last.
+    draw(bench.path(f"{name}.png"), repaired | strips, captions=captions, small=True)
 
 
 def samples_of(
@@ -136,7 +137,7 @@ def best(found: Mapping[How, Samples], score: Any) -> list[How]:
 def title(how: How) -> str:
     """Of a row of images."""
     method, steps, strength = how
-    return method if method == BEFORE else f"{method}, {steps} steps, strength {strength:g}"
+    return method if method == BEFORE else f"{method}, {steps} step{'s' * (steps > 1)}, strength {strength:g}"
 
 
 def table(found: Mapping[How, Samples], chosen: Sequence[How], measures: list[Measure]) -> str:

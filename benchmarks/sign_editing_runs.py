@@ -25,11 +25,11 @@ from diffusers_ext.testbed.base_training import reconstruct
 from diffusers_ext.testbed.fashion_scenes import COLORS, ITEMS, SIZE, Garment
 from diffusers_ext.testbed.grader import grade
 
-from . import smooth_lora
 from .flow_runs import call_options
 from .framework.samples import JUDGES, SHOWN, graded
 from .sign_runs import corrupt
-from .sign_text_runs import as_projector, load_sign, load_teacher
+from .sign_text_runs import DDIM, EULER, as_projector, load_sign, load_teacher
+from .sign_text_runs import SIZE as SCENE
 
 COLOR, ITEM, REMOVED = "colour replaced", "garment replaced", "second garment removed"
 KINDS = (COLOR, ITEM, REMOVED)
@@ -179,10 +179,10 @@ def inverted(
     base: Path, pictures: Tensor, prompts: list[str], targets: list[str], steps: int, strength: float
 ) -> np.ndarray:
     """DDIM inversion with the own prompt, then the target's; of a flow by Euler steps."""
-    pipe = smooth_lora.load(None, base)
-    more = {**call_options(pipe), "num_inference_steps": steps}
-    noise = dx.ddim_invert(pipe, dx.encode_images(pipe, pictures), prompts, **more)
-    options: dict[str, Any] = {**smooth_lora.options_of(pipe, GUIDANCE, steps), "output_type": "np"}
+    pipe = load_teacher(base, EULER if (base / "transformer").is_dir() else DDIM)
+    call = {**call_options(pipe), "num_inference_steps": steps}
+    noise = dx.ddim_invert(pipe, dx.encode_images(pipe, pictures), prompts, **call)
+    options: dict[str, Any] = {**call, **SCENE, "guidance_scale": GUIDANCE, "output_type": "np"}
     return dx.edit(pipe, prompts, targets, latents=noise, strength=strength, **options).images
 
 

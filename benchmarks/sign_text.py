@@ -35,7 +35,7 @@ from .sign_text_runs import (
 )
 
 WRITES = ("sign_text.md", "sign_text.png", "sign_text_flow.md", "sign_text_flow.png")
-SHOWN = 10
+SHOWN = 8
 OURS, LORA, SFT = "SIGN", "SIGN, LoRA of rank 16", "SFT: denoising of the teacher's images"
 _NO = dict.fromkeys(("rec_weight", "idem_weight", "reg_weight", "flow_weight"), 0)
 # Options of `train_sign.py` by name. Those but SIGN have the learning rate of their recipe, 1e-3.
@@ -300,7 +300,7 @@ def memory_table(bench: Bench, s: Settings, base: Base) -> str:
 
 
 def picture(bench: Bench, name: str, s: Settings, shown: Mapping[str, Shown], statistics: Statistics) -> None:
-    """Images of all rows, and accuracy and distance against the rows of the denoiser for an image."""
+    """Images of most rows, and accuracy and distance against the rows of the denoiser for an image."""
     kinds: dict[str, list[Shown]] = {}
     for label, one in shown.items():
         if one.rows and not label.startswith(("trained: ", "SIGN's source")):
@@ -314,6 +314,11 @@ def picture(bench: Bench, name: str, s: Settings, shown: Mapping[str, Shown], st
             for kind, of in kinds.items()
         }
         panels.append(Panel("", "denoiser rows an image", title, series, {"xscale": "log"}))
-    strips = {label: one.samples.pictures[:SHOWN] for label, one in shown.items()}
+    guided = f"guidance {s.guidance:g}"
+    strips = {
+        label: one.samples.pictures[:SHOWN]
+        for label, one in shown.items()
+        if label.endswith(guided) or "guidance" not in label
+    }
     captions = held_out_prompts(s.images, s.seed)[:SHOWN]
     draw(bench.path(name), strips, panels, captions=captions, small=True)

@@ -177,7 +177,9 @@ def seconds(
     own, pipe = load_sign(sign, base), load_teacher(base)
     common: dict[str, Any] = {**SIZE, "output_type": "np"}
     work = {
-        f"SIGN, {n} steps": partial(call_pipeline, own, prompts, num_inference_steps=n, **common)
+        f"SIGN, {n} step{'s' * (n > 1)}": partial(
+            call_pipeline, own, prompts, num_inference_steps=n, **common
+        )
         for n in steps
     }
     for n, guidance in teacher:
