@@ -44,8 +44,10 @@ from .projector import Projector, check_teacher
 from .source import MixtureSource, PromptSource
 
 Generators = torch.Generator | list[torch.Generator] | None
-# The values that `encode_prompt` returns for a flow, by the names of its conditions.
+# The names of the conditions that `encode_prompt` returns, of a flow.
 FLOW_CONDITIONS = ("prompt_embeds", "prompt_mask", "pooled_prompt_embeds")
+# Of a UNet; with the empty prompt's, which are None where a projector is called.
+UNET_CONDITIONS = ("encoder_hidden_states", "", "text_embeds", "")
 
 
 class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
@@ -424,12 +426,9 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         if not texts or count % len(texts):
             raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
         encoded = self.encode_prompt(texts, num_images_per_prompt=count // len(texts))
-        if self.flow is not None:
-            given = {name: value for name, value in zip(FLOW_CONDITIONS, encoded) if value is not None}
-            found = without_padding(given)
-        else:
-            found = {"encoder_hidden_states": encoded[0]}
-            found |= {"text_embeds": encoded[2]} if takes_sizes(self.unet) else {}
+        names = FLOW_CONDITIONS if self.flow is not None else UNET_CONDITIONS
+        found = {name: value for name, value in zip(names, encoded) if value is not None}
+        found = found if self.flow is None else without_padding(found)
         dtype = self.network.dtype
         found = {name: v.to(dtype) if v.is_floating_point() else v for name, v in found.items()}
         if self.flow is not None:

@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parents[2] / "pipelines" / "sign"
 def projector(name: str) -> Any:
     """Of a family or of a tiny pipeline; no test may change it."""
     base = tiny.build(name) if name in ("sd", "sdxl") else families.build(name)
-    more = {} if name in ("sd", "sdxl") else {"max_sequence_length": 16}
+    more: dict[str, Any] = {} if name in ("sd", "sdxl") else {"max_sequence_length": 16}
     sign = untrained_projector(base, **more)
     sign.set_progress_bar_config(disable=True)
     return sign
