@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import diffusers_ext as dx
 from diffusers_ext.core.schedules import levels_at
 from diffusers_ext.metrics.comparison import markdown_table
+from diffusers_ext.sign.figures import projector_figures
 from diffusers_ext.sign.projector import Projector, denoise, falling_timesteps, nearest_timestep
-from diffusers_ext.sign.training import projector_figures
 from diffusers_ext.testbed import fashion_scenes
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import run_garments
@@ -101,6 +101,7 @@ QUICK = Settings(
 def training(name: str, data_dir: Path, s: Settings) -> Training:
     """A projector with other losses. All share the pairs."""
     options: dict[str, Any] = {
+        "recipe": "regression",
         "num_pairs": s.pairs,
         "num_inference_steps": 8,
         "train_batch_size": s.batch_size,
