@@ -17,6 +17,7 @@ from ..core.features import features_of
 from ..core.prompts import PromptEmbeds, encode_prompts
 from ..training.captioned import time_ids
 from ..training.transformers import encode_captions, flow_of_class, without_padding
+from .flows import conditions_of
 from .source import PromptSource
 
 # Of embeddings that are kept in memory; more texts are encoded again.
@@ -61,6 +62,37 @@ def with_sizes(unet: Any, conditions: dict[str, Tensor], height: int, width: int
         return conditions
     corners = conditions["text_embeds"].new_zeros(len(conditions["text_embeds"]), 2)
     return {**conditions, "time_ids": time_ids(height, width, corners)}
+
+
+def conditions_for(
+    pipe: Any, prompt: str | Sequence[str] | None, count: int, height: int, width: int
+) -> dict[str, Tensor]:
+    """The conditions of `count` images of a `SIGNPipeline`, in the data type of its network.
+
+    Args:
+        pipe: the pipeline.
+        prompt: one prompt for all images, or several, each for as many consecutive images; None without prompts.
+        count: number of images.
+        height, width: of the images in pixels, for SDXL.
+
+    Raises:
+        ValueError: a prompt is missing or not supported, or the numbers do not match.
+    """
+    if pipe.text_encoder is None:
+        if prompt is not None:
+            raise ValueError("This projector has no text encoder, so it takes no prompt.")
+        return {}
+    if prompt is None:
+        raise ValueError('This projector needs a prompt: give one, or "" for none.')
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not texts or count % len(texts):
+        raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
+    repeats, dtype = count // len(texts), pipe.network.dtype
+    if pipe.flow is not None:
+        return conditions_of(pipe.stock_pipeline, texts, repeats, dtype, pipe.config["max_sequence_length"])
+    found = encode_texts(sdxl_of(pipe) if takes_sizes(pipe.unet) else pipe, texts)
+    found = {name: v.repeat_interleave(repeats, 0).to(dtype) for name, v in found.items()}
+    return with_sizes(pipe.unet, found, height, width)
 
 
 def start_means(pipe: Any, conditions: dict[str, Tensor]) -> Tensor | None:

@@ -35,11 +35,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.checks import check_counts
 from ..core.classes import FromPipeMixin
-from ..core.images import encode_images
 from ..training.transformers import FLOWS, Flow
-from .conditions import encode_texts, sdxl_of, start_means, takes_sizes, with_sizes
-from .flows import TEXTS, FlowProjector, conditions_of, stock_pipeline
-from .inputs import check_output_type, check_strength, edit_mask, latent_size, step_levels
+from .conditions import conditions_for, start_means, takes_sizes
+from .flows import TEXTS, FlowProjector, stock_pipeline
+from .inputs import check_output_type, check_strength, edit_mask, encode_data, latent_size, step_levels
 from .projector import Projector, check_teacher
 from .source import MixtureSource, PromptSource
 
@@ -402,23 +401,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
     def _conditions(self, prompt: str | Sequence[str] | None, count: int) -> dict[str, Tensor]:
         """The prompt arguments for `count` images; the images of one prompt are consecutive."""
-        if self.text_encoder is None:
-            if prompt is not None:
-                raise ValueError("This projector has no text encoder, so it takes no prompt.")
-            return {}
-        if prompt is None:
-            raise ValueError('This projector needs a prompt: give one, or "" for none.')
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts or count % len(texts):
-            raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
-        if self.flow is not None:
-            length, dtype = self.config["max_sequence_length"], self.transformer.dtype
-            return conditions_of(self.stock_pipeline, texts, count // len(texts), dtype, length)
-        found = encode_texts(sdxl_of(self) if takes_sizes(self.unet) else self, texts)
-        found = {name: v.repeat_interleave(count // len(texts), 0) for name, v in found.items()}
-        found = {name: v.to(self.unet.dtype) for name, v in found.items()}
-        height, width = (n * self.vae_scale_factor for n in latent_size(self))
-        return with_sizes(self.unet, found, height, width)
+        height, width = (0, 0) if self.flow else (n * self.vae_scale_factor for n in latent_size(self))
+        return conditions_for(self, prompt, count, height, width)
 
     def _mean(self, conditions: dict[str, Tensor], like: Tensor) -> Tensor:
         """What is known of an image of these prompts before any of it is seen."""
@@ -440,18 +424,6 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def encode_data(pipe: Any, image: Any) -> Tensor:
-    """(n, C, H, W) in the space of the network of a `SIGNPipeline`, in the data type of its autoencoder.
-
-    Raises:
-        ValueError: see `encode_images`, or images of another size than that of the projector.
-    """
-    # The class of a flow's pipeline tells which statistics of the autoencoder are used.
-    x = encode_images(pipe.stock_pipeline if pipe.flow else pipe, image)
-    latent_size(pipe, *(n * pipe.vae_scale_factor for n in x.shape[2:]))
-    return x
 
 
 def describe(pipe: Any) -> str | None:
