@@ -35,8 +35,8 @@ from diffusers_ext.sign.arguments import add_sign_arguments, parse, scores_of, w
 from diffusers_ext.sign.conditions import Texts, start_means
 from diffusers_ext.sign.figures import projector_figures
 from diffusers_ext.sign.flows import hold_in_weights, holds_in_weights
+from diffusers_ext.sign.inputs import encode_data
 from diffusers_ext.sign.lora import lora_copy, save_sign_lora
-from diffusers_ext.sign.pipelines import encode_data
 from diffusers_ext.sign.source import PromptSource
 from diffusers_ext.sign.teacher import (
     collect_pairs,

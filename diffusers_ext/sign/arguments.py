@@ -16,7 +16,7 @@ from ..training.arguments import (
 )
 from .objective import LossWeights
 from .projector import SIGMA
-from .training import MATCHINGS, Scores
+from .scores import MATCHINGS, Scores
 
 # What a recipe sets, also of the shared arguments. An argument that is given wins.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "adam_weight_decay": 0.0,
         "lr_warmup_steps": 0,
         "matching": "dmd",
+        "renoised_share": Scores.renoised_share,
         **{f"{name}_weight": value for name, value in asdict(LossWeights()).items()},
     },
     "regression": {
@@ -36,6 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "adam_weight_decay": 1e-2,
         "lr_warmup_steps": 200,
         "matching": "dmd_l1",
+        "renoised_share": 0.0,
         **{f"{name}_weight": value for name, value in asdict(LossWeights(1, 0.5, 0, 0.5, 1)).items()},
     },
 }
@@ -152,7 +154,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not args.dmd_weight:
-        given = [name for name, off in _OFF.items() if getattr(args, name) != off]
+        given = [n for n, off in _OFF.items() if getattr(args, n) not in (off, parser.get_default(n))]
         given += ["matching sid"] if args.matching == "sid" else []
         if given:
             parser.error(

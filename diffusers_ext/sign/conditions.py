@@ -21,6 +21,10 @@ from .source import PromptSource
 
 # Of embeddings that are kept in memory; more texts are encoded again.
 MOST_KEPT = 2**28
+# The names of the conditions that `SIGNPipeline.encode_prompt` returns, of a flow.
+FLOW_CONDITIONS = ("prompt_embeds", "prompt_mask", "pooled_prompt_embeds")
+# Of a UNet; with the empty prompt's, which are None where a projector is called.
+UNET_CONDITIONS = ("encoder_hidden_states", "", "text_embeds", "")
 
 
 def takes_sizes(unet: Any) -> bool:
@@ -61,6 +65,39 @@ def with_sizes(unet: Any, conditions: dict[str, Tensor], height: int, width: int
         return conditions
     corners = conditions["text_embeds"].new_zeros(len(conditions["text_embeds"]), 2)
     return {**conditions, "time_ids": time_ids(height, width, corners)}
+
+
+def conditions_for(
+    pipe: Any, prompt: str | Sequence[str] | None, count: int, height: int, width: int
+) -> dict[str, Tensor]:
+    """The conditions of `count` images of a `SIGNPipeline`, in the data type of its network.
+
+    Args:
+        pipe: the pipeline.
+        prompt: one prompt for all images, or several, each for as many consecutive images; None without prompts.
+        count: number of images.
+        height, width: of the images in pixels, for SDXL.
+
+    Raises:
+        ValueError: a prompt is missing or not supported, or the numbers do not match.
+    """
+    if pipe.text_encoder is None:
+        if prompt is not None:
+            raise ValueError("This projector has no text encoder, so it takes no prompt.")
+        return {}
+    if prompt is None:
+        raise ValueError('This projector needs a prompt: give one, or "" for none.')
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not texts or count % len(texts):
+        raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
+    # By the pipeline's own method, which others may replace for a call.
+    encoded = pipe.encode_prompt(texts, num_images_per_prompt=count // len(texts))
+    names = UNET_CONDITIONS if pipe.flow is None else FLOW_CONDITIONS
+    found = {name: value for name, value in zip(names, encoded) if value is not None}
+    found = found if pipe.flow is None else without_padding(found)
+    dtype = pipe.network.dtype
+    found = {name: v.to(dtype) if v.is_floating_point() else v for name, v in found.items()}
+    return found if pipe.flow else with_sizes(pipe.unet, found, height, width)
 
 
 def start_means(pipe: Any, conditions: dict[str, Tensor]) -> Tensor | None:

@@ -35,19 +35,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.checks import check_counts
 from ..core.classes import FromPipeMixin
-from ..core.images import encode_images
-from ..training.transformers import FLOWS, Flow, without_padding
-from .conditions import encode_texts, sdxl_of, start_means, takes_sizes, with_sizes
+from ..training.transformers import FLOWS, Flow
+from .conditions import FLOW_CONDITIONS, conditions_for, encode_texts, sdxl_of, start_means, takes_sizes
 from .flows import TEXTS, FlowProjector, stock_pipeline
-from .inputs import check_output_type, check_strength, edit_mask, latent_size, step_levels
+from .inputs import check_output_type, check_strength, edit_mask, encode_data, latent_size, step_levels
 from .projector import Projector, check_teacher
 from .source import MixtureSource, PromptSource
 
 Generators = torch.Generator | list[torch.Generator] | None
-# The names of the conditions that `encode_prompt` returns, of a flow.
-FLOW_CONDITIONS = ("prompt_embeds", "prompt_mask", "pooled_prompt_embeds")
-# Of a UNet; with the empty prompt's, which are None where a projector is called.
-UNET_CONDITIONS = ("encoder_hidden_states", "", "text_embeds", "")
 
 
 class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
@@ -416,25 +411,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
     def _conditions(self, prompt: str | Sequence[str] | None, count: int) -> dict[str, Tensor]:
         """The prompt arguments for `count` images; the images of one prompt are consecutive."""
-        if self.text_encoder is None:
-            if prompt is not None:
-                raise ValueError("This projector has no text encoder, so it takes no prompt.")
-            return {}
-        if prompt is None:
-            raise ValueError('This projector needs a prompt: give one, or "" for none.')
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts or count % len(texts):
-            raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
-        encoded = self.encode_prompt(texts, num_images_per_prompt=count // len(texts))
-        names = FLOW_CONDITIONS if self.flow is not None else UNET_CONDITIONS
-        found = {name: value for name, value in zip(names, encoded) if value is not None}
-        found = found if self.flow is None else without_padding(found)
-        dtype = self.network.dtype
-        found = {name: v.to(dtype) if v.is_floating_point() else v for name, v in found.items()}
-        if self.flow is not None:
-            return found
-        height, width = (n * self.vae_scale_factor for n in latent_size(self))
-        return with_sizes(self.unet, found, height, width)
+        height, width = (0, 0) if self.flow else (n * self.vae_scale_factor for n in latent_size(self))
+        return conditions_for(self, prompt, count, height, width)
 
     def _clip(self, texts: list[str], device: torch.device | None, repeats: int) -> Tensor:
         """The last hidden state of the text encoder of Stable Diffusion, `repeats` rows for each text."""
@@ -471,18 +449,6 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def encode_data(pipe: Any, image: Any) -> Tensor:
-    """(n, C, H, W) in the space of the network of a `SIGNPipeline`, in the data type of its autoencoder.
-
-    Raises:
-        ValueError: see `encode_images`, or images of another size than that of the projector.
-    """
-    # The class of a flow's pipeline tells which statistics of the autoencoder are used.
-    x = encode_images(pipe.stock_pipeline if pipe.flow else pipe, image)
-    latent_size(pipe, *(n * pipe.vae_scale_factor for n in x.shape[2:]))
-    return x
 
 
 def describe(pipe: Any) -> str | None:

@@ -31,9 +31,9 @@ from ..training.start import lock_folder
 from ..training.transformers import FLOWS, flow_of_class
 from .conditions import Texts, start_means, takes_sizes
 from .flows import check_flow_teacher, flow_parts, hold_in_weights, holds_in_weights
-from .inputs import latent_size
+from .inputs import encode_data, latent_size
 from .pairs import teacher_pairs
-from .pipelines import SIGNPipeline, encode_data
+from .pipelines import SIGNPipeline
 from .projector import SIGMA, check_teacher, nearest_timestep
 from .source import MixtureSource, PromptSource, Source
 

@@ -14,8 +14,9 @@ from diffusers_ext.sign.flows import hold_in_weights, holds_in_weights
 from diffusers_ext.sign.lora import lora_copy
 from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import euler_flow
+from diffusers_ext.sign.scores import Scores
 from diffusers_ext.sign.teacher import untrained_projector
-from diffusers_ext.sign.training import Scores, SIGNObjective
+from diffusers_ext.sign.training import SIGNObjective
 from tests import families, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")

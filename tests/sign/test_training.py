@@ -13,8 +13,9 @@ from diffusers_ext.sign.figures import projector_figures
 from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import teacher_flow, teacher_pairs
 from diffusers_ext.sign.projector import Projector, nearest_timestep
+from diffusers_ext.sign.scores import RENOISED_LEVEL, Scores
 from diffusers_ext.sign.source import MixtureSource
-from diffusers_ext.sign.training import RENOISED_LEVEL, Scores, SIGNObjective
+from diffusers_ext.sign.training import SIGNObjective
 from diffusers_ext.training.encodings import SHARD
 from tests import tiny
 from tests.sign.test_projector import GaussianUNet
@@ -35,7 +36,8 @@ def batch(rows: int = 4, step: int = 0) -> dict[str, Any]:
 def objective(weights: LossWeights = ALL, warmup_steps: int = 0, **scores: Any) -> SIGNObjective:
     pipe = tiny.build("ddpm")
     projector = Projector(pipe.unet, pipe.scheduler, nearest_timestep(pipe.scheduler))
-    return SIGNObjective(projector, copy.deepcopy(pipe.unet), weights, Scores(**scores), warmup_steps)
+    settings = Scores(**{"renoised_share": 0.0, **scores})
+    return SIGNObjective(projector, copy.deepcopy(pipe.unet), weights, settings, warmup_steps)
 
 
 def moved(model: SIGNObjective, step: int) -> set[str]:

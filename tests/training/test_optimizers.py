@@ -235,6 +235,27 @@ def test_the_schedule_reaches_both_optimizers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["muon", "drop_muon"])
+def test_muon_has_one_learning_rate(name: str, tmp_path: Any) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleList([network(), network()])
+
+        def networks(self) -> list[torch.nn.Module]:
+            return list(self.parts)
+
+        def rate_factors(self) -> list[float]:
+            return [1.0, 10.0]
+
+    parser = add_training_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--output_dir", str(tmp_path), "--optimizer", name])
+    with pytest.raises(
+        ValueError, match="has one learning rate for all networks, and Two has the factors 1, 10"
+    ):
+        make_optimizer(args, Two(), 1e-3)
+
+
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "qwen", "ddpm"])
 def test_hidden_matrices_of_denoisers(name: str) -> None:
     denoiser = families.denoisers(families.build(name), name)[0]
