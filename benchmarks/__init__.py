@@ -16,6 +16,8 @@ NAMES = (
     "smooth_lora_flow",
     "smooth_lora_cost",
     "sign",
+    "sign_text",
+    "sign_editing",
     "asdm",
     "asdm_flow",
     "gri_error",

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 import diffusers_ext as dx
 from diffusers_ext.core.prompts import encode_prompts
 from diffusers_ext.core.schedules import levels_at, noising_scheduler
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss, double_differentiable
 from diffusers_ext.testbed import base_models, fashion_scenes
 from diffusers_ext.testbed.embedded import card_dir
 from diffusers_ext.testbed.runs import run_garments
+from diffusers_ext.training.lora import add_lora
 from diffusers_ext.training.optimizers import (
     Muon,
     dropped_in_step,

@@ -13,8 +13,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from diffusers_ext.metrics.comparison import Estimate, markdown_table
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
+from diffusers_ext.training.lora import add_lora
 
 from .framework.bench import Bench
 from .framework.cells import Cell

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffusers_ext.metrics.comparison import markdown_table
+from diffusers_ext.training.lora import TARGETS, add_lora
+from diffusers_ext.training.transformers import FLOWS
 
 from .framework.bench import Bench
 
-WRITES = ("training_memory.md",)
+WRITES = ("training_memory.md", "sign_memory.md")
 
 _BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
@@ -36,6 +38,29 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SD35_MEDIUM: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX: dict[str, Any] = {"guidance_embeds": True}
+# Of the table of SIGN: {name: class, config, layers that get a LoRA}.
+DISTILLED: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
+    "SD 1.5": (UNet2DConditionModel, SD15, TARGETS),
+    "SDXL": (UNet2DConditionModel, SDXL, TARGETS),
+    "SD 3.5 Medium": (SD3Transformer2DModel, SD35_MEDIUM, FLOWS["StableDiffusion3Pipeline"].targets),
+    "Flux.1": (FluxTransformer2DModel, FLUX, FLOWS["FluxPipeline"].targets),
+}
+RANK = 16
 TINY: dict[str, Any] = {
     "block_out_channels": (64, 64, 64, 64),
     "cross_attention_dim": 64,
@@ -52,17 +77,18 @@ class Case:
             `--use_ema` are in float32.
         frozen: number of parameters of frozen copies of networks.
         dtype: data type of the frozen ones.
-        ema: whether there are averages.
+        averaged: number of parameters with averages; None for all that are trained.
     """
 
     trained: int
     frozen: int = 0
     dtype: torch.dtype = torch.float32
-    ema: bool = True
+    averaged: int | None = None
 
     def bytes(self, processes: int = 1) -> int:
         """Bytes in one process, if the tensors are divided among `processes` (1: `--multi_gpu`)."""
-        total = self.trained * 4 * (4 + self.ema) + self.frozen * _BYTES[self.dtype]
+        averaged = self.trained if self.averaged is None else self.averaged
+        total = 4 * (4 * self.trained + averaged) + self.frozen * _BYTES[self.dtype]
         return -(-total // processes)
 
 
@@ -70,6 +96,14 @@ def parameters(network: type[nn.Module], **config: Any) -> int:
     """The number of parameters of a network, which is made without memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in network(**config).parameters())
+
+
+def lora_parameters(network: type[nn.Module], targets: tuple[str, ...], **config: Any) -> int:
+    """The number of parameters of a LoRA of rank `RANK`."""
+    with torch.device("meta"):
+        model = network(**config)
+        add_lora(model, RANK, targets=targets)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def measured(frozen: torch.dtype) -> tuple[int, int]:
@@ -103,21 +137,31 @@ def table() -> str:
             (f"Smooth-LoRA, {name}", Case(0, count), Case(0, count, half)),
             (f"A-SDM without cuts, {name}", Case(count, count), Case(count, count, half)),
         ]
-        if name == "SD 1.5":  # the projector and the fake score are trained
-            rows.append((f"SIGN, {name}", Case(2 * count, count), Case(2 * count, count, half)))
-    flux = parameters(FluxTransformer2DModel, guidance_embeds=True)
+    flux = parameters(FluxTransformer2DModel, **FLUX)
     rows.append(("*full training, Flux*", Case(flux), Case(flux)))
     lines = []
     for name, full, half_frozen in rows:
-        # Not tested in shards.
-        shards = () if name.startswith("SIGN") else (half_frozen.bytes(4), half_frozen.bytes(8))
-        figures = [f"{value / 1e9:.1f}" for value in (full.bytes(), half_frozen.bytes(), *shards)]
-        lines.append([name, *figures, *["–"] * (4 - len(figures))])
+        found = (full.bytes(), half_frozen.bytes(), half_frozen.bytes(4), half_frozen.bytes(8))
+        lines.append([name, *(f"{value / 1e9:.1f}" for value in found)])
     return markdown_table(["Run", "float32", "`bf16`", "`bf16`, 4 shards", "`bf16`, 8 shards"], lines)
 
 
+def sign_table() -> str:
+    """The table of docs/methods/sign.md, in GB: f and the fake score are trained, and f has averages."""
+    lines = []
+    for name, (network, config, targets) in DISTILLED.items():
+        count, lora = parameters(network, **config), lora_parameters(network, targets, **config)
+        half = torch.bfloat16
+        runs = [Case(2 * count, count, averaged=count), Case(2 * count, count, half, count)]
+        runs += [Case(2 * lora, count, averaged=lora), Case(2 * lora, count, half, lora)]
+        lines.append([name, f"{count / 1e9:.2f}", *(f"{run.bytes() / 1e9:.1f}" for run in runs)])
+    header = ["", "parameters, 10⁹", "all weights, float32", "all weights, `bf16`"]
+    return markdown_table([*header, f"LoRA of rank {RANK}, float32", f"LoRA of rank {RANK}, `bf16`"], lines)
+
+
 def main(bench: Bench) -> None:
-    """Writes training_memory.md, and prints how the count agrees with a small model."""
+    """Writes the tables, and prints how the count agrees with a small model."""
     bench.write("training_memory.md", table())
+    bench.write("sign_memory.md", sign_table())
     for dtype in _BYTES:
         print(dtype, "counted {:,}, computed {:,}".format(*measured(dtype)))

@@ -84,6 +84,7 @@ def commands(args: Settings, root: Path, before: bool, images: Path, output: Pat
     cards = ROOT / "model_cards"
     scenes = ["--pretrained_model_name_or_path", str(cards / "fashion-scenes"), "--resolution", "32"]
     one_stage = ["--plan", str(cards / "asdm-fashion-scenes" / "plan.json"), "--one_shot"]
+    white = ["--source_components", "0"] if before else ["--recipe", "regression", "--source", "white"]
     trainers = {
         "Smooth-LoRA": (
             "train_smooth_lora",
@@ -94,7 +95,7 @@ def commands(args: Settings, root: Path, before: bool, images: Path, output: Pat
             "train_sign",
             [
                 *("--pretrained_model_name_or_path", str(cards / "fashion-ddpm"), "--resolution", "32"),
-                *("--reg_weight", "0", "--source_components", "0", "--max_train_samples", "64"),
+                *(*white, "--reg_weight", "0", "--max_train_samples", "64"),
                 *("--max_train_steps", str(args.steps)),
             ],
         ),

@@ -3,10 +3,12 @@
     accelerate launch training/train_sign.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir FOLDER --resolution 64 --use_ema --output_dir runs/sign
 
-MODEL is a DDPM pipeline, or a Stable Diffusion pipeline with --guidance_scale. FOLDER is an image folder,
+MODEL is a DDPM pipeline, or a text-to-image pipeline of Stable Diffusion, SDXL, Stable Diffusion 3, Flux.1, Flux.2,
+Qwen-Image, Z-Image, Sana or Lumina 2, with --guidance_scale. FOLDER is an image folder,
 with captions in metadata.jsonl if MODEL has prompts. --dataset_name selects a data set on the Hub, or
-`fashion-mnist` or `fashion-scenes`, which need the files of Fashion-MNIST in --train_data_dir. The teacher
-first generates --num_pairs images, which are stored in --pairs_dir. The projector and its model card are
+`fashion-mnist` or `fashion-scenes`, which need the files of Fashion-MNIST in --train_data_dir. By default the projector
+learns from the scores of the teacher and of a second network, which follows its images. With --recipe regression, the
+teacher first generates --num_pairs images, which are stored in --pairs_dir. The projector and its model card are
 saved to OUTPUT_DIR/model: `diffusers_ext.SIGNPipeline.from_pretrained("OUTPUT_DIR/model")`. An interrupted
 run resumes with --resume_from_checkpoint latest. On several CPUs, start one process per CPU with
 `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`.
@@ -16,25 +18,41 @@ import argparse
 import copy
 import json
 import sys
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.sign.objective import LossWeights
-from diffusers_ext.sign.projector import SIGMA
-from diffusers_ext.sign.source import MixtureSource
-from diffusers_ext.sign.teacher import Texts, collect_pairs, load_data, load_teacher, save_samples
-from diffusers_ext.sign.training import SIGNObjective, SIGNRows, projector_figures
+from diffusers_ext import GaussianStats
+from diffusers_ext.core.autoencoders import downsampling_of
+from diffusers_ext.core.families import DENOISERS
+from diffusers_ext.core.records import part_record
+from diffusers_ext.core.storage import tensors_digest
+from diffusers_ext.sign.arguments import add_sign_arguments, parse, scores_of, weights_of
+from diffusers_ext.sign.conditions import Texts, start_means
+from diffusers_ext.sign.figures import projector_figures
+from diffusers_ext.sign.flows import hold_in_weights, holds_in_weights
+from diffusers_ext.sign.inputs import encode_data
+from diffusers_ext.sign.lora import lora_copy, save_sign_lora
+from diffusers_ext.sign.source import PromptSource
+from diffusers_ext.sign.teacher import (
+    collect_pairs,
+    load_data,
+    load_start,
+    load_teacher,
+    make_source,
+    save_samples,
+    settle_guidance,
+    untrained_projector,
+)
+from diffusers_ext.sign.training import SIGNObjective, SIGNRows
 from diffusers_ext.training.arguments import (
     add_model_arguments,
     add_training_arguments,
     even_int,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
     positive_int,
 )
 from diffusers_ext.training.cards import create_hub_repo, publish
@@ -55,9 +73,9 @@ steps and projects corrupted images onto the data.
 ```python
 import diffusers_ext as dx
 
-sign = dx.SIGNPipeline.from_pretrained("FOLDER")
-images = sign(batch_size=8, num_inference_steps=1).images
-cleaned = sign.project(images, strength=0.2).images
+{load}
+images = sign({prompt}batch_size=8, num_inference_steps=1).images
+cleaned = sign.project(images, {prompt}strength=0.2).images
 ```
 
 In the table, `idempotence` is ‖f(f(z)) − f(z)‖/‖f(z)‖ (0 is ideal), `motion` is ‖f(z) − z‖/‖z‖ (0 for the
@@ -65,38 +83,27 @@ identity), `variance` is the variance of the samples relative to that of the dat
 mean |f(x) − x| on data, in the space of the network."""
 
 
+WHOLE = 'sign = dx.SIGNPipeline.from_pretrained("FOLDER")'
+LORA = 'sign = dx.load_sign_lora(pipe, "FOLDER")  # pipe is the teacher'
+
+
 def parse_args() -> argparse.Namespace:
     """Parses the arguments of SIGN and those that all training scripts share."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
     add_model_arguments(parser, "the teacher, a pipeline")
     add_data_arguments(parser)
     add_augmentation_arguments(parser, cache=False)
-    add("--sigma", type=positive_float, default=SIGMA, help="noise level of the projector")
-    add(
-        "--source_components",
-        type=non_negative_int,
-        default=32,
-        help="Gaussians of the source; 0: white noise",
+    add_sign_arguments(parser)
+    parser.add_argument(
+        "--max_sequence_length",
+        type=positive_int,
+        default=None,
+        help="of flow-matching models: number of tokens of a prompt; default: that of the pipeline",
     )
-    add("--source_rank", type=positive_int, default=32, help="principal directions per Gaussian")
-    add("--guidance_scale", type=non_negative_float, default=1.0, help="for the teacher, if it has prompts")
-    add("--warmup_steps", type=non_negative_int, default=0, help="steps without the score loss")
-    add("--fake_updates", type=positive_int, default=1, help="fake score updates per projector update")
-    for field in fields(LossWeights):
-        add(
-            f"--{field.name}_weight",
-            type=non_negative_float,
-            default=field.default,
-            help=f"weight of the {field.name} loss",
-        )
-    add("--num_pairs", type=positive_int, default=10_000, help="images of the teacher, for --reg_weight")
-    add("--pairs_dir", default=None, help="folder for the pairs; default: OUTPUT_DIR/pairs")
-    add("--num_inference_steps", type=positive_int, default=20, help="for the images of the teacher")
     add_training_arguments(parser, batch_size=even_int)
-    args = parser.parse_args()
+    args = parse(parser)
     require_data(parser, args)
     return args
 
@@ -104,36 +111,51 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Trains; the main process saves, prints and uploads the result."""
     args = parse_args()
-    weights = LossWeights(**{f.name: getattr(args, f"{f.name}_weight") for f in fields(LossWeights)})
+    weights = weights_of(args)
     accelerator = make_accelerator(args, idle_parameters=True)
     refuse_shards(accelerator, "SIGN differentiates through its projector with constant weights")
     check_resume(accelerator, args)
     repo_id = create_hub_repo(args) if accelerator.is_main_process else None
-    pipe, stored = load_teacher(args, accelerator)
+    stats = load_statistics(args)
+    stock, stored = load_teacher(args, accelerator)
+    start = load_start(args, accelerator, stock)
+    guidance_scale, embedded = settle_guidance(args, stock)
+    pipe = untrained_projector(
+        stock, args.sigma, max_sequence_length=args.max_sequence_length, in_weights=False
+    )
+    if embedded is not None:
+        pipe.register_to_config(guidance=embedded)
+    pipe.set_progress_bar_config(disable=True)
     data, images, captions, found = load_data(args, pipe)
     set_train_steps(args, accelerator, len(data))
-    made_of = {"model": stored, "data": found}
+    source = make_source(args, stock, data, stats)
+    made_of = {"model": stored, "data": found, "source": record_of(args, source)}
+    made_of |= {} if start is None else {"projector": part_record(start)}
     recipe = run_recipe(accelerator, args, made_of)
-    if args.source_components:
-        source = MixtureSource.fit(data, args.source_rank, args.source_components)
+    if source is not None:
         pipe.register_modules(source=source.to(accelerator.device))
-    teacher = copy.deepcopy(pipe.unet).eval().requires_grad_(False)
-    texts = Texts(pipe, accelerator.device)
+    if pipe.flow is not None:
+        pipe.register_to_config(sample_size=list(data.shape[2:]))
+    texts = Texts(stock, pipe, accelerator.device, args.max_sequence_length)
+    height, width = (length * downsampling_of(stock) for length in data.shape[2:])
+    texts.size = height, width
     pairs = None
     if weights.reg:
-        pairs = collect_pairs(args, accelerator, pipe, texts, captions, made_of)
-    objective = SIGNObjective(
-        pipe.projector, teacher, weights, args.warmup_steps, args.fake_updates, args.guidance_scale
-    )
-    freeze(objective.teacher, accelerator)  # not before the fake score was copied from it
+        pairs = collect_pairs(args, accelerator, pipe, texts, captions, made_of, guidance_scale)
+    teacher, fake = make_networks(args, accelerator, stock, pipe, start)
+    scores = scores_of(args, guidance_scale)
+    objective = SIGNObjective(pipe.projector, teacher, weights, scores, args.warmup_steps, fake)
+    if not args.rank:
+        freeze(teacher, accelerator)  # not before the fake score was copied from it
     augmented = args.random_flip or not args.center_crop
     rows = SIGNRows(images if augmented else data, tuple(data.shape[1:]), pairs, captions)
+    guided = guidance_scale != 1 or args.fake_guidance_scale != 1
 
     def encode(found: dict[str, Any]) -> dict[str, Tensor]:
         if "images" in found:
-            found["data"] = pipe._encode(found.pop("images") / 255).float()
+            found["data"] = encode_data(pipe, found.pop("images") / 255).float()
         if "prompts" in found:
-            found |= texts.batch(found.pop("prompts"), args.guidance_scale)
+            found |= texts.batch(found.pop("prompts"), guided)
         return found
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
@@ -143,17 +165,70 @@ def main() -> None:
         prompts = None if captions is None else [captions.numbered(i) for i in range(len(few))]
         conditions = {} if prompts is None else texts.conditions(prompts)
         save_samples(pipe, few[:16], prompts, Path(args.output_dir) / f"validation-{step}.png")
-        return projector_figures(pipe.projector, noise, few, **conditions)
+        mean = start_means(pipe, conditions)
+        return projector_figures(pipe.projector, noise, few, mean, **conditions)
 
     record = train(accelerator, args, objective, rows, validate, recipe=recipe, encode=encode)
     if accelerator.is_main_process:
-        record["parameters"] = pipe.unet.num_parameters()
+        record["parameters"] = pipe.network.num_parameters()
         name = Path(args.pretrained_model_name_or_path).name
-        as_stored(pipe, args, accelerator, trained=("unet", "source")).to(torch.float16)
-        if pipe.text_encoder is not None:
-            pipe.text_encoder.float()
-        publish(args, sys.argv, record, pipe.save_pretrained, ABOUT.format(model=name), ["sign"], repo_id)
+        prompt = "" if pipe.text_encoder is None else "prompt, "
+        load = LORA if args.rank else WHOLE
+        about = ABOUT.format(model=name, prompt=prompt, load=load)
+        save = partial(save_projector, args, accelerator, pipe, stock)
+        publish(args, sys.argv, record, save, about, ["sign", "lora"] if args.rank else ["sign"], repo_id)
         print(json.dumps(record, indent=1))
+
+
+def load_statistics(args: argparse.Namespace) -> GaussianStats | None:
+    """The statistics of `--gaussian`, or those beside the model, or None."""
+    if args.gaussian is not None:
+        return GaussianStats.from_pretrained(args.gaussian, cache_dir=args.cache_dir)
+    beside = Path(args.pretrained_model_name_or_path) / "gaussian"
+    wanted = args.source in (None, "prompts") and beside.is_dir()
+    return GaussianStats.from_pretrained(beside) if wanted else None
+
+
+def make_networks(
+    args: argparse.Namespace, accelerator: Accelerator, stock: Any, pipe: Any, start: nn.Module | None
+) -> tuple[nn.Module, nn.Module | None]:
+    """Gives the projector `pipe` the network that is trained, and returns those of the real and of the fake score.
+
+    Without a LoRA, the fake score is None: the objective makes it.
+    """
+    part, teacher = ("unet" if pipe.flow is None else "transformer"), pipe.network
+    if not args.rank:
+        teacher = copy.deepcopy(teacher)
+        pipe.register_modules(**{part: (pipe.network if start is None else start).requires_grad_(True)})
+        return teacher, None
+    own = lora_copy(teacher if start is None else start, stock, args.rank)
+    pipe.register_modules(**{part: own})
+    return teacher, lora_copy(teacher, stock, args.rank) if args.dmd_weight else None
+
+
+def save_projector(
+    args: argparse.Namespace, accelerator: Accelerator, pipe: Any, stock: Any, folder: Path
+) -> None:
+    """Writes the projector, or its LoRA, into a folder. The networks are then on the CPU, and in half precision."""
+    if args.rank:
+        save_sign_lora(pipe, stock, folder)
+        return
+    if holds_in_weights(pipe):
+        hold_in_weights(pipe)
+    as_stored(pipe, args, accelerator, trained=(*DENOISERS, "source")).to(torch.float16)
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if getattr(pipe, part) is not None:
+            getattr(pipe, part).float()
+    pipe.save_pretrained(folder)
+
+
+def record_of(args: argparse.Namespace, source: nn.Module | None) -> str | dict[str, Any]:
+    """What tells a source from others, besides the data."""
+    if isinstance(source, PromptSource):
+        return {"digest": tensors_digest(source.state_dict())}
+    # Not the digest of a mixture, which depends on the number of threads in its last bits.
+    mixture = {"components": args.source_components, "rank": args.source_rank}
+    return "white noise" if source is None else mixture
 
 
 if __name__ == "__main__":

@@ -22,19 +22,15 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from diffusers.training_utils import cast_training_params
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from diffusers_ext.core.families import denoiser_of, guidance_of
 from diffusers_ext.core.schedules import noising_scheduler
 from diffusers_ext.metrics.istd import compute_istd
-from diffusers_ext.smooth_lora.apply import WEIGHT_NAME, lora_state
 from diffusers_ext.smooth_lora.training import (
-    TARGETS,
     FlowSmoothLoraObjective,
     SmoothLoraObjective,
     SmoothLoraRows,
-    add_lora,
     check_class,
     check_pipeline,
 )
@@ -58,6 +54,7 @@ from diffusers_ext.training.data import (
 )
 from diffusers_ext.training.levels import add_flow_arguments, check_flow_arguments
 from diffusers_ext.training.loop import make_accelerator, train
+from diffusers_ext.training.lora import TARGETS, add_lora, lora_state, save_lora
 from diffusers_ext.training.models import load_frozen
 from diffusers_ext.training.recipes import dataset_record, run_recipe
 from diffusers_ext.training.sampling import GUIDANCE_HELP, default_guidance, image_call
@@ -177,7 +174,7 @@ def main() -> None:
         state = {key: value.half() for key, value in lora_state(denoiser).items()}
 
         def save(folder: Path) -> None:
-            save_lora(pipe, flow, state, folder)
+            save_lora(pipe, state, folder)
 
         publish(args, sys.argv, record, save, about, ["smooth-diffusion", "lora"], repo_id)
         print(json.dumps(record, indent=1))
@@ -200,15 +197,6 @@ def make_objective(
     return SmoothLoraObjective(
         pipe.unet, scheduler, variation(scheduler.config.prediction_type), weight, args.snr_gamma
     )
-
-
-def save_lora(pipe: Any, flow: Flow | None, state: dict[str, Tensor], folder: Path) -> None:
-    """Writes the LoRA, with the names and the scale that `pipe.load_lora_weights` expects."""
-    if flow is None:
-        save_file(state, folder / WEIGHT_NAME)
-    else:
-        layers = {key.removeprefix("transformer."): value for key, value in state.items()}
-        pipe.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 def settle_estimator(args: argparse.Namespace, accelerator: Accelerator) -> None:

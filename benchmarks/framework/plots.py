@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from diffusers_ext.metrics.comparison import Estimate
 
@@ -60,6 +61,7 @@ def draw(
     panels: Sequence[Panel] = (),
     columns: int = 2,
     captions: Sequence[str] = (),
+    small: bool = False,
 ) -> None:
     """Writes a picture: strips of images one below the other, and panels below them.
 
@@ -68,6 +70,7 @@ def draw(
         strips: images (n, h, w[, 3]) in [0, 1] by title.
         panels: in rows of `columns`.
         captions: prompts of the strips' columns.
+        small: with a palette of 256 colours, a third of the bytes.
     """
     strips = strips or {}
     rows = -(-len(panels) // columns)
@@ -92,6 +95,9 @@ def draw(
             axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    if small:
+        with Image.open(path) as picture:
+            picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _strip(axis: Any, title: str, pictures: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from diffusers_ext.metrics.comparison import (
 from diffusers_ext.metrics.estimate import group_index, group_sums
 from diffusers_ext.metrics.frechet import frechet_distance
 from diffusers_ext.metrics.kid import kid
-from diffusers_ext.metrics.prdc import prdc
+from diffusers_ext.metrics.prdc import PRDC, prdc
 
 from .samples import Samples, real_rows, reference
 
@@ -66,10 +66,14 @@ class Statistics:
 
     def density_and_coverage(self, ours: Samples, judge: str) -> str:
         """ "density / coverage" against as many real test images."""
-        rows = real_rows(self.kind, judge)
-        features = ours.features(judge)
-        found = prdc(features, rows[: len(features)], min(5, len(features) - 1))
+        found = self.coverage(ours, judge)
         return f"{found.density:.2f} / {found.coverage:.2f}"
+
+    def coverage(self, ours: Samples, judge: str, num_neighbors: int = 5) -> PRDC:
+        """Precision, recall, density and coverage against as many real test images, with at most `num_neighbors`."""
+        features = ours.features(judge)
+        rows = real_rows(self.kind, judge)[: len(features)]
+        return prdc(features, rows, min(num_neighbors, len(features) - 1))
 
     def diversity_change(self, ours: Samples, control: Samples, judge: str) -> Estimate:
         """Relative change of the mean feature distance between two images of one prompt.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -84,7 +84,9 @@ def family_of(pipe: Any) -> Family:
             f" known. The known denoisers are {', '.join(FAMILIES)}. The facts of another one can be added:"
             ' diffusers_ext.core.families.FAMILIES["ClassName"] = Family(...).'
         )
-    return FAMILIES[found]
+    record = FAMILIES[found]
+    # A pipeline of another package or of this one may take its latents as they are encoded, and pack them by itself.
+    return replace(record, layout="grid", unpacked=False) if getattr(pipe, "grid_latents", False) else record
 
 
 def known_class(kind: type, known: Collection[str]) -> str | None:
@@ -325,6 +327,15 @@ def check_starts_from_noise(pipe: Any) -> None:
         raise ValueError(
             f"{type(pipe).__name__} starts from an image, mixed with noise of a lower level. Use the text-to-image"
             " pipeline."
+        )
+
+
+def check_steps(pipe: Any) -> None:
+    """Raises a ValueError for a projector, which never calls `step` of its scheduler."""
+    if not getattr(pipe, "steps_scheduler", True):
+        raise ValueError(
+            f"{type(pipe).__name__} is a projector and takes no steps of its scheduler, so that there is no path between"
+            " noise and images. Use the pipeline that it was distilled from."
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .families import (
     check_starts_from_noise,
+    check_steps,
     denoisers_of,
     family_of,
     from_grid,
@@ -162,6 +163,7 @@ def model_output(pipe: Any, latents: Tensor, call: Mapping[str, Any]) -> Tensor:
         ValueError: see `initial_noise`.
     """
     check_starts_from_noise(pipe)
+    check_steps(pipe)
     family = family_of(pipe)
     found: list[Tensor] = []
 
@@ -187,8 +189,9 @@ def final_latents(pipe: Any, call: Mapping[str, Any]) -> Tensor:
     `output_type="latent"` is in another scale and layout in some pipelines.
 
     Raises:
-        ValueError: an unknown family, or a pipeline that packs its latents and has no `prepare_latents`.
+        ValueError: an unknown family, a projector, or a pipeline that packs its latents and has no `prepare_latents`.
     """
+    check_steps(pipe)
     family = family_of(pipe)
     if family.layout != "grid" and not hasattr(pipe, "prepare_latents"):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.checks import check_finite
 from ..core.families import (
     check_starts_from_noise,
+    check_steps,
     denoiser_of,
     family_of,
     from_grid,
@@ -118,6 +119,7 @@ def check_pipeline(pipe: Any) -> None:
     """
     check_encodes(pipe)
     check_starts_from_noise(pipe)
+    check_steps(pipe)  # the noise of a projector is that of its source
     family_of(pipe)
     if "num_frames" in parameters_of(pipe):
         raise ValueError(

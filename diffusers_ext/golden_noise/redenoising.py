@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_counts, check_finite, check_latents
-from ..core.families import check_starts_from_noise
+from ..core.families import check_starts_from_noise, check_steps
 from ..core.latents import with_latents
 from ..core.pipeline import scheduler_of
 from ..core.predictions import Level, clean_prediction, noise_prediction
@@ -117,6 +117,7 @@ def redenoise(
     check_counts(num_rounds=num_rounds)
     check_latents(noise, "noise")
     check_starts_from_noise(pipe)
+    check_steps(pipe)
     settled = settle(
         pipe,
         gap=gap,

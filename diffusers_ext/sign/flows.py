@@ -7,7 +7,6 @@ divided by 1 − σ. The noise level of z is σ*/(1 − σ*).
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..core.schedules import prediction_type
 from ..training.transformers import FLOWS, Flow, encode_captions, flow_of, without_padding
 from .held_time import hold_time, time_features, time_layer
 from .projector import Projector
-from .source import MixtureSource
+from .source import Source
 
 TIMES = 1000  # timesteps of a flow's scheduler
 TEXTS = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
@@ -68,7 +67,7 @@ class FlowProjector(Projector):
         transformer: Any,
         flow: Flow,
         timestep: float,
-        source: MixtureSource | None = None,
+        source: Source | None = None,
         held: bool = True,
         guidance: float | None = None,
     ) -> None:
@@ -81,9 +80,39 @@ class FlowProjector(Projector):
         self.source, self.held, self.guidance = source, held, guidance
 
     @property
+    def network(self) -> Any:
+        """The transformer."""
+        return self.transformer
+
+    @property
     def sigma(self) -> float:
         """The noise level σ*/(1 − σ*), at which samples start."""
         return self.timestep / (TIMES - self.timestep)
+
+    @property
+    def num_times(self) -> int:
+        """1000: a timestep is 1000σ."""
+        return TIMES
+
+    def time_at(self, level: float) -> float:
+        """1000σ of the noise level σ/(1 − σ)."""
+        return TIMES * flow_sigma(level)
+
+    def times(self, values: Tensor) -> Tensor:
+        """Timesteps 1000σ, (b,) float, unchanged: σ is continuous."""
+        return values
+
+    def levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 − σ, σ) at timesteps (b,), shaped to multiply `like`."""
+        sigma = (times.float() / TIMES).reshape(-1, *[1] * (like.ndim - 1))
+        return 1 - sigma, sigma
+
+    def denoise(self, network: Any, noisy: Tensor, times: Tensor, **conditions: Any) -> Tensor:
+        """The clean prediction x − σv of a transformer of this kind, see `Projector.denoise`."""
+        alpha, sigma = self.levels(times, noisy)
+        velocity = self.flow.velocity(network, noisy, times.float() / TIMES, self.guidance, **conditions)
+        clean = clean_prediction(velocity.float(), noisy.float(), alpha, sigma, "flow_prediction")
+        return clean.to(noisy.dtype)
 
     def forward(self, x: Tensor, sigma: float | None = None, **conditions: Any) -> Tensor:
         """f(x).
@@ -96,12 +125,13 @@ class FlowProjector(Projector):
         Returns:
             (b, C, H, W) in the dtype of x.
         """
-        level = self.timestep / TIMES if self.held or not sigma else flow_sigma(sigma)
-        times = torch.full((len(x),), level, device=x.device)
-        sample = (1 - level) * x
-        velocity = self.flow.velocity(self.transformer, sample, times, self.guidance, **conditions)
-        clean = clean_prediction(velocity.float(), sample.float(), 1 - level, level, "flow_prediction")
-        return clean.to(x.dtype)
+        return self._project(self.transformer, x, sigma, **conditions)
+
+    def _project(self, network: Any, x: Tensor, sigma: float | None = None, **conditions: Any) -> Tensor:
+        time = self.timestep if self.held or not sigma else TIMES * flow_sigma(sigma)
+        times = torch.full((len(x),), float(time), device=x.device)
+        alpha, _ = self.levels(times, x)
+        return self.denoise(network, alpha.to(x.dtype) * x, times, **conditions)
 
 
 def projector_scheduler(held: bool) -> FlowMatchEulerDiscreteScheduler:
@@ -154,34 +184,18 @@ def check_flow_teacher(pipe: Any) -> None:
 def flow_parts(
     teacher: Any, sigma: float, held: bool, max_sequence_length: int | None = None
 ) -> dict[str, Any]:
-    """The arguments of `SIGNPipeline` for a projector with the network of a flow.
+    """The arguments of `SIGNPipeline` for a projector with the network of a flow, which it shares.
 
     Args:
         teacher: see `check_flow_teacher`.
         sigma: noise level of the projector, see `flow_sigma`.
-        held: the network is a copy whose time is held, unless its embedder has no bias (Flux.2). Otherwise it is that of
-            the teacher.
-        max_sequence_length: see `SIGNPipeline`.
+        held, max_sequence_length: see `SIGNPipeline`.
     """
     check_flow_teacher(teacher)
-    level, transformer, flow = flow_sigma(sigma), teacher.transformer, flow_of(teacher)
-    size = transformer.config.get(
-        "sample_size"
-    )  # one number: the side of the squares that most training was on
+    level, transformer = flow_sigma(sigma), teacher.transformer
+    # One number: the side of the squares that most training was on.
+    size = transformer.config.get("sample_size")
     embedded = guidance_of(teacher).embedded
-    guidance = parameters_of(teacher)[embedded].default if embedded else None
-    if held and time_layer(transformer).bias is not None:
-        transformer = copy.deepcopy(transformer)
-        side = 2 * token_side(teacher)
-        zeros = torch.zeros(
-            1, flow.channels(transformer), side, side, device=transformer.device, dtype=transformer.dtype
-        )
-        texts = conditions_of(teacher, [""], 1, transformer.dtype, max_sequence_length)
-        times = torch.full((1,), level, device=transformer.device)
-        features = time_features(
-            transformer, lambda: flow.velocity(transformer, zeros, times, guidance, **texts)
-        )
-        hold_time(transformer, features)
     return {
         **{name: teacher.components.get(name) for name in ("vae", *TEXTS)},
         "unet": None,
@@ -190,7 +204,24 @@ def flow_parts(
         "timestep": TIMES * level,
         "teacher": known_class(type(teacher), FLOWS),
         "held": held,
-        "guidance": guidance,
+        "guidance": parameters_of(teacher)[embedded].default if embedded else None,
         "max_sequence_length": max_sequence_length,
         "sample_size": (size, size) if isinstance(size, int) else None,
     }
+
+
+def holds_in_weights(pipe: Any) -> bool:
+    """Whether the time of a `SIGNPipeline` can be held in its weights: it is a flow's, and its embedder has a bias."""
+    held = pipe.flow is not None and pipe.config["held"]
+    return held and time_layer(pipe.transformer).bias is not None
+
+
+def hold_in_weights(pipe: Any) -> None:
+    """Holds the transformer of a `SIGNPipeline` at the projector's time, in place; see `hold_time`."""
+    transformer, stock = pipe.transformer, pipe.stock_pipeline
+    side = 2 * token_side(stock)
+    shape = 1, pipe.flow.channels(transformer), side, side
+    zeros = torch.zeros(shape, device=transformer.device, dtype=transformer.dtype)
+    texts = conditions_of(stock, [""], 1, transformer.dtype, pipe.config["max_sequence_length"])
+    projector = pipe.projector
+    hold_time(transformer, time_features(transformer, lambda: projector(zeros, **texts)))

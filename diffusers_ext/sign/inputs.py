@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.autoencoders import side_of
 from ..core.checks import check_counts
-from ..core.images import as_tensor
+from ..core.images import as_tensor, encode_images
 from .flows import TIMES
 
 # The noise level of the second step, as a share of that of the first one.
@@ -109,3 +109,15 @@ def check_strength(strength: float) -> None:
     """Raises a ValueError unless the strength is in [0, 1]."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}.")
+
+
+def encode_data(pipe: Any, image: Any) -> Tensor:
+    """(n, C, H, W) in the space of the network of a `SIGNPipeline`, in the data type of its autoencoder.
+
+    Raises:
+        ValueError: see `encode_images`, or images of another size than that of the projector.
+    """
+    # The class of a flow's pipeline tells which statistics of the autoencoder are used.
+    x = encode_images(pipe.stock_pipeline if pipe.flow else pipe, image)
+    latent_size(pipe, *(n * pipe.vae_scale_factor for n in x.shape[2:]))
+    return x

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core.schedules import counterpart
 from ..training.encodings import SHARD, Shards, encode_once
-from .projector import Projector, falling_timesteps
+from .flows import TIMES, FlowProjector
+from .projector import Projector, falling_timesteps, nested
 
 CHUNK = 64
 
@@ -53,11 +54,43 @@ def teacher_flow(
         solver.set_timesteps(timesteps=falling, device=noise.device)
     x = noise
     for t in solver.timesteps:
-        output = unet(x, t, **(conditions or {})).sample
+        output = unet(x, t, **nested(conditions or {})).sample
         if guidance_scale != 1 and negative:
-            without = unet(x, t, **negative).sample
+            without = unet(x, t, **nested(negative)).sample
             output = without + guidance_scale * (output - without)
         x = solver.step(output, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def euler_flow(
+    projector: FlowProjector,
+    sample: Tensor,
+    num_inference_steps: int,
+    conditions: dict[str, Tensor] | None = None,
+    negative: dict[str, Tensor] | None = None,
+    guidance_scale: float = 1.0,
+    timestep: float = TIMES,
+) -> Tensor:
+    """The images (or latents) that a flow makes of noisy ones with Euler steps, evenly spaced in σ.
+
+    Args:
+        projector: has the network of the teacher.
+        sample: (b, C, H, W) noisy data (1 − σ) · data + σ · noise at the timestep 1000σ.
+        num_inference_steps, conditions, negative, guidance_scale: see `teacher_flow`.
+        timestep: where sampling begins; 1000 is noise alone.
+    """
+    given, x, network = conditions or {}, sample, projector.network
+    for k in range(num_inference_steps):
+        share = 1 - k / num_inference_steps
+        times = torch.full((len(x),), timestep * share, device=x.device)
+        clean = projector.denoise(network, x, times, **given)
+        if guidance_scale != 1 and negative:
+            without = projector.denoise(network, x, times, **negative)
+            clean = without + guidance_scale * (clean - without)
+        alpha, sigma = projector.levels(times, x)
+        after, sigma_after = projector.levels(times - timestep / num_inference_steps, x)
+        x = after * clean + sigma_after * (x - alpha * clean) / sigma
     return x
 
 
@@ -85,8 +118,8 @@ def teacher_pairs(
         projector: provides the network of the teacher and the source.
         shape: (C, H, W) of one row.
         num_inference_steps, guidance_scale: see `teacher_flow`.
-        conditions_of: maps row indices (b,) to the arguments of the network with and without the prompt. None if the
-            teacher has no prompts.
+        conditions_of: maps row indices (b,) to the arguments of the network with and without the prompt, and the means of
+            the prompts, see `Projector.start`. None if the teacher has no prompts.
 
     Returns:
         Shards of `noise` and `drawn`, each (n, C, H, W) float16.
@@ -99,20 +132,21 @@ def teacher_pairs(
         number, low = divmod(rows[0], SHARD)
         generator = torch.Generator().manual_seed(number)
         noise = torch.randn(SHARD, *shape, generator=generator).half()[low : low + len(rows)]
-        given = conditions_of(torch.tensor(rows)) if conditions_of else (None, None)
+        given = conditions_of(torch.tensor(rows)) if conditions_of else (None, None, None)
+        conditions, negative, mean = given
         start, timestep = noise.float().to(accelerator.device), None
         if projector.source is not None:
             timestep = projector.timestep
-            start = projector.start(start) / (1 + projector.sigma**2) ** 0.5
-        drawn = teacher_flow(
-            projector.unet,
-            projector.scheduler,
-            start,
-            num_inference_steps,
-            *given,
-            guidance_scale=guidance_scale,
-            timestep=timestep,
-        )
+            times = torch.full((len(start),), timestep, device=start.device)
+            alpha, _ = projector.levels(times, start)
+            start = alpha * projector.start(start, mean=mean)
+        texts = conditions, negative, guidance_scale
+        if isinstance(projector, FlowProjector):
+            highest = TIMES if timestep is None else timestep
+            drawn = euler_flow(projector, start, num_inference_steps, *texts, timestep=highest)
+        else:
+            unet, scheduler = projector.unet, projector.scheduler
+            drawn = teacher_flow(unet, scheduler, start, num_inference_steps, *texts, timestep=timestep)
         return {"noise": noise, "drawn": drawn.half()}
 
     whole = -(-num_pairs // SHARD) * SHARD

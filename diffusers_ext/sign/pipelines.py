@@ -35,13 +35,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.checks import check_counts
 from ..core.classes import FromPipeMixin
-from ..core.images import encode_images
-from ..core.prompts import encode_prompts
 from ..training.transformers import FLOWS, Flow
-from .flows import TEXTS, FlowProjector, conditions_of, stock_pipeline
-from .inputs import check_output_type, check_strength, edit_mask, latent_size, step_levels
+from .conditions import FLOW_CONDITIONS, conditions_for, encode_texts, sdxl_of, start_means, takes_sizes
+from .flows import TEXTS, FlowProjector, stock_pipeline
+from .inputs import check_output_type, check_strength, edit_mask, encode_data, latent_size, step_levels
 from .projector import Projector, check_teacher
-from .source import MixtureSource
+from .source import MixtureSource, PromptSource
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -59,7 +58,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             deviation `sigma`.
         timestep: the constant time input of the network; of a flow, 1000 times its σ*.
         transformer: of a flow, instead of `unet`.
-        text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: as in the teacher.
+        text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: as in the teacher; of SDXL, those that end with 2.
         teacher: of a flow, the class of its pipeline, one of `training.transformers.FLOWS`.
         held: of a flow, whether the network is always called at `timestep`. Otherwise it is time-conditional: every step
             calls it at its own noise level.
@@ -73,6 +72,8 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             known `teacher`.
     """
 
+    # What `core` asks of a pipeline: latents are (n, C, H, W) for every network, and the scheduler only has the levels.
+    grid_latents, steps_scheduler = True, False
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
     _optional_components = ["unet", "vae", "source", "transformer", *TEXTS]  # noqa: RUF012
 
@@ -83,7 +84,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         vae: ModelMixin | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        source: MixtureSource | None = None,
+        source: MixtureSource | PromptSource | None = None,
         timestep: float | None = None,
         transformer: ModelMixin | None = None,
         text_encoder_2: PreTrainedModel | None = None,
@@ -131,6 +132,10 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
             self.register_to_config(max_sequence_length=max_sequence_length)
         self.vae_scale_factor = downsampling_of(self)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if isinstance(source, PromptSource) and text_encoder is None:
+            raise ValueError(
+                "A PromptSource has the means of prompts, and this projector has no text encoder: use a MixtureSource."
+            )
         if transformer is None:
             check_teacher(unet, scheduler)
         else:
@@ -228,17 +233,11 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         levels = step_levels(self, num_inference_steps, sigmas)
         count = batch_size * (1 if prompt is None or isinstance(prompt, str) else len(prompt))
         conditions = self._conditions(prompt, count)
-        shape = (count, self._channels(), *latent_size(self, height, width))
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"Expected latents {shape}, got {tuple(latents.shape)}.")
-        noise = (
-            self._noise(shape, generator)
-            if latents is None
-            else latents.to(self._execution_device, self.network.dtype)
-        )
-        x = self._project(self.projector.start(noise, levels[0]), levels[0], conditions)
+        noise = self.prepare_latents(count, height, width, generator, latents)
+        start = self.projector.start(noise, levels[0], start_means(self, conditions))
+        x = self._project(start, levels[0], conditions)
         for sigma in levels[1:]:
-            x = self._project(x + sigma * self._noise(shape, generator), sigma, conditions)
+            x = self._project(x + sigma * self._noise(noise.shape, generator), sigma, conditions)
         return self._output(x, output_type, return_dict)
 
     @torch.no_grad()
@@ -318,8 +317,7 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         mask = edit_mask(self, mask_image, known)
         x = known
         if strength == 1 and mask_image is not None:
-            unknown = 0 if self.source is None else self.source.mean.to(known)
-            x = mask * unknown + (1 - mask) * known
+            x = mask * self._mean(conditions, known) + (1 - mask) * known
         for k in range(num_inference_steps):
             sigma = strength * self.sigma * (1 - k / num_inference_steps)
             x = self._project(x + sigma * self._noise(x.shape, generator), sigma, conditions)
@@ -332,42 +330,62 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
         device: torch.device | None = None,
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encodes prompts as Stable Diffusion does: the last hidden state of the text encoder.
+    ) -> tuple[Tensor | None, ...]:
+        """Encodes prompts as the teacher does.
 
         Args:
             prompt: one or more texts.
-            device: device of the encoder; default: the execution device of the pipeline.
+            device: device of the encoder of Stable Diffusion; default: the execution device of the pipeline.
             num_images_per_prompt: rows per prompt.
-            do_classifier_free_guidance: encode the empty prompt too.
+            do_classifier_free_guidance: encode the empty prompt too, with the encoder of Stable Diffusion.
 
         Returns:
-            (n, tokens, width) for the prompts, and the same for the empty prompt or None.
+            Of a UNet (n, tokens, width) for the prompts, and the same for the empty prompt or None; of SDXL (n, pooled
+            width) and None besides. Of a flow the embeddings, the mask (n, tokens) bool of what is no padding or None,
+            and the pooled vectors or None.
 
         Raises:
-            ValueError: the projector of a flow, which encodes prompts as its `stock_pipeline`.
+            ValueError: the empty prompt is asked for with another encoder. Projectors are called without guidance.
         """
-        if self.flow is not None:
-            raise ValueError(
-                f"The prompts of a flow are encoded by {self.config['teacher']}: use sign.stock_pipeline.encode_prompt."
-            )
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-
-        def encode(given: list[str]) -> Tensor:
-            tokens = self.tokenizer(
-                given,
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
+        if self.flow is None and not takes_sizes(self.unet):
+            empty = [""] * len(texts) if do_classifier_free_guidance else None
+            return (
+                self._clip(texts, device, num_images_per_prompt),
+                None if empty is None else self._clip(empty, device, num_images_per_prompt),
             )
-            where = device or self._execution_device
-            masks = getattr(self.text_encoder.config, "use_attention_mask", False)
-            mask = tokens.attention_mask.to(where) if masks else None
-            embeds = self.text_encoder(tokens.input_ids.to(where), attention_mask=mask)[0]
-            return embeds.repeat_interleave(num_images_per_prompt, 0)
+        if do_classifier_free_guidance:
+            raise ValueError(
+                "A projector is called without guidance, so do_classifier_free_guidance must be False: encode the empty"
+                " prompt as one of the prompts."
+            )
+        if self.flow is None:
+            found = encode_texts(sdxl_of(self), texts)
+            values = (found["encoder_hidden_states"], None, found["text_embeds"], None)
+        else:
+            found = encode_texts(self.stock_pipeline, texts, self.config["max_sequence_length"])
+            values = tuple(found.get(name) for name in FLOW_CONDITIONS)
+        return tuple(None if v is None else v.repeat_interleave(num_images_per_prompt, 0) for v in values)
 
-        return encode(texts), encode([""] * len(texts)) if do_classifier_free_guidance else None
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """The unit-variance noise (n, C, H, W) that a call starts from: `latents`, or drawn with the generators.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        shape = (batch_size, self._channels(), *latent_size(self, height, width))
+        if latents is None:
+            return self._noise(shape, generator)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"Expected latents {shape}, got {tuple(latents.shape)}.")
+        return latents.to(self._execution_device, self.network.dtype)
 
     # --- shared by __call__, project and edit ---
 
@@ -393,27 +411,34 @@ class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
 
     def _conditions(self, prompt: str | Sequence[str] | None, count: int) -> dict[str, Tensor]:
         """The prompt arguments for `count` images; the images of one prompt are consecutive."""
-        if self.text_encoder is None:
-            if prompt is not None:
-                raise ValueError("This projector has no text encoder, so it takes no prompt.")
-            return {}
-        if prompt is None:
-            raise ValueError('This projector needs a prompt: give one, or "" for none.')
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts or count % len(texts):
-            raise ValueError(f"Give one prompt, or one for each of the {count} images, got {len(texts)}.")
-        if self.flow is not None:
-            length, dtype = self.config["max_sequence_length"], self.transformer.dtype
-            return conditions_of(self.stock_pipeline, texts, count // len(texts), dtype, length)
-        embeds = encode_prompts(self, texts, guidance=False)["prompt_embeds"]
-        embeds = embeds.repeat_interleave(count // len(texts), 0)
-        return {"encoder_hidden_states": embeds.to(self.unet.dtype)}
+        height, width = (0, 0) if self.flow else (n * self.vae_scale_factor for n in latent_size(self))
+        return conditions_for(self, prompt, count, height, width)
+
+    def _clip(self, texts: list[str], device: torch.device | None, repeats: int) -> Tensor:
+        """The last hidden state of the text encoder of Stable Diffusion, `repeats` rows for each text."""
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        where = device or self._execution_device
+        masks = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(where) if masks else None
+        embeds = self.text_encoder(tokens.input_ids.to(where), attention_mask=mask)[0]
+        return embeds.repeat_interleave(repeats, 0)
+
+    def _mean(self, conditions: dict[str, Tensor], like: Tensor) -> Tensor:
+        """What is known of an image of these prompts before any of it is seen."""
+        if self.source is None:
+            return torch.zeros_like(like)
+        mean = start_means(self, conditions)
+        return self.source.mean.to(like).expand_as(like) if mean is None else mean.to(like)
 
     def _encode(self, image: Any) -> Tensor:
-        """(n, C, H, W) in the space of the network, from images of any accepted type."""
-        # The class of a flow's pipeline tells which statistics of the autoencoder are used.
-        x = encode_images(self.stock_pipeline if self.flow else self, image)
-        latent_size(self, *(n * self.vae_scale_factor for n in x.shape[2:]))
+        """(n, C, H, W) in the space and the data type of the network, from images of any accepted type."""
+        x = encode_data(self, image)
         return x.to(self._execution_device, self.network.dtype)
 
     def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:

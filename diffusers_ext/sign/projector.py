@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from ..core.predictions import clean_prediction
 from ..core.schedules import levels_at, prediction_type
-from .source import MixtureSource
+from .source import Source
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SIGMA = 1.5
@@ -85,15 +85,39 @@ def denoise(unet: Any, scheduler: Any, sample: Tensor, timesteps: Tensor, **cond
         scheduler: provides ᾱ and the prediction type.
         sample: (b, C, H, W) α · clean + σ · noise.
         timesteps: (b,) int64.
-        conditions: further arguments of the network.
+        conditions: further arguments of the network, see `nested`.
 
     Returns:
         (b, C, H, W) in the dtype of `sample`.
     """
     a, s = levels_at(scheduler, timesteps, sample)
-    output = unet(sample, timesteps, **conditions).sample.to(sample.dtype)
+    output = unet(sample, timesteps, **nested(conditions)).sample.to(sample.dtype)
     # The levels are float32, the samples may be in half precision.
     return clean_prediction(output, sample, a, s, str(prediction_type(scheduler))).to(sample.dtype)
+
+
+def nested(conditions: dict[str, Any]) -> dict[str, Any]:
+    """Conditions as a UNet takes them: `text_embeds` and `time_ids`, of SDXL, in `added_cond_kwargs`."""
+    names = ("text_embeds", "time_ids")
+    added = {name: value for name, value in conditions.items() if name in names}
+    given = {name: value for name, value in conditions.items() if name not in names}
+    return {**given, "added_cond_kwargs": added} if added else given
+
+
+class Constant:
+    """A network with constant weights: gradients flow to its inputs only."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    @property
+    def config(self) -> Any:
+        """That of the network."""
+        return self.network.config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
+        return functional_call(self.network, state, args, kwargs)
 
 
 class Projector(nn.Module):
@@ -110,7 +134,7 @@ class Projector(nn.Module):
         ValueError: see `check_teacher`; also if the timestep is outside the schedule.
     """
 
-    def __init__(self, unet: Any, scheduler: Any, timestep: int, source: MixtureSource | None = None) -> None:
+    def __init__(self, unet: Any, scheduler: Any, timestep: int, source: Source | None = None) -> None:
         super().__init__()
         check_teacher(unet, scheduler)
         if not 0 <= timestep < len(scheduler.alphas_cumprod):
@@ -121,25 +145,62 @@ class Projector(nn.Module):
         self.source = source
 
     @property
+    def network(self) -> Any:
+        """The network that is trained."""
+        return self.unet
+
+    @property
     def sigma(self) -> float:
         """The noise level of the timestep, at which samples start."""
         return float(noise_levels(self.scheduler)[self.timestep])
 
-    def start(self, noise: Tensor, sigma: float | None = None) -> Tensor:
+    @property
+    def num_times(self) -> int:
+        """Number of timesteps of the schedule."""
+        return len(self.scheduler.alphas_cumprod)
+
+    def time_at(self, level: float) -> float:
+        """The last timestep whose noise level relative to unscaled data is at most `level`."""
+        return max(int((noise_levels(self.scheduler) <= level).sum()) - 1, 0)
+
+    def times(self, values: Tensor) -> Tensor:
+        """Timesteps (b,) float as the network takes them: whole numbers, int64."""
+        return values.round().long()
+
+    def levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(α, σ) of noisy data α · x + σ · ε at timesteps (b,), shaped to multiply `like`."""
+        return levels_at(self.scheduler, times, like)
+
+    def denoise(self, network: Any, noisy: Tensor, times: Tensor, **conditions: Any) -> Tensor:
+        """The clean prediction of a network of this kind: of the projector's own, the teacher or the fake score.
+
+        Args:
+            network: called as the projector's own.
+            noisy: (b, C, H, W) α · x + σ · ε.
+            times: (b,), from `times`.
+            conditions: prompt arguments of the network.
+        """
+        return denoise(network, self.scheduler, noisy, times, **conditions)
+
+    def start(self, noise: Tensor, sigma: float | None = None, mean: Tensor | None = None) -> Tensor:
         """Maps unit-variance noise (b, C, H, W) to the input z at the level `sigma`.
 
-        The default level is that of the projector.
+        The default level is that of the projector. `mean` is that of the prompts, see `PromptSource`.
         """
         level = self.sigma if sigma is None else sigma
-        return level * noise if self.source is None else self.source(noise, level)
+        if self.source is None:
+            return level * noise
+        return self.source(noise, level) if mean is None else self.source(noise, level, mean)
 
     def forward(self, x: Tensor, **conditions: Any) -> Tensor:
         """f(x) for an input x (b, C, H, W): clean data, noisy data or the output of `start`."""
-        timesteps = torch.full((len(x),), self.timestep, device=x.device)
-        alpha, _ = levels_at(self.scheduler, timesteps, x)
-        return denoise(self.unet, self.scheduler, alpha.to(x.dtype) * x, timesteps, **conditions)
+        return self._project(self.network, x, **conditions)
 
     def frozen(self, x: Tensor, **conditions: Any) -> Tensor:
         """f(x) with constant weights: gradients flow to x only."""
-        state = {name: value.detach() for name, value in self.state_dict(keep_vars=True).items()}
-        return functional_call(self, state, (x,), conditions)
+        return self._project(Constant(self.network), x, **conditions)
+
+    def _project(self, network: Any, x: Tensor, **conditions: Any) -> Tensor:
+        timesteps = torch.full((len(x),), self.timestep, device=x.device)
+        alpha, _ = self.levels(timesteps, x)
+        return self.denoise(network, alpha.to(x.dtype) * x, timesteps, **conditions)

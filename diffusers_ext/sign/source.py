@@ -112,6 +112,88 @@ class MixtureSource(ModelMixin, ConfigMixin):
         return component, torch.cat([first.to(flat), flat[:, 1:]], 1)
 
 
+class PromptSource(ModelMixin, ConfigMixin):
+    """Noisy data of a prompt as a Gaussian: maps unit noise ε to μ(prompt) + (UΛUᵀ + s̄²(I − UUᵀ) + σ²)^½ ε.
+
+    The mean is the regression of teleportation's prompt map, μ = offset + (e − center) · components · weights, of the
+    prompt's features e; the covariance is that within prompts. Both are taken over from `GaussianStats`, see `of`.
+
+    Args:
+        shape: (C, H, W) of one sample.
+        rank: number of principal directions.
+        num_features: E, the length of e.
+        num_components: rank of the regression.
+        residual: s̄², the variance in all other directions.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        rank: int,
+        num_features: int,
+        num_components: int,
+        residual: float,
+    ) -> None:
+        super().__init__()
+        size = shape[0] * shape[1] * shape[2]
+
+        def zeros(*of: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*of), requires_grad=False)
+
+        self.directions, self.variances = zeros(rank, size), zeros(rank)
+        self.center, self.offset = zeros(num_features), zeros(size)
+        self.components, self.weights = zeros(num_features, num_components), zeros(num_components, size)
+
+    @classmethod
+    def of(cls, stats: Any) -> PromptSource:
+        """The source of `diffusers_ext.GaussianStats` with a prompt map.
+
+        Raises:
+            ValueError: there is no prompt map, or the statistics are of packed latents or of videos.
+        """
+        found = stats.prompt_map
+        if found is None:
+            raise ValueError(
+                "These statistics have no prompt map, so that no prompt has a mean: make one with"
+                " dx.fit_prompt_map(pipe, stats), or use another source."
+            )
+        if len(stats.shape) != 3:
+            raise ValueError(f"Expected statistics of latents (C, H, W), got {stats.shape}.")
+        features, components = found.components.shape
+        source = cls(stats.shape, stats.rank, features, components, stats.residual)
+        for name in ("center", "components", "weights", "offset"):
+            getattr(source, name).data = getattr(found, name).float().clone()
+        source.directions.data = stats.eigenvectors.T.float().clone()
+        source.variances.data = stats.eigenvalues.float().clone()
+        return source
+
+    def means(self, features: Tensor) -> Tensor:
+        """Means (n, C, H, W), float32, of prompts with features (n, E), see `core.features.features_of`.
+
+        Raises:
+            ValueError: features of another length.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.center):
+            raise ValueError(
+                f"The source was fitted to {len(self.center)} features for each prompt, got {tuple(features.shape)}:"
+                " use the text encoder of its statistics and prompts with the same options (max_sequence_length)."
+            )
+        moved = (features.float() - self.center.float()) @ self.components.float() @ self.weights.float()
+        return (self.offset.float() + moved).reshape(-1, *self.config["shape"])
+
+    def forward(self, noise: Tensor, sigma: float, mean: Tensor) -> Tensor:
+        """Maps unit noise (n, C, H, W) to samples of noisy data with means (n, C, H, W) at the level `sigma`."""
+        flat, directions = noise.flatten(1).float(), self.directions.float()
+        rest = (self.config["residual"] + sigma**2) ** 0.5
+        gains = (self.variances.float() + sigma**2).sqrt() - rest
+        moved = rest * flat + ((flat @ directions.T) * gains) @ directions
+        return (mean.float() + moved.reshape(noise.shape)).to(noise.dtype)
+
+
+Source = MixtureSource | PromptSource
+
+
 def split_rows(rows: Tensor, num_parts: int) -> list[Tensor]:
     """Divides rows (n, d) into parts of similar rows.
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.schedules import levels_at
 from ..training.data import Captions, TrainingImages
 from ..training.encodings import Shards
 from ..training.rows import Rows
 from . import objective as losses
-from .projector import Projector, denoise, noise_levels
+from .projector import Constant, Projector
+from .scores import RENOISED_LEVEL, Scores
 
-# The two scores are compared from this share of the schedule on. arXiv:2311.18828, section 3.2, uses 0.02 to
-# 0.98.
-SCORE_START = 0.02
+# The two scores are compared in this range of the schedule. arXiv:2311.18828, section 3.2.
+SCORE_START, SCORE_END = 0.02, 0.98
 # The two scores are compared up to this multiple of the projector's noise level. Above it, little of the
 # image is left, and the error of a noise prediction is amplified by σ/α in the clean prediction. Near the end
 # of the schedule the difference of two networks consists mostly of their errors.
@@ -57,9 +55,9 @@ class SIGNRows:
             found["drawn"] = torch.zeros_like(found["noise"])
         else:
             found |= {name: value.float() for name, value in self.pairs[paired].items()}
-        for name in ("data", "score", "fake"):
+        for name in ("data", "score", "fake", "again"):
             found[f"{name}_noise"] = rows.normal(*self.shape)
-        for name in ("level", "score_time", "fake_time"):
+        for name in ("level", "score_time", "fake_time", "again", "again_level"):
             found[name] = rows.uniform()
         if self.captions is not None:
             # An even row starts from the noise of a pair and needs the prompt of that pair.
@@ -73,21 +71,20 @@ class SIGNRows:
 class SIGNObjective(nn.Module):
     """The loss of one step: of the projector, of the fake score, or of both.
 
-    Even rows of a batch start from noise, odd rows from noisy data at one of `FLOW_LEVELS` levels up to that
-    of the projector. The projector is thus also trained at the levels of later steps and of projections.
+    With scores and idempotence only, all rows of a batch start from noise. With `reg`, `flow`, `denoise` or `tight`,
+    odd rows start from noisy data at one of `FLOW_LEVELS` levels up to that of the projector. Odd rows are those whose
+    data `rec` uses. The scores see what f makes of noise only.
 
     Args:
         projector: the trained projector. Its network starts as a copy of the teacher.
         teacher: the frozen network.
         weights: weights of the losses.
+        scores: settings of the score loss.
         warmup_steps: number of steps without scores, in which the other losses train f.
-        fake_updates: updates of the fake score per update of the projector, after the warmup. DMD2
-            (arXiv:2405.14867) uses 5; with a regression loss 1 is enough.
-        guidance_scale: guidance scale of the teacher, if it has prompts.
+        fake: the network of the fake score. None copies the teacher if `dmd` has a weight.
 
     Raises:
-        ValueError: `warmup_steps` or `fake_updates` is out of range, or there is a warmup without a loss for
-            it.
+        ValueError: `warmup_steps` is negative, or there is a warmup without a loss for it.
     """
 
     def __init__(
@@ -95,36 +92,51 @@ class SIGNObjective(nn.Module):
         projector: Projector,
         teacher: nn.Module,
         weights: losses.LossWeights,
+        scores: Scores | None = None,
         warmup_steps: int = 0,
-        fake_updates: int = 1,
-        guidance_scale: float = 1.0,
+        fake: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0 or fake_updates < 1:
-            raise ValueError(
-                f"Expected warmup_steps of 0 or more and fake_updates of 1 or more, got {warmup_steps} and"
-                f" {fake_updates}."
-            )
-        warm = any(getattr(weights, name) for name in ("reg", "flow", "denoise", "tight"))
-        if warmup_steps and not warm:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}.")
+        others = any(getattr(weights, name) for name in ("reg", "flow", "denoise", "tight"))
+        if warmup_steps and not others:
             raise ValueError(
                 "Without reg, flow, denoise and tight there is no loss for the warmup: set warmup_steps to 0."
             )
         self.projector = projector
+        if weights.dmd and fake is None:
+            fake = copy.deepcopy(teacher).requires_grad_(True)
+        self.fake = fake.train() if fake is not None and weights.dmd else None
         self.teacher = teacher.requires_grad_(False).eval()
-        self.fake = copy.deepcopy(teacher).requires_grad_(True).train() if weights.dmd else None
-        self.weights, self.warmup_steps, self.fake_updates = weights, warmup_steps, fake_updates
-        self.guidance_scale = guidance_scale
+        self.weights, self.warmup_steps, self.halved = weights, warmup_steps, others
+        self.scores = scores or Scores()
+
+    # --- what the training loop asks ---
 
     def networks(self) -> list[nn.Module]:
-        """The trained networks. They share no parameters, so their gradients are clipped separately."""
+        """The trained networks. They share no trained parameters, so their gradients are clipped separately."""
         return [self.projector] if self.fake is None else [self.projector, self.fake]
+
+    def rate_factors(self) -> list[float]:
+        """The learning rates of the networks, relative to that of the projector."""
+        return [1.0, self.scores.fake_rate][: len(self.networks())]
+
+    def moves(self, step: int) -> bool:
+        """Whether a step trains the projector."""
+        after = step - self.warmup_steps - self.scores.fake_first_steps
+        return not self._scored(step) or (after >= 0 and after % self.scores.fake_updates == 0)
+
+    def _scored(self, step: int) -> bool:
+        return self.fake is not None and step >= self.warmup_steps
 
     def train(self, mode: bool = True) -> SIGNObjective:
         """Sets the training mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
+
+    # --- one step ---
 
     def forward(
         self,
@@ -138,8 +150,11 @@ class SIGNObjective(nn.Module):
         score_time: Tensor,
         fake_noise: Tensor,
         fake_time: Tensor,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        again: Tensor,
+        again_level: Tensor,
+        again_noise: Tensor,
+        start_mean: Tensor | None = None,
+        **texts: Tensor,
     ) -> Tensor:
         """The loss of one batch with an even number of rows b, a scalar.
 
@@ -147,39 +162,78 @@ class SIGNObjective(nn.Module):
 
         Args:
             step: the optimization step, which determines the phase.
-            noise: unit noise for the sources of the even rows.
+            noise: unit noise for the sources.
             drawn: the teacher's images from `noise`. Only even rows are used, and only with `reg`.
             data: clean data.
             data_noise: unit noise for the data of the odd rows.
             level: (b,) in [0, 1), selects the noise level of the odd rows.
             score_noise, score_time: unit noise and (b,) in [0, 1), where the scores are compared.
             fake_noise, fake_time: unit noise and (b,) in [0, 1), where the fake score is trained.
-            prompt_embeds, negative_prompt_embeds: (b, tokens, width), if the teacher has prompts.
+            again, again_level: (b,) in [0, 1), select the rows that are noised again and their levels.
+            again_noise: unit noise for them.
+            start_mean: means of the prompts, for a `PromptSource`.
+            texts: prompt arguments of the network, if the teacher has prompts; those of the empty prompt begin with
+                `negative_`, and are needed for a guidance scale other than 1.
         """
-        conditions = {} if prompt_embeds is None else {"encoder_hidden_states": prompt_embeds}
-        negative = {} if negative_prompt_embeds is None else {"encoder_hidden_states": negative_prompt_embeds}
-        step = int(step)
-        scored = self.fake is not None and step >= self.warmup_steps
-        turn = not scored or (step - self.warmup_steps) % self.fake_updates == 0
+        conditions = {name: v for name, v in texts.items() if not name.startswith("negative_")}
+        negative = {name.removeprefix("negative_"): v for name, v in texts.items() if name not in conditions}
+        step, project = int(step), self.projector
+        scored, turn = self._scored(step), self.moves(step)
         odd = torch.arange(len(noise), device=noise.device) % 2 == 1
+        drawing = ~odd if self.halved else torch.ones_like(odd)
         times = self._flow_times(level)
-        alpha, sigma = levels_at(self.projector.scheduler, times, data)
+        alpha, sigma = project.levels(times, data)
         noisy = alpha * data + sigma * data_noise
-        source = torch.where(odd[:, None, None, None], noisy / alpha, self.projector.start(noise))
+        source = torch.where(
+            drawing[:, None, None, None], project.start(noise, mean=start_mean), noisy / alpha
+        )
+        renoised = drawing & (again < self.scores.renoised_share) & scored
+        if renoised.any():
+            with torch.no_grad():
+                first = project(source[renoised], **rows_of(conditions, renoised))
+            levels = (RENOISED_LEVEL * project.sigma * again_level[renoised])[:, None, None, None]
+            source = source.index_put((renoised,), first + levels * again_noise[renoised])
         with torch.set_grad_enabled(turn and torch.is_grad_enabled()):
-            made = self.projector(source, **conditions)
+            made = project(source, **conditions)
         total = noise.new_zeros(())
         if turn:
-            total = total + self._own_losses(made, drawn, data, noisy, times, odd, conditions, negative)
-        if turn and scored:
-            total = total + self.weights.dmd * self._matching(
-                made, score_noise, score_time, conditions, negative
+            total = total + self._data_losses(made, data, odd, conditions)
+            total = total + self._teacher_losses(
+                made, drawn, data, noisy, times, odd, renoised, conditions, negative
             )
         if scored:
-            total = total + self._fake_loss(made.detach(), fake_noise, fake_time, conditions)
+            own, none = rows_of(conditions, drawing), rows_of(negative, drawing)
+            if turn:
+                total = total + self.weights.dmd * self._matching(
+                    made[drawing], score_noise[drawing], score_time[drawing], own, none
+                )
+            total = total + self._fake_loss(
+                made[drawing].detach(), fake_noise[drawing], fake_time[drawing], own, none
+            )
         return total
 
-    def _own_losses(
+    def _data_losses(self, made: Tensor, data: Tensor, odd: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Reconstruction and tightness, which share f(x), and idempotence."""
+        weights, project = self.weights, self.projector
+        total = made.new_zeros(())
+        if weights.rec or weights.tight:
+            kept = project(data[odd], **rows_of(conditions, odd))
+            total = total + weights.rec * losses.reconstruction_loss(kept, data[odd])
+            if weights.tight:
+                fixed = made[~odd].detach()
+                again = project(fixed, **rows_of(conditions, ~odd))
+                apart = losses.distance(kept, data[odd])
+                total = total + weights.tight * losses.tightness_loss(again, fixed, apart)
+        if weights.idem:
+            # Of equal rows, half are enough for a small weight.
+            chosen = torch.ones_like(odd) if self.halved else ~odd
+            own = rows_of(conditions, chosen)
+            total = total + weights.idem * losses.idempotence_loss(
+                lambda x: project.frozen(x, **own), made[chosen]
+            )
+        return total
+
+    def _teacher_losses(
         self,
         made: Tensor,
         drawn: Tensor,
@@ -187,39 +241,23 @@ class SIGNObjective(nn.Module):
         noisy: Tensor,
         times: Tensor,
         odd: Tensor,
+        renoised: Tensor,
         conditions: dict[str, Tensor],
         negative: dict[str, Tensor],
     ) -> Tensor:
-        """The losses of the projector except the score loss."""
+        """The losses of f compared with the teacher's images and steps, and with data."""
         weights, project = self.weights, self.projector
         total = made.new_zeros(())
-        rows = {name: value[odd] for name, value in conditions.items()}
-        reconstruction = None
-        if weights.rec or weights.tight:
-            kept = project(data[odd], **rows)
-            reconstruction = losses.distance(kept, data[odd])
-            total = total + weights.rec * losses.reconstruction_loss(kept, data[odd])
-        if weights.idem:
-            total = total + weights.idem * losses.idempotence_loss(
-                lambda x: project.frozen(x, **conditions), made
-            )
-        if weights.reg:
-            total = total + weights.reg * losses.regression_loss(made[~odd], drawn[~odd])
+        paired = ~odd & ~renoised
+        if weights.reg and paired.any():
+            total = total + weights.reg * losses.regression_loss(made[paired], drawn[paired])
         if weights.denoise:
             total = total + weights.denoise * losses.denoising_loss(made[odd], data[odd])
         if weights.flow:
-            nearer = self._teacher_step(
-                noisy[odd], times[odd], rows, {name: value[odd] for name, value in negative.items()}
-            )
+            own = rows_of(conditions, odd)
+            nearer = self._teacher_step(noisy[odd], times[odd], own, rows_of(negative, odd))
             total = total + weights.flow * losses.consistency_loss(
-                made[odd], lambda x: project.frozen(x, **rows), nearer
-            )
-        if weights.tight:
-            assert reconstruction is not None
-            even = {name: value[~odd] for name, value in conditions.items()}
-            fixed = made[~odd].detach()
-            total = total + weights.tight * losses.tightness_loss(
-                project(fixed, **even), fixed, reconstruction
+                made[odd], lambda x: project.frozen(x, **own), nearer
             )
         return total
 
@@ -229,7 +267,7 @@ class SIGNObjective(nn.Module):
 
     def _time_of(self, index: Tensor) -> Tensor:
         first = int(SCORE_START * self.projector.timestep)
-        return (first + (self.projector.timestep - first) * index / FLOW_LEVELS).round().long()
+        return self.projector.times(first + (self.projector.timestep - first) * index / FLOW_LEVELS)
 
     @torch.no_grad()
     def _teacher_step(
@@ -238,21 +276,26 @@ class SIGNObjective(nn.Module):
         """One DDIM step of the teacher to the next lower level, in the units of the projector."""
         first = int(SCORE_START * self.projector.timestep)
         index = ((times - first) * FLOW_LEVELS / (self.projector.timestep - first)).round()
-        after = self._time_of(index - 1)
-        clean = self._teacher_clean(noisy, times, conditions, negative)
-        alpha, sigma = levels_at(self.projector.scheduler, times, noisy)
-        alpha_after, sigma_after = levels_at(self.projector.scheduler, after, noisy)
+        clean = self._guided(self.teacher, noisy, times, conditions, negative, self.scores.guidance_scale)
+        alpha, sigma = self.projector.levels(times, noisy)
+        alpha_after, sigma_after = self.projector.levels(self._time_of(index - 1), noisy)
         return clean + (sigma_after / alpha_after) * (noisy - alpha * clean) / sigma
 
-    def _teacher_clean(
-        self, noisy: Tensor, times: Tensor, conditions: dict[str, Tensor], negative: dict[str, Tensor]
+    def _guided(
+        self,
+        network: Any,
+        noisy: Tensor,
+        times: Tensor,
+        conditions: dict[str, Tensor],
+        negative: dict[str, Tensor],
+        scale: float,
     ) -> Tensor:
-        scheduler = self.projector.scheduler
-        clean = denoise(self.teacher, scheduler, noisy, times, **conditions)
-        if self.guidance_scale == 1 or not negative:
+        """The clean prediction u + w(c − u) of a network."""
+        clean = self.projector.denoise(network, noisy, times, **conditions)
+        if scale == 1 or not conditions:
             return clean
-        without = denoise(self.teacher, scheduler, noisy, times, **negative)
-        return without + self.guidance_scale * (clean - without)
+        without = self.projector.denoise(network, noisy, times, **negative)
+        return without + scale * (clean - without)
 
     def _matching(
         self,
@@ -262,78 +305,43 @@ class SIGNObjective(nn.Module):
         conditions: dict[str, Tensor],
         negative: dict[str, Tensor],
     ) -> Tensor:
-        with torch.no_grad():
-            times = self._score_times(time)
-            alpha, sigma = levels_at(self.projector.scheduler, times, made)
-            noisy = alpha * made + sigma * noise
-            real = self._teacher_clean(noisy, times, conditions, negative)
-            fake = denoise(self.fake, self.projector.scheduler, noisy, times, **conditions)
-        return losses.distribution_matching_loss(made, real, fake)
-
-    def _fake_loss(self, made: Tensor, noise: Tensor, time: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        scores, identity = self.scores, self.scores.matching == "sid"
         times = self._score_times(time)
-        alpha, sigma = levels_at(self.projector.scheduler, times, made)
-        clean = denoise(
-            self.fake, self.projector.scheduler, alpha * made + sigma * noise, times, **conditions
-        )
+        alpha, sigma = self.projector.levels(times, made)
+        with torch.set_grad_enabled(identity):
+            noisy = alpha * made + sigma * noise
+            fake_network = Constant(self.fake) if identity and self.fake else self.fake
+            given = noisy, times, conditions, negative
+            real = self._guided(self.teacher, *given, scores.guidance_scale)
+            fake = self._guided(fake_network, *given, scores.fake_guidance_scale)
+        if identity:
+            weight = losses.row_weight(made, real)
+            return losses.score_identity_loss(made, real, fake, weight, scores.sid_alpha)
+        level = scores.matching == "dmd"
+        weight = losses.level_weight(alpha, sigma) if level else losses.row_weight(made, real)
+        return losses.distribution_matching_loss(made, real, fake, weight)
+
+    def _fake_loss(
+        self,
+        made: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        conditions: dict[str, Tensor],
+        negative: dict[str, Tensor],
+    ) -> Tensor:
+        times = self._score_times(time)
+        alpha, sigma = self.projector.levels(times, made)
+        noisy = alpha * made + sigma * noise
+        clean = self._guided(self.fake, noisy, times, conditions, negative, self.scores.fake_guidance_scale)
         return losses.score_matching_loss(clean, made, alpha, sigma)
 
-    def _score_times(self, time: Tensor) -> Tensor:
-        levels = noise_levels(self.projector.scheduler)
-        low = SCORE_START * len(levels)
-        high = int((levels <= SCORE_LEVEL * self.projector.sigma).sum())
-        return (low + (high - low) * time).long()
+    def _score_times(self, share: Tensor) -> Tensor:
+        count = self.projector.num_times
+        low, high = SCORE_START * count, SCORE_END * count
+        high = min(high, self.projector.time_at(SCORE_LEVEL * self.projector.sigma))
+        return self.projector.times(low + (high - low) * share)
 
 
-@torch.no_grad()
-def figures_of_images(
-    pipe: Any, images: Any, prompt: str | Sequence[str] | None = None, generator: Any = None
-) -> dict[str, float]:
-    """`projector_figures` in the space of the network, of a `SIGNPipeline` and n test images.
-
-    Args:
-        pipe: the pipeline. Its autoencoder, if it has one, encodes the images.
-        images: see `SIGNPipeline.project`; two or more, of one size.
-        prompt: one for all images or one for each, if the projector has prompts.
-        generator: one, or one for each image.
-
-    Raises:
-        ValueError: see `SIGNPipeline.project`; also fewer than two images.
-    """
-    data = pipe._encode(images)
-    if len(data) < 2:
-        raise ValueError("The variance needs two or more images, got 1.")
-    conditions = pipe._conditions(prompt, len(data))
-    return projector_figures(pipe.projector, pipe._noise(data.shape, generator), data, **conditions)
-
-
-@torch.no_grad()
-def projector_figures(
-    projector: Projector, noise: Tensor, data: Tensor, **conditions: Any
-) -> dict[str, float]:
-    """Figures that distinguish a projector from the identity and from a constant.
-
-    Args:
-        projector: the projector f.
-        noise: (n, C, H, W) unit noise, the input of the source for z.
-        data: (n, C, H, W) test data x.
-        conditions: prompt arguments of the network.
-
-    Returns:
-        `idempotence` ‖f(f(z)) − f(z)‖/‖f(z)‖ and `motion` ‖f(z) − z‖/‖z‖ (0 for the identity), both means
-        over rows; `variance` of the samples relative to that of the data, summed over elements;
-        `reconstruction` mean |f(x) − x|.
-    """
-    source = projector.start(noise)
-    made = projector(source, **conditions)
-    again = projector(made, **conditions)
-
-    def norm(x: Tensor) -> Tensor:
-        return x.flatten(1).norm(dim=1)
-
-    return {
-        "idempotence": float((norm(again - made) / norm(made)).mean()),
-        "motion": float((norm(made - source) / norm(source)).mean()),
-        "variance": float(made.var(0).sum() / data.var(0).sum()),
-        "reconstruction": float(losses.distance(projector(data, **conditions), data).mean()),
-    }
+def rows_of(conditions: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """The prompt arguments of the rows where `chosen`, (b,) bool, is True."""
+    return {name: value[chosen] for name, value in conditions.items()}

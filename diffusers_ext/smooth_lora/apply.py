@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from ..core.families import denoiser_of, uncompiled
 from ..core.hooks import InstanceMethod
 from .weights import WEIGHT_NAME, Weights, convert_lora, from_kohya, read_lora
 
-__all__ = ["WEIGHT_NAME", "apply_smooth_lora", "lora_state", "remove_smooth_lora"]
+__all__ = ["WEIGHT_NAME", "apply_smooth_lora", "remove_smooth_lora"]
 
 
 class _State(NamedTuple):
@@ -250,27 +248,3 @@ class _Guard(InstanceMethod):
                 " pipe.unload_lora_weights()."
             )
         return super().__call__(*args, **kwargs)
-
-
-# --- an adapter that was trained here ---
-
-
-def lora_state(denoiser: Any, adapter_name: str = "smooth") -> Weights:
-    """The weights of an adapter (float32, on the CPU) under the names that diffusers loads, with scale 1.
-
-    Every name starts with `unet.` or `transformer.`.
-    """
-    from peft.utils import get_peft_model_state_dict
-
-    prefix = "unet" if "UNet" in type(denoiser).__name__ else "transformer"
-    rooted = denoiser.peft_config[adapter_name].use_rslora
-    scales = {}
-    for name, part in denoiser.named_modules():
-        if adapter_name in getattr(part, "lora_alpha", {}):
-            rank = part.r[adapter_name]
-            scales[name] = part.lora_alpha[adapter_name] / (math.sqrt(rank) if rooted else rank)
-    state = {}
-    for name, value in get_peft_model_state_dict(denoiser, adapter_name=adapter_name).items():
-        scale = scales.get(name.removesuffix(".lora_B.weight"), 1.0)
-        state[f"{prefix}.{name}"] = (scale * value.detach().to("cpu", torch.float32)).contiguous()
-    return state

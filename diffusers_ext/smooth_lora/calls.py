@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import ModularPipeline
 from torch import Tensor
 
-from ..core.families import check_starts_from_noise, denoiser_of, family_of
+from ..core.families import check_starts_from_noise, check_steps, denoiser_of, family_of
 from ..core.hooks import parameters_of
 from ..core.pipeline import prompt_per_row
 
@@ -34,6 +34,7 @@ def check_text_to_image(pipe: Any) -> None:
 
 def check_not_distilled(pipe: Any) -> None:
     """Raises a ValueError for a model that is known to be distilled to a few steps."""
+    check_steps(pipe)
     config = denoiser_of(pipe).config
     if pipe.config.get("is_distilled") or config.get("time_cond_proj_dim") is not None:
         raise ValueError(

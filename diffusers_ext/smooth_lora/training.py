@@ -17,7 +17,6 @@ from ..training.rows import Rows
 from ..training.transformers import FLOWS, Flow, flow_of, flow_of_class
 from .variation import StepwiseVariationLoss, double_differentiable
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _UNETS = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
 
@@ -52,32 +51,6 @@ def check_pipeline(pipe: Any) -> None:
         raise ValueError(f"{name} has an IP-Adapter, whose images training does not have: load it without.")
     first_order_scheduler(pipe.scheduler)  # refuses the schedulers of other distilled models
     noising_scheduler(pipe.scheduler)
-
-
-def add_lora(
-    denoiser: Any, rank: int, adapter_name: str = "smooth", targets: tuple[str, ...] = TARGETS
-) -> None:
-    """Freezes a denoiser and adds LoRA layers to its linear layers whose names end with one of `targets`.
-
-    The layers have scale 1 and do not change the output at initialization.
-
-    Raises:
-        ValueError: the rank is below 1.
-    """
-    if rank < 1:
-        raise ValueError(f"rank must be 1 or more, got {rank}.")
-    from peft import LoraConfig
-
-    denoiser.requires_grad_(False)
-    ends = tuple(f".{target}" for target in targets)
-    # Not the ends themselves: PEFT would also match lists of layers, such as `attn.to_out`.
-    layers = [
-        name
-        for name, part in denoiser.named_modules()
-        if isinstance(part, nn.Linear) and f".{name}".endswith(ends)
-    ]
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers)
-    denoiser.add_adapter(config, adapter_name)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..training.lora import WEIGHT_NAME
+
 Weights = dict[str, Tensor]
 Config = dict[str, Any]
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG_NAME = "adapter_config.json"  # PEFT's, beside the weights
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the header of the safetensors file
 _PEFT_PREFIX = "base_model.model."

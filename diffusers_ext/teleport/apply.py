@@ -12,17 +12,18 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.families import (
     check_starts_from_noise,
+    check_steps,
     denoisers_of,
     family_of,
     grid_shape,
     guidance_of,
     uncompiled,
 )
+from ..core.features import features_of
 from ..core.hooks import add_hook, parameters_of
 from ..core.prompts import PromptReader, check_encodes, differing_options
 from ..core.schedules import scaling
 from .gaussian import GaussianStats
-from .prompt_map import features_of
 from .scheduler import TeleportScheduler
 
 # Attribute of a pipeline with the handles of its hooks, which `remove_teleport` removes.
@@ -97,8 +98,9 @@ def check_pipeline(pipe: Any) -> None:
     """Raises a ValueError if teleportation does not work on the pipeline.
 
     It does not work on a denoiser that is not in `diffusers_ext.core.families.FAMILIES`, a pipeline that starts from
-    an image, a scheduler whose noise levels are not known, and packed latents of unknown size (Modular Flux).
+    an image or is a projector, a scheduler whose noise levels are not known, and packed latents of unknown size (Modular Flux).
     """
+    check_steps(pipe)
     family = family_of(pipe)
     if hasattr(pipe, "prepare_latents"):
         check_starts_from_noise(pipe)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..core.checks import check_counts
 from ..core.families import guidance_of
+from ..core.features import encoding_options, features_of
 from ..core.hooks import parameters_of
 from ..core.pipeline import call_pipeline, quiet, scheduler_of
 from ..core.prompts import prompt_embeddings
 from ..core.schedules import scheduler_prediction
 from .apply import check_pipeline, telling_layout
 from .gaussian import GaussianStats
-from .prompt_map import PromptMap, encoding_options, features_of
+from .prompt_map import PromptMap
 from .proxy import Delegated
 from .scheduler import TeleportScheduler
 from .sources import check_prompts

@@ -97,7 +97,9 @@ def train(
         accelerator: as from `make_accelerator`.
         args: as from `add_training_arguments`.
         model: `model(**batch)` returns the mean loss over the batch's rows. If it has a method `networks`,
-            gradients are clipped separately for each module that the method returns.
+            gradients are clipped separately for each module that the method returns, and the EMA is that of the first one.
+            Then it may have a method `rate_factors`, see `make_optimizer`, and a method `moves(step)`: whether the step
+            trains the first one, so that the EMA counts it.
         read: what a batch of the given rows is made of: tensors on the CPU, and lists of texts. It draws from nothing
             but the rows. For --dataloader_num_workers it must be picklable.
         validate: called with the model (EMA weights in place) and the step; returns values to log.
@@ -128,13 +130,13 @@ def train(
     )
     clock = _Clock()
     wrapped, optimizer = accelerator.prepare(trained, optimizer)
-    # Not before `prepare`, which replaces parameters by their shards.
-    trainable = _trainable(trained)
     parts: Any = getattr(trained, "networks", None)
     networks = [trained] if parts is None else parts()
+    # Not before `prepare`, which replaces parameters by their shards.
     groups = [_trainable(network) for network in networks]
     layers = [layers_of(network) for network in networks] if args.optimizer == "drop_muon" else []
-    ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
+    averaged, moves = groups[0], getattr(trained, "moves", None)
+    ema = EMAModel(averaged, decay=args.ema_decay, use_ema_warmup=True, power=0.75) if args.use_ema else None
     averages: Any = ema
     if is_sharded(accelerator):
         averages = ShardedState(accelerator, trained, optimizer, ema)
@@ -166,8 +168,8 @@ def train(
         with frozen(dropped if stops_early else []):
             loss = _optimization_step(accelerator, args, wrapped, optimizer, groups, upcoming, dropped)
         lr_scheduler.step()
-        if ema is not None:
-            ema.step(trainable)
+        if ema is not None and (moves is None or moves(clock.step)):
+            ema.step(averaged)
         clock.tick(images)
         bar.update()
         save_now = clock.step % args.checkpointing_steps == 0 or clock.step == num_steps
@@ -180,18 +182,18 @@ def train(
         if validate and args.validation_steps and clock.step % args.validation_steps == 0:
             take_whole(model, trained, ema)
             results = _validate(
-                accelerator, model, ema if model is trained else None, trainable, validate, clock.step
+                accelerator, model, ema if model is trained else None, averaged, validate, clock.step
             )
             wrapped.train()
     bar.close()
     if clock.step != saved:
         save_checkpoint(accelerator, args.output_dir, clock.step, limit, recipe, changes)
     if ema is not None:
-        ema.copy_to(trainable)
+        ema.copy_to(averaged)
     take_whole(model, trained)
     model.to(accelerator.device).eval()
     if validate:
-        results = _validate(accelerator, model, None, trainable, validate, clock.step)
+        results = _validate(accelerator, model, None, averaged, validate, clock.step)
     if last:
         accelerator.end_training()
     else:

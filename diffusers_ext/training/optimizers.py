@@ -59,11 +59,12 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module, learning_rate: fl
 
     Args:
         args: as from `add_training_arguments`.
-        model: its parameters with `requires_grad` are trained.
-        learning_rate: of all of them.
+        model: its parameters with `requires_grad` are trained. A method `rate_factors` returns a factor of the learning
+            rate for each module of its method `networks`, which have all of them.
+        learning_rate: of a module with the factor 1.
 
     Raises:
-        ValueError: see `hidden_matrices` and `Muon`; or there is nothing for Muon.
+        ValueError: see `hidden_matrices` and `Muon`; or there is nothing for Muon, or it is to have several rates.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     settings: dict[str, Any] = {
@@ -72,12 +73,25 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module, learning_rate: fl
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
+    factors = model.rate_factors() if hasattr(model, "rate_factors") else [1.0]  # type: ignore[operator]
+    groups: Any = list(named.values())
+    if set(factors) != {1.0}:
+        if args.optimizer != "adamw":
+            raise ValueError(
+                f"--optimizer {args.optimizer} has one learning rate for all networks, and {type(model).__name__} has the"
+                f" factors {', '.join(f'{factor:g}' for factor in factors)}: use --optimizer adamw, or equal rates."
+            )
+        networks: Any = model.networks()  # type: ignore[operator]
+        groups = [
+            {"params": [p for p in part.parameters() if p.requires_grad], "lr": factor * learning_rate}
+            for part, factor in zip(networks, factors)
+        ]
     if args.use_8bit_adam:
         import bitsandbytes  # type: ignore[import-not-found]
 
-        return bitsandbytes.optim.AdamW8bit(named.values(), **settings)
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
     if args.optimizer == "adamw":
-        return AdamW(named.values(), **settings)
+        return AdamW(groups, **settings)
     matrices = hidden_matrices(model)
     if not matrices:
         raise ValueError(

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 _PLACES = {
     *("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "vae", "text_encoder"),
     *("grader", "scorer"),
-    *("dataset_name", "train_data_dir", "pairs_dir", "plan", "preset"),
+    *("dataset_name", "train_data_dir", "pairs_dir", "plan", "preset", "gaussian", "projector"),
     *("output_dir", "logging_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
 }
 # Arguments that may change from one part of a run to the next.

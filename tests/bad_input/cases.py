@@ -158,7 +158,12 @@ SECTIONS: dict[str, list[str]] = {
         "dx.SIGNPipeline(None, flow_projector.scheduler, transformer=flow_projector.transformer, timestep=600)",
         'dx.SIGNPipeline(**flow_projector.components, teacher="StableDiffusion3Pipeline", timestep=1000)',
         'flow_projector("a red bag", height=8)',
-        'flow_projector.encode_prompt("a red bag")',
+        'flow_projector.encode_prompt("a red bag", do_classifier_free_guidance=True)',
+        "dx.apply_teleport(flow_projector, stats)",
+        'dx.ddim_invert(flow_projector, torch.randn(1, 4, 8, 8), "a red bag")',
+        "dx.SIGNPipeline(ddpm.unet, ddpm.scheduler, source=dx.PromptSource((3, 8, 8), 1, 4, 1, 0.1), timestep=440)",
+        "dx.PromptSource((3, 8, 8), 1, 4, 1, 0.1).means(torch.zeros(2, 5))",
+        "dx.load_sign_lora(pipe, folder)",
     ],
     "A-SDM": [
         'dx.preset_plan("tiny", pipe.unet)',

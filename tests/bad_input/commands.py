@@ -16,6 +16,11 @@ ARGUMENTS += [("collect_noise_pairs", text) for text in COLLECT]
 ARGUMENTS += [
     ("train_smooth_lora", "--cache_latents --random_flip"),
     ("train_smooth_lora", "--cache_latents --no-center_crop"),
+    ("train_sign", "--sid_alpha 1.2"),
+    ("train_sign", "--fake_updates 2 --dmd_weight 0"),
+    ("train_sign", "--matching sid --dmd_weight 0"),
+    ("train_sign", "--gaussian stats --source white"),
+    ("train_sign", "--max_train_steps 5 --fake_first_steps 5"),
     ("train_base", "--model judge --block_out_channels 8 8 8"),
 ]
 DATA = [*(f"caption: {case}" for case in REFUSED), *(f"image: {case}" for case in PICTURES)]

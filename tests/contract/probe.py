@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 import diffusers_ext as dx
 from diffusers_ext import GaussianStats, NPNetModel
+from diffusers_ext.core import features
 from diffusers_ext.core.autoencoders import decode_latents, vae_of
 from diffusers_ext.core.images import encode_images
 from diffusers_ext.core.pipeline import initial_noise, model_output
 from diffusers_ext.core.prompts import PromptEmbeds, embeddings_of, encode_prompts, recorded_encodings
-from diffusers_ext.teleport import prompt_map
 from diffusers_ext.teleport.prompt_map import PromptMap
 from diffusers_ext.teleport.sources import pipeline_samples
 from tests import families, tiny
@@ -523,7 +523,7 @@ def _failure(error: Exception, where: str) -> Outcome:
 def probe(method: str, name: str) -> Outcome:
     """What `method` does on the family `name`."""
     # All prompt embeddings but Stable Diffusion 1's are too long to be used unaveraged. Here too.
-    with mock.patch.object(prompt_map, "LARGEST_FLAT", 0):
+    with mock.patch.object(features, "LARGEST_FLAT", 0):
         return _probe(method, name)
 
 

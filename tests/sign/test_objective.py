@@ -4,9 +4,26 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffusers_ext.sign import objective as losses
 from diffusers_ext.sign.objective import LossWeights
+
+MU, S = 0.3, 0.5  # the data are N(MU, S²)
+
+
+def denoiser(mean: float | Tensor, std: float | Tensor, noisy: Tensor, alpha: float, sigma: float) -> Tensor:
+    """E[x | αx + σε] of N(mean, std²)."""
+    gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+    return mean + gain * (noisy - alpha * mean)
+
+
+def score_loss(name: str, made: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The candidates as the training calls them; `sid` with the weight 1, whose gradient has a closed form."""
+    if name.startswith("sid"):
+        return losses.score_identity_loss(made, real, fake, torch.ones_like(alpha), float(name[4:]))
+    weight = losses.level_weight(alpha, sigma) if name == "dmd" else losses.row_weight(made, real)
+    return losses.distribution_matching_loss(made, real, fake, weight)
 
 
 def absolute_mean(mean: float, std: float) -> float:
@@ -16,40 +33,96 @@ def absolute_mean(mean: float, std: float) -> float:
     )
 
 
+def expected_gradient(name: str, m: float, g: float, alpha: float, sigma: float) -> tuple[float, float]:
+    """Of the mean loss in the generator's mean and spread, if both denoisers are exact and have constant weights."""
+    real, fake = (alpha * std**2 / (alpha**2 * std**2 + sigma**2) for std in (S, g))
+    rest = 1 - alpha * real
+    if not name.startswith("sid"):
+        # E[D_fake − D_real] and E[z(D_fake − D_real)].
+        found = rest * (m - MU), alpha * g * (fake - real)
+        weight = alpha / sigma
+        if name == "dmd_l1":
+            weight = 1 / absolute_mean(rest * (m - MU), math.hypot(rest * g, real * sigma))
+        return weight * found[0], weight * found[1]
+    # D_real − D_fake = A + B x_t and D_real − x = C + K x_t − x, by the moments of x and x_t.
+    a, b, c = MU * rest - m * (1 - alpha * fake), real - fake, MU * rest
+    mean, std = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (m, g))
+    center, spread = alpha * mean, alpha**2 * std**2 + sigma**2
+    product = (a + b * center) * (c + real * center - mean) + b * (real * spread - alpha * std**2)
+    square = (a + b * center) ** 2 + b**2 * spread
+    first, second = torch.autograd.grad(product - float(name[4:]) * square, (mean, std))
+    return float(first), float(second)
+
+
+CANDIDATES = ("dmd", "dmd_l1", "sid-1.0", "sid-1.2")
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
 @pytest.mark.parametrize(("m", "g"), [(0.8, 0.5), (-0.4, 0.5), (0.3, 1.2), (0.3, 0.2), (0.9, 0.9)])
-def test_the_score_difference_of_two_gaussians(m: float, g: float) -> None:
-    """Data N(μ, s²), generator m + g·z, both denoisers exact: the gradients in m and g have closed forms."""
-    mu, s, alpha, sigma = 0.3, 0.5, 0.8, 0.6
+def test_the_gradient_of_two_gaussians(name: str, m: float, g: float) -> None:
+    """A generator m + g·z, both denoisers exact: the gradients in m and g have closed forms."""
     draw = torch.Generator().manual_seed(0)
-    rows, size = 64, 4096
-    z, noise = (torch.randn(rows, size, generator=draw, dtype=torch.float64) for _ in range(2))
+    z, noise = (torch.randn(64, 4096, generator=draw, dtype=torch.float64) for _ in range(2))
     mean, std = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (m, g))
     made = mean + std * z
-    noisy = alpha * made.detach() + sigma * noise
-    gain_real = alpha * s**2 / (alpha**2 * s**2 + sigma**2)
-    gain_fake = alpha * g**2 / (alpha**2 * g**2 + sigma**2)
-    real = mu + gain_real * (noisy - alpha * mu)
-    fake = m + gain_fake * (noisy - alpha * m)
-    losses.distribution_matching_loss(made, real, fake).backward()
-    rest = 1 - alpha * gain_real
-    scale = absolute_mean(rest * (m - mu), math.hypot(rest * g, gain_real * sigma))
-    # E[D_fake − D_real] and E[z(D_fake − D_real)].
-    expected_mean = rest * (m - mu) / scale
-    expected_std = alpha * g * (gain_fake - gain_real) / scale
-    # 262,144 draws of about unit variance: three standard errors are .006.
-    assert mean.grad is not None
-    assert std.grad is not None
-    assert float(mean.grad) == pytest.approx(expected_mean, abs=0.01)
-    assert float(std.grad) == pytest.approx(expected_std, abs=0.01)
-    # Descending brings the generator nearer, in mean and in spread.
-    assert float(mean.grad) * (m - mu) >= 0 or abs(m - mu) < 0.01
-    assert (float(std.grad) > 0) == (g > s) or abs(g - s) < 1e-9 or abs(expected_std) < 0.01
+    for alpha, sigma in ((0.8, 0.6), (0.3, 0.7)):  # of a noise schedule and of a flow
+        mean.grad = std.grad = None
+        noisy = alpha * made + sigma * noise
+        real, fake = denoiser(MU, S, noisy, alpha, sigma), denoiser(m, g, noisy, alpha, sigma)
+        levels = torch.full((64, 1), alpha, dtype=torch.float64), torch.full((64, 1), sigma)
+        score_loss(name, made, real, fake, *levels).backward(retain_graph=True)
+        expected = expected_gradient(name, m, g, alpha, sigma)
+        assert mean.grad is not None
+        assert std.grad is not None
+        # 262,144 draws of about unit variance: three standard errors are .006.
+        assert float(mean.grad) == pytest.approx(expected[0], abs=0.01)
+        assert float(std.grad) == pytest.approx(expected[1], abs=0.01)
+        # Descending brings the generator nearer, in mean and in spread.
+        assert expected[0] * (m - MU) >= -1e-9
+        assert abs(expected[1]) < 1e-9 or name.startswith("sid") or (expected[1] > 0) == (g > S)
 
 
-def test_scores_that_agree_give_no_gradient() -> None:
+@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("start", [0.1, 1.5])
+def test_it_finds_the_variance_from_both_sides(name: str, start: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    mean, std = (torch.tensor(x, requires_grad=True) for x in (1.0, start))
+    optimizer = torch.optim.Adam([mean, std], lr=0.03, betas=(0.0, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        made = mean + std * torch.randn(32, 64, generator=draw)
+        alpha, sigma = 0.8, 0.6
+        noisy = alpha * made + sigma * torch.randn(32, 64, generator=draw)
+        real = denoiser(MU, S, noisy, alpha, sigma)
+        fake = denoiser(mean.detach(), std.detach(), noisy, alpha, sigma)
+        optimizer.zero_grad()
+        levels = torch.full((32, 1), alpha), torch.full((32, 1), sigma)
+        score_loss(name, made, real, fake, *levels).backward()
+        optimizer.step()
+        schedule.step()
+    # The gradient of 2,048 draws has a spread, and Adam makes steps of its size, that end with the schedule.
+    assert float(mean) == pytest.approx(MU, abs=0.03)
+    assert abs(float(std)) == pytest.approx(S, abs=0.03)
+
+
+def test_the_level_weight_gives_noise_predictions() -> None:
+    made = torch.randn(2, 1, 3, 3, requires_grad=True)
+    noises = torch.randn(2, 2, 1, 3, 3)
+    alpha, sigma = torch.tensor([0.9, 0.4]).reshape(2, 1, 1, 1), torch.tensor([0.1, 0.6]).reshape(2, 1, 1, 1)
+    noisy = torch.randn(2, 1, 3, 3)
+    real, fake = ((noisy - sigma * noise) / alpha for noise in noises)
+    weight = losses.level_weight(alpha, sigma)
+    losses.distribution_matching_loss(made, real, fake, weight).backward()
+    assert made.grad is not None
+    assert torch.allclose(made.grad, (noises[0] - noises[1]) / made.numel(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_scores_that_agree_give_no_gradient(name: str) -> None:
     made = torch.randn(3, 1, 4, 4, requires_grad=True)
-    other = torch.randn(3, 1, 4, 4)
-    losses.distribution_matching_loss(made, other, other).backward()
+    other = torch.randn(3, 1, 4, 4) + 0.5 * made
+    level = torch.ones(3, 1, 1, 1)
+    score_loss(name, made, other, other, level, level).backward()
     assert made.grad is not None
     assert not made.grad.any()
 
@@ -113,4 +186,4 @@ def test_weights_that_cannot_train_a_projector() -> None:
     with pytest.raises(ValueError, match="0 or more, got idem=-1"):
         LossWeights(idem=-1)
     with pytest.raises(ValueError, match="The identity is the best projector"):
-        LossWeights(dmd=0, reg=0, flow=0)
+        LossWeights(dmd=0)

@@ -9,30 +9,35 @@ from diffusers import DDPMScheduler
 
 from diffusers_ext.core.schedules import levels_at
 from diffusers_ext.core.storage import weights_digest
+from diffusers_ext.sign.figures import projector_figures
 from diffusers_ext.sign.objective import LossWeights
 from diffusers_ext.sign.pairs import teacher_flow, teacher_pairs
 from diffusers_ext.sign.projector import Projector, nearest_timestep
+from diffusers_ext.sign.scores import RENOISED_LEVEL, Scores
 from diffusers_ext.sign.source import MixtureSource
-from diffusers_ext.sign.training import SIGNObjective, projector_figures
+from diffusers_ext.sign.training import SIGNObjective
 from diffusers_ext.training.encodings import SHARD
 from tests import tiny
 from tests.sign.test_projector import GaussianUNet
 
-ALL = LossWeights(dmd=1, denoise=0.5, tight=0.1)
+ALL = LossWeights(rec=1, idem=0.5, dmd=1, reg=0.5, flow=1, denoise=0.5, tight=0.1)
+OTHERS = LossWeights(dmd=0, reg=0.5, flow=1)
 
 
 def batch(rows: int = 4, step: int = 0) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
-    names = ("noise", "drawn", "data", "data_noise", "score_noise", "fake_noise")
+    names = ("noise", "drawn", "data", "data_noise", "score_noise", "fake_noise", "again_noise")
     found: dict[str, Any] = {name: torch.randn(rows, 3, 8, 8, generator=draw) for name in names}
     found |= {name: torch.rand(rows, generator=draw) for name in ("level", "score_time", "fake_time")}
+    found |= {name: torch.rand(rows, generator=draw) for name in ("again", "again_level")}
     return {"step": step, **found}
 
 
-def objective(weights: LossWeights = ALL, **options: Any) -> SIGNObjective:
+def objective(weights: LossWeights = ALL, warmup_steps: int = 0, **scores: Any) -> SIGNObjective:
     pipe = tiny.build("ddpm")
     projector = Projector(pipe.unet, pipe.scheduler, nearest_timestep(pipe.scheduler))
-    return SIGNObjective(projector, copy.deepcopy(pipe.unet), weights, **options)
+    settings = Scores(**{"renoised_share": 0.0, **scores})
+    return SIGNObjective(projector, copy.deepcopy(pipe.unet), weights, settings, warmup_steps)
 
 
 def moved(model: SIGNObjective, step: int) -> set[str]:
@@ -43,11 +48,74 @@ def moved(model: SIGNObjective, step: int) -> set[str]:
 
 
 def test_whose_turn_it_is() -> None:
-    model = objective(warmup_steps=2, fake_updates=3)
-    found = [moved(model, step) for step in range(8)]
+    model = objective(warmup_steps=2, fake_updates=3, fake_first_steps=1)
+    found = [moved(model, step) for step in range(9)]
     both, fake = {"projector", "fake"}, {"fake"}
-    assert found == [{"projector"}, {"projector"}, both, fake, fake, both, fake, fake]
-    assert moved(objective(LossWeights(dmd=0)), 100) == {"projector"}
+    assert found == [{"projector"}, {"projector"}, fake, both, fake, fake, both, fake, fake]
+    assert [model.moves(step) for step in range(9)] == ["projector" in names for names in found]
+    assert moved(objective(OTHERS), 100) == {"projector"}
+
+
+@pytest.mark.parametrize("matching", ["dmd", "dmd_l1", "sid"])
+def test_scores_alone_move_both_and_not_the_teacher(matching: str) -> None:
+    model = objective(LossWeights(rec=0, idem=0), matching=matching)
+    assert moved(model, 0) == {"projector", "fake"}
+    # The fake score, still the teacher, gives no direction.
+    share = [p.grad.abs().max() for p in model.projector.parameters() if p.grad is not None]
+    assert max(share) < 1e-6
+    with torch.no_grad():
+        for parameter in model.fake.parameters():  # type: ignore[union-attr]
+            parameter.mul_(1.05)
+    moved(model, 0)
+    assert max(p.grad.abs().max() for p in model.projector.parameters() if p.grad is not None) > 1e-5
+
+
+@pytest.mark.parametrize("matching", ["dmd", "sid"])
+def test_the_score_loss_leaves_the_fake_score_alone(matching: str) -> None:
+    model = objective(LossWeights(rec=0, idem=0), matching=matching)
+    given = batch()
+    made = model.projector(given["noise"])
+    loss = model._matching(made, given["score_noise"], given["score_time"], {}, {})
+    loss.backward()
+    assert model.fake is not None
+    assert all(p.grad is None for p in model.fake.parameters())
+
+
+def calls(model: SIGNObjective, **changes: Any) -> list[torch.Tensor]:
+    """What the projector is called with in a step."""
+    found: list[torch.Tensor] = []
+    handle = model.projector.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    model(**{**batch(), **changes})
+    handle.remove()
+    return found
+
+
+def test_the_scores_see_what_is_made_of_noise_only() -> None:
+    given, alone = batch(), objective(LossWeights(rec=0, idem=0))
+    (source,) = calls(alone)
+    assert torch.equal(source, alone.projector.start(given["noise"]))
+    halved = objective(LossWeights(rec=0, idem=0, flow=1))
+    (source,) = calls(halved)
+    assert torch.equal(source[::2], halved.projector.start(given["noise"])[::2])
+    assert not torch.equal(source[1::2], halved.projector.start(given["noise"])[1::2])
+    seen: list[int] = []
+    halved._fake_loss = lambda made, *_: seen.append(len(made)) or made.sum()  # type: ignore[method-assign]
+    halved(**given)
+    assert seen == [2]
+
+
+def test_outputs_are_noised_again() -> None:
+    given, model = batch(), objective(LossWeights(rec=0, idem=0), renoised_share=0.5)
+    chosen = torch.tensor([True, False, False, True])
+    again = torch.where(chosen, 0.4, 0.6)
+    first, source = calls(model, again=again)
+    z = model.projector.start(given["noise"])
+    assert torch.equal(first, z[chosen])
+    assert torch.equal(source[~chosen], z[~chosen])
+    with torch.no_grad():
+        made = model.projector(z[chosen])
+    level = RENOISED_LEVEL * model.projector.sigma * given["again_level"][chosen].reshape(-1, 1, 1, 1)
+    assert torch.allclose(source[chosen], made + level * given["again_noise"][chosen], atol=1e-6)
 
 
 def test_a_batch_is_the_mean_of_its_halves() -> None:
@@ -65,9 +133,7 @@ def test_a_teacher_step_follows_the_flow_of_one_picture() -> None:
     """A teacher that knows one picture alone: its flow is a straight line to it."""
     scheduler = DDPMScheduler()
     teacher = GaussianUNet(scheduler, 0.3, 0.0)
-    model = SIGNObjective(
-        Projector(GaussianUNet(scheduler, 0.3, 0.0), scheduler, 440), teacher, LossWeights(dmd=0)
-    )
+    model = SIGNObjective(Projector(GaussianUNet(scheduler, 0.3, 0.0), scheduler, 440), teacher, OTHERS)
     level, noise = torch.tensor([0.05, 0.35, 0.95]), torch.randn(3, 1, 4, 4)
     times = model._flow_times(level)
     assert times[-1] == 440
@@ -106,10 +172,11 @@ def test_guidance_reaches_the_real_score() -> None:
         name: value if name == "step" or value.ndim == 1 else torch.randn(4, 4, 8, 8)
         for name, value in batch().items()
         if name != "step"
-    } | {"step": 0, "prompt_embeds": torch.randn(4, 5, 16), "negative_prompt_embeds": torch.randn(4, 5, 16)}
+    } | {"step": 0}
+    given |= {f"{sign}encoder_hidden_states": torch.randn(4, 5, 16) for sign in ("", "negative_")}
     found = []
     for scale in (1.0, 5.0):
-        model = SIGNObjective(projector, teacher, LossWeights(), guidance_scale=scale)
+        model = SIGNObjective(projector, teacher, LossWeights(), Scores(guidance_scale=scale))
         projector.zero_grad()
         model(**given).backward()
         found.append(torch.cat([p.grad.flatten() for p in projector.parameters() if p.grad is not None]))
@@ -124,7 +191,7 @@ def test_figures_know_the_identity_and_the_constant() -> None:
             super().__init__()
             self.gain = gain
 
-        def start(self, noise: torch.Tensor) -> torch.Tensor:
+        def start(self, noise: torch.Tensor, mean: None = None) -> torch.Tensor:
             return self.sigma * noise
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,10 +280,17 @@ def test_a_flow_has_no_more_steps_than_timesteps() -> None:
     assert torch.isfinite(found).all()
 
 
-def test_refusals() -> None:
-    with pytest.raises(
-        ValueError, match="warmup_steps of 0 or more and fake_updates of 1 or more, got -1 and 1"
-    ):
-        objective(warmup_steps=-1)
-    with pytest.raises(ValueError, match="no loss for the warmup"):
-        objective(LossWeights(dmd=1, reg=0, flow=0), warmup_steps=5)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or more, got -1"),
+        ({"weights": LossWeights(), "warmup_steps": 5}, "no loss for the warmup"),
+        ({"fake_updates": 0}, "fake_updates of 1 or more, got 0 and 0"),
+        ({"matching": "l2"}, "one of dmd, dmd_l1, sid, got 'l2'"),
+        ({"renoised_share": 1.5}, r"in \[0, 1\], got 1.5"),
+        ({"fake_rate": 0.0}, "fake_rate must be above 0, got 0"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        objective(**options)

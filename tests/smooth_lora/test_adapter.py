@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_a_trained_adapter_is_saved_so_that_diffusers_loads_it(tmp_path: Path) -> None:
-    from diffusers_ext.smooth_lora.apply import lora_state
+    from diffusers_ext.training.lora import lora_state
 
     pipe = tiny.build("sd")
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
@@ -226,7 +226,7 @@ def test_a_scale_outside_the_tensors_is_applied(place: str, scale: str, tmp_path
 
 
 def test_a_scale_survives_saving_what_was_trained_here(tmp_path: Path) -> None:
-    from diffusers_ext.smooth_lora.apply import lora_state
+    from diffusers_ext.training.lora import lora_state
 
     saved = adapted(**SCALES["patterns"])
     write(lora_state(saved.unet), tmp_path, "pytorch_lora_weights.safetensors")

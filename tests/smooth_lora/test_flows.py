@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from diffusers_ext.core.families import guidance_of
 from diffusers_ext.core.pipeline import given_latents, model_output
-from diffusers_ext.smooth_lora.training import FlowSmoothLoraObjective, add_lora, check_class, check_pipeline
+from diffusers_ext.smooth_lora.training import FlowSmoothLoraObjective, check_class, check_pipeline
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss, double_differentiable
+from diffusers_ext.training.lora import add_lora
 from diffusers_ext.training.transformers import encode_captions, flow_of
 from tests import families
 

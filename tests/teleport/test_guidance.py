@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import diffusers_ext as dx
+from diffusers_ext.core import features
 from diffusers_ext.core.families import guidance_of
-from diffusers_ext.teleport import prompt_map
 from diffusers_ext.teleport.prompt_map import PromptMap
 from diffusers_ext.teleport.prompts import prompt_features
 from tests import families
@@ -19,7 +19,7 @@ from tests.contract.probe import feature, mean_map, statistics
 @pytest.fixture(autouse=True)
 def _averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     # As those of all real encoders but Stable Diffusion 1's.
-    monkeypatch.setattr(prompt_map, "LARGEST_FLAT", 0)
+    monkeypatch.setattr(features, "LARGEST_FLAT", 0)
 
 
 def mapped(name: str, **changes: Any) -> dx.GaussianStats:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import diffusers_ext as dx
+from diffusers_ext.core.features import features_of
 from diffusers_ext.core.prompts import PromptEmbeds
-from diffusers_ext.teleport.prompt_map import PromptMap, features_of
+from diffusers_ext.teleport.prompt_map import PromptMap
 from diffusers_ext.teleport.prompts import prompt_features
 from tests import families, tiny
 

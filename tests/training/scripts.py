@@ -102,8 +102,8 @@ def arguments(
             *("--interval_steps", "2"),
         ],
         "train_sign": [
-            *("--num_pairs", "16", "--dmd_weight", "1", "--guidance_scale", "2"),
-            *("--source_components", "2", "--source_rank", "2"),
+            *("--num_pairs", "16", "--reg_weight", "0.5", "--flow_weight", "1", "--guidance_scale", "2"),
+            *("--source_components", "2", "--source_rank", "2", "--renoised_share", "0.25"),
         ],
     }
     return [*shared, *own[name if name in own else script]]

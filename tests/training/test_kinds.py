@@ -50,7 +50,10 @@ OWN = {
         *("--weighting_scheme uniform", "--max_sequence_length 0"),
     ],
     "train_asdm": [*DATA, "--snr_gamma 0", "--steps_per_stage 0", "--proportion_empty_prompts 2"],
-    "train_sign": [*DATA, "--train_batch_size 3", "--sigma 0", "--fake_updates 0", "--num_pairs 0"],
+    "train_sign": [
+        *(*DATA, "--train_batch_size 3", "--sigma 0", "--fake_updates 0", "--num_pairs 0", "--rank 0"),
+        *("--recipe gan", "--matching l2", "--source noise", "--fake_learning_rate 0", "--renoised_share 2"),
+    ],
     "train_npnet": ["--held_out_share 1", "--depth 0", "--num_validation_images 0"],
     "train_base": ["--snr_gamma 0", "--num_scenes 0", "--block_out_channels 8 0 8"],
 }

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,21 @@ class TwoLines(torch.nn.Module):
 
     def forward(self, x):
         return self.lines[0](x) + 1e6 * self.lines[1](x)
+
+
+class InTurns(TwoLines):
+    """The first line is trained in every third step, the second always, at ten times the rate."""
+
+    def __init__(self):
+        super().__init__(True)
+        self.steps = 0
+        self.rate_factors = lambda: [1.0, 10.0]
+        self.moves = lambda step: step % 3 == 2
+
+    def forward(self, x):
+        self.steps += 1
+        first = self.lines[0](x) if self.moves(self.steps - 1) else 0
+        return first + self.lines[1](x)
 
 
 def run(args, make_batch=lambda rows: {"x": rows.normal(3)}, validate=None):
@@ -91,6 +107,31 @@ def test_networks_are_clipped_each_by_itself(tmp_path, monkeypatch):
     assert second == pytest.approx([1], rel=1e-4)
     assert large == pytest.approx(1, rel=1e-4)
     assert small < 1e-5
+
+
+def test_the_average_is_of_the_first_network_and_counts_its_steps(tmp_path):
+    falling = ["--lr_scheduler", "cosine", "--lr_warmup_steps", "0", "--learning_rate", "1e-2"]
+    args = arguments(tmp_path, "--use_ema", "--max_train_steps", "7", *falling)
+    model, twin = InTurns(), InTurns()
+    start = twin.lines[1].weight.item()
+    train(make_accelerator(args), args, model, lambda rows: {"x": rows.normal(3)})
+    first, second = twin.lines
+    optimizers = [torch.optim.AdamW(line.parameters(), lr) for line, lr in ((first, 1e-2), (second, 1e-1))]
+    schedules = [get_scheduler("cosine", o, num_warmup_steps=0, num_training_steps=7) for o in optimizers]
+    ema = EMAModel(first.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    for step in range(7):
+        twin(rows_of_step(0, step, 0, 4).normal(3)).backward()
+        for line, optimizer, schedule in zip(twin.lines, optimizers, schedules):
+            torch.nn.utils.clip_grad_norm_(line.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if twin.moves(step):
+            ema.step(first.parameters())
+    assert model.lines[0].weight.item() == pytest.approx(float(ema.shadow_params[0]), rel=1e-6)
+    assert model.lines[0].weight.item() != pytest.approx(first.weight.item(), rel=1e-6)
+    assert model.lines[1].weight.item() == pytest.approx(second.weight.item(), rel=1e-6)
+    assert abs(second.weight.item() - start) > 0.1
 
 
 def test_steps_and_seeds_draw_different_rows():

@@ -13,11 +13,11 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from diffusers_ext.smooth_lora.training import add_lora
 from diffusers_ext.testbed import base_models
 from diffusers_ext.training import optimizers
 from diffusers_ext.training.arguments import add_training_arguments
 from diffusers_ext.training.loop import make_accelerator
+from diffusers_ext.training.lora import add_lora
 from diffusers_ext.training.optimizers import (
     Muon,
     check_optimizer,
@@ -233,6 +233,27 @@ def test_the_schedule_reaches_both_optimizers() -> None:
     backward(model, 0)
     ours.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["muon", "drop_muon"])
+def test_muon_has_one_learning_rate(name: str, tmp_path: Any) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleList([network(), network()])
+
+        def networks(self) -> list[torch.nn.Module]:
+            return list(self.parts)
+
+        def rate_factors(self) -> list[float]:
+            return [1.0, 10.0]
+
+    parser = add_training_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--output_dir", str(tmp_path), "--optimizer", name])
+    with pytest.raises(
+        ValueError, match="has one learning rate for all networks, and Two has the factors 1, 10"
+    ):
+        make_optimizer(args, Two(), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "qwen", "ddpm"])

@@ -20,12 +20,13 @@ STEPS = 4
 
 def command(name: str, base: Path, output: Path, *extra: str) -> list[str]:
     keep = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "0"]
-    deeper = ["--depth", "3"] if name == "train_npnet" else []
+    # SIGN's second network has another learning rate, which Muon does not.
+    own = {"train_npnet": ["--depth", "3"], "train_sign": ["--fake_learning_rate", "1e-4"]}.get(name, [])
     return [
         *arguments(name, base, output),
         *steps(name, STEPS),
         *keep,
-        *deeper,
+        *own,
         "--train_batch_size",
         "4",
         *extra,

@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
+from diffusers_ext.metrics.frechet import FeatureStats, frechet_distance
+from diffusers_ext.sign.teacher import untrained_projector
+from diffusers_ext.testbed.embedded import card_dir
+from diffusers_ext.testbed.fashion_scenes import SAMPLE_DIR
+from diffusers_ext.testbed.runs import load_reference, run_garments
 from diffusers_ext.training.checkpoints import list_checkpoints
 from tests import tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
+from tests.training.scripts import run
 
 # One worker runs them all: they share the trained weights.
 pytestmark = [pytest.mark.slow]
@@ -29,13 +36,14 @@ def base(tmp_path_factory: Any) -> Path:
 
 
 def command(base: Path, output: Path, *extra: str, teacher: str = "ddpm") -> list[str]:
+    """A run with every loss and every phase."""
     return [
         SCRIPT,
         *("--pretrained_model_name_or_path", str(base / teacher), "--train_data_dir", str(base / "pictures")),
-        *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "3"),
-        *("--train_batch_size", "4", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--use_ema"),
-        *("--num_pairs", "16", "--num_inference_steps", "2"),
-        *("--dmd_weight", "1", "--fake_updates", "2"),
+        *("--output_dir", str(output), "--resolution", "8", "--max_train_steps", "8", "--warmup_steps", "2"),
+        *("--train_batch_size", "4", "--use_ema", "--num_pairs", "16", "--num_inference_steps", "2"),
+        *("--reg_weight", "0.5", "--flow_weight", "1", "--renoised_share", "0.5"),
+        *("--fake_first_steps", "1", "--fake_updates", "2"),
         *("--source_rank", "2", "--source_components", "3"),
         *("--pairs_dir", str(base / f"pairs-{teacher}"), *extra),
     ]
@@ -79,12 +87,13 @@ def test_two_processes_train_what_one_trains(trained: Path, base: Path, tmp_path
     launch(command(base, tmp_path, "--train_batch_size", "2"), TWO_PROCESSES)
     one, two = weights(trained), weights(tmp_path)
     # Adam moves every weight by up to the learning rate a step, also where a gradient is only rounding: of the 8 steps
-    # of 1e-3 nearly all weights must differ by less than one tenth, and none by more than they can have moved.
+    # of 1e-4 nearly all weights must differ by less than one tenth, and none by more than they can have moved. Beside
+    # that, the weights are stored in float16, with a spacing of up to 1e-3 of their size.
     difference = torch.cat(
         [(value.float() - two[name].float()).abs().flatten() for name, value in one.items()]
     )
-    assert difference.max() < 8e-3
-    assert difference.quantile(0.95) < 8e-4
+    assert difference.max() < 2e-3
+    assert difference.quantile(0.95) < 2e-4
 
 
 def test_a_teacher_with_prompts(base: Path, tmp_path: Path) -> None:
@@ -98,7 +107,7 @@ def test_scores_alone_need_no_pairs(base: Path, tmp_path: Path) -> None:
     launch(
         command(
             base, tmp_path, "--warmup_steps", "0", "--reg_weight", "0", "--flow_weight", "0",
-            "--pairs_dir", str(tmp_path / "pairs"), "--source_components", "0",
+            "--pairs_dir", str(tmp_path / "pairs"), "--source", "white",
         )
     )  # fmt: skip
     assert not (tmp_path / "pairs").exists()
@@ -117,3 +126,24 @@ def test_refusals(base: Path, trained: Path, tmp_path: Path) -> None:
     assert "got 3 of rank 64" in launch(few, code=1)
     same = command(base, tmp_path, "--resolution", "16")
     assert "Expected images 8 wide and 8 high" in launch(same, code=1)
+
+
+def test_scores_alone_bring_samples_nearer_to_the_data(tmp_path: Path, monkeypatch: Any) -> None:
+    """The embedded pixel model: 80 steps of 32 images, a few minutes on one core."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model = card_dir("fashion-ddpm")
+    argv = ["--pretrained_model_name_or_path", str(model), "--dataset_name", "fashion-mnist"]
+    argv += ["--train_data_dir", str(SAMPLE_DIR), "--output_dir", str(tmp_path), "--source_components", "8"]
+    argv += ["--max_train_steps", "80", "--train_batch_size", "32", "--rec_weight", "0", "--idem_weight", "0"]
+    run("train_sign", [*argv, "--source_rank", "8", "--use_ema", "--ema_decay", "0.98"])
+    sign: Any = dx.SIGNPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    teacher: Any = DDPMPipeline.from_pretrained(model, dtype=torch.float32)
+    untrained = untrained_projector(teacher)
+    untrained.register_modules(source=sign.source)
+    found = []
+    for pipe in (untrained, sign):
+        pipe.set_progress_bar_config(disable=True)
+        features = run_garments(pipe, 512, seed=5, num_inference_steps=1).features
+        found.append(frechet_distance(FeatureStats.of(features), load_reference("garments-test")))
+    # .7 before and .2 to .4 after, over seeds; with the learning rate of the teacher it is above 4.
+    assert found[1] < 0.75 * found[0]

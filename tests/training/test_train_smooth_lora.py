@@ -15,9 +15,10 @@ from diffusers import (
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.smooth_lora.training import SmoothLoraObjective, add_lora, check_pipeline
+from diffusers_ext.smooth_lora.training import SmoothLoraObjective, check_pipeline
 from diffusers_ext.smooth_lora.variation import StepwiseVariationLoss
 from diffusers_ext.training.checkpoints import list_checkpoints
+from diffusers_ext.training.lora import add_lora
 from tests import families, tiny
 from tests.training.launching import ACCELERATE, ROOT, TWO_PROCESSES, kill_after, launch, write_pictures
 
