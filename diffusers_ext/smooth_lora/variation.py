@@ -95,7 +95,7 @@ class StepwiseVariationLoss(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         if not 0 < rate <= 1 or num_bins < 1 or (step is not None and step <= 0):
             raise ValueError(
-                f"Expected rate in (0, 1], num_bins of 1 or more and step above 0; got {rate}, {num_bins} and"
+                f"Expected rate in (0, 1], num_bins of 1 or more and step above 0 or None; got {rate}, {num_bins} and"
                 f" {step}."
             )
         self.prediction_type, self.estimator, self.rate, self.step = prediction_type, estimator, rate, step

@@ -5,14 +5,9 @@ from diffusers_ext.testbed.embedded import card_dir, has_card, pipeline_dir
 
 
 def test_the_checkout_has_every_model_and_pipeline():
-    for name in (
-        "fashion-ddpm",
-        "fashion-scenes",
-        "fashion-grader",
-        "fashion-judge",
-        "sign-fashion-ddpm",
-        "asdm-fashion-scenes",
-    ):
+    bases = "fashion-scenes", "fashion-flow"
+    methods = [f"{method}-{base}" for method in ("npnet", "smooth-lora", "asdm") for base in bases]
+    for name in ("fashion-ddpm", "fashion-grader", "fashion-judge", "sign-fashion-ddpm", *bases, *methods):
         assert (card_dir(name) / "README.md").is_file()
         assert has_card(name)
     assert (pipeline_dir("teleport_sd") / "pipeline.py").is_file()
