@@ -18,7 +18,7 @@ from benchmarks.framework.trainings import Training
 from diffusers_ext.metrics.comparison import Estimate
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("coverage", "base_models", "teleport_flow", "training_memory")
+QUICK = ("coverage", "teleport_flow", "training_memory")
 # Files of the pages that other commands make.
 OTHERS = {"demo.png", "asdm_plan.png", "CHANGELOG.md"}
 

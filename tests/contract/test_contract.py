@@ -145,7 +145,7 @@ def _pruned(pipe: Any) -> Any:
 
 
 PRODUCTS = {
-    "sign": Product("SIGN", untrained_projector, ("sd", "ddpm", "sd3")),
+    "sign": Product("SIGN", untrained_projector, ("sd", "sdxl", "ddpm", "sd3")),
     "pruning": Product("A-SDM pruning", _pruned, ("sd", "sdxl")),
 }
 
