@@ -306,10 +306,8 @@ class SIGNObjective(nn.Module):
         negative: dict[str, Tensor],
     ) -> Tensor:
         scores, identity = self.scores, self.scores.matching == "sid"
-        times = self._score_times(time)
-        alpha, sigma = self.projector.levels(times, made)
         with torch.set_grad_enabled(identity):
-            noisy = alpha * made + sigma * noise
+            noisy, times, alpha, sigma = self._noised(made, noise, time)
             fake_network = Constant(self.fake) if identity and self.fake else self.fake
             given = noisy, times, conditions, negative
             real = self._guided(self.teacher, *given, scores.guidance_scale)
@@ -329,11 +327,15 @@ class SIGNObjective(nn.Module):
         conditions: dict[str, Tensor],
         negative: dict[str, Tensor],
     ) -> Tensor:
-        times = self._score_times(time)
-        alpha, sigma = self.projector.levels(times, made)
-        noisy = alpha * made + sigma * noise
+        noisy, times, alpha, sigma = self._noised(made, noise, time)
         clean = self._guided(self.fake, noisy, times, conditions, negative, self.scores.fake_guidance_scale)
         return losses.score_matching_loss(clean, made, alpha, sigma)
+
+    def _noised(self, made: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What f made, noised again at random times of the scores: αf(z) + σε, the times, α and σ."""
+        times = self._score_times(share)
+        alpha, sigma = self.projector.levels(times, made)
+        return alpha * made + sigma * noise, times, alpha, sigma
 
     def _score_times(self, share: Tensor) -> Tensor:
         count = self.projector.num_times
