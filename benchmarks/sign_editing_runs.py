@@ -210,12 +210,9 @@ def restored(
     if method == BEFORE:
         images = spoilt.movedim(1, -1).numpy()
     elif method == SIGN:
-        pipe, draws = (
-            load_sign(sign, base),
-            [torch.Generator().manual_seed(900 + i) for i in range(len(spoilt))],
-        )
+        draws = [torch.Generator().manual_seed(900 + i) for i in range(len(spoilt))]
         call = {"strength": strength, "generator": draws, "output_type": "np"}
-        images = pipe.project(spoilt, prompts, **call).images
+        images = load_sign(sign, base).project(spoilt, prompts, **call).images
     else:
         given = spoilt.movedim(1, -1).numpy(), prompts, prompts
         images = drawn(sign, base, *given, method, steps, strength)

@@ -126,12 +126,8 @@ class Texts:
     def __init__(
         self, stock: Any, pipe: Any, device: torch.device, max_sequence_length: int | None = None
     ) -> None:
-        self.stock, self.pipe, self.device, self.max_sequence_length = (
-            stock,
-            pipe,
-            device,
-            max_sequence_length,
-        )
+        self.stock, self.pipe, self.device = stock, pipe, device
+        self.max_sequence_length = max_sequence_length
         self.known: dict[tuple[str, bool], dict[str, Tensor]] = {}
         self.size: tuple[int, int] | None = None  # of the images, in pixels
         self._kept = 0

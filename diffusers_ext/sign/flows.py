@@ -19,7 +19,7 @@ from ..core.families import guidance_of, known_class, token_side
 from ..core.hooks import parameters_of
 from ..core.predictions import clean_prediction
 from ..core.schedules import prediction_type
-from ..training.transformers import FLOWS, Flow, encode_captions, flow_of, without_padding
+from ..training.transformers import FLOWS, Flow, flow_of
 from .held_time import hold_time, time_features, time_layer
 from .projector import Projector
 from .source import Source
@@ -120,7 +120,7 @@ class FlowProjector(Projector):
         Args:
             x: (b, C, H, W) clean data, noisy data or the output of `start`, in the grid layout.
             sigma: noise level of x, for a time-conditional projector. None or 0 is the projector's own.
-            conditions: from `conditions_of`, for b images.
+            conditions: from `conditions_for`, for b images.
 
         Returns:
             (b, C, H, W) in the dtype of x.
@@ -151,15 +151,6 @@ def stock_pipeline(pipe: Any) -> Any:
     kind = getattr(diffusers, pipe.config.teacher)
     names = set(kind._get_signature_keys(kind)[0]) - set(kind._optional_components)
     return kind(**{name: getattr(pipe, name, None) for name in names})
-
-
-def conditions_of(
-    stock: Any, prompts: list[str], repeats: int, dtype: torch.dtype, max_sequence_length: int | None = None
-) -> dict[str, Tensor]:
-    """The prompt arguments of the transformer for `repeats` images of each prompt, one after the other."""
-    texts = without_padding(encode_captions(stock, prompts, max_sequence_length))
-    texts = {name: value.repeat_interleave(repeats, 0) for name, value in texts.items()}
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in texts.items()}
 
 
 def check_flow_teacher(pipe: Any) -> None:
@@ -218,10 +209,8 @@ def holds_in_weights(pipe: Any) -> bool:
 
 def hold_in_weights(pipe: Any) -> None:
     """Holds the transformer of a `SIGNPipeline` at the projector's time, in place; see `hold_time`."""
-    transformer, stock = pipe.transformer, pipe.stock_pipeline
-    side = 2 * token_side(stock)
+    transformer, side = pipe.transformer, 2 * token_side(pipe.stock_pipeline)
     shape = 1, pipe.flow.channels(transformer), side, side
     zeros = torch.zeros(shape, device=transformer.device, dtype=transformer.dtype)
-    texts = conditions_of(stock, [""], 1, transformer.dtype, pipe.config["max_sequence_length"])
-    projector = pipe.projector
+    texts, projector = pipe._conditions("", 1), pipe.projector
     hold_time(transformer, time_features(transformer, lambda: projector(zeros, **texts)))
