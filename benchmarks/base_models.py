@@ -52,7 +52,7 @@ class Settings:
 class FlowSettings:
     """How much of the flow is measured."""
 
-    images: int = 1000
+    images: int = 600
     guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     steps: tuple[int, ...] = (8, 20)
     solvers: tuple[str, ...] = ("Euler", DPM)
