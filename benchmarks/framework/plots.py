@@ -93,6 +93,14 @@ def draw(
             _panel(axis, panel, names)
         for axis in axes[len(panels) :]:
             axis.axis("off")
+        handles: dict[str, Any] = {}
+        for axis in axes[: len(panels)]:
+            handles |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
+        columns = min(len(handles), 8)
+        # Beside the axes, where it hides no point.
+        parts[1].legend(
+            handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+        )
     figure.savefig(path, dpi=110)
     plt.close(figure)
     if small:
@@ -110,13 +118,17 @@ def _strip(axis: Any, title: str, pictures: np.ndarray) -> None:
 
 
 def _panel(axis: Any, panel: Panel, names: Sequence[str]) -> None:
+    every = [x for series in panel.series.values() for x in series.xs]
+    # Points without a line stand beside each other where the abscissas are equal.
+    apart = 0.0 if panel.options.get("xscale") == "log" or not every else 0.012 * (max(every) - min(every))
     for name, series in panel.series.items():
         number = names.index(name)
+        aside = 0.0 if series.line else apart * number
         values = [y if isinstance(y, Estimate) else Estimate(y, y, y) for y in series.ys]
         middle = np.array([v.value for v in values])
         spread = np.array([[v.value - v.low, v.high - v.value] for v in values]).T
         axis.errorbar(
-            series.xs,
+            [x + aside for x in series.xs],
             middle,
             np.maximum(spread, 0) if len(values) else None,
             color=f"C{number % 10}",
@@ -136,4 +148,3 @@ def _panel(axis: Any, panel: Panel, names: Sequence[str]) -> None:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
