@@ -59,6 +59,7 @@ class Subject:
         options: of the training of LoRAs, besides those that all have.
         base: the folder of the flow, or nothing for the UNet.
         included: the card with a LoRA for it, by the label of its row.
+        weight: λ of the included card, which is trained with every seed.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Subject:
     options: tuple[tuple[str, Any], ...]
     base: tuple[Path, ...] = ()
     included: tuple[tuple[str, Path], ...] = ()
+    weight: float = 1
 
     def sampled(self, lora: Path | None, count: int, guidance: float = GUIDANCE) -> tuple[Any, ...]:
         """The arguments of `paths` and `images`. Those of the UNet are the ones that differ from the defaults."""
@@ -182,8 +184,9 @@ def main(bench: Bench) -> None:
 
 def write(bench: Bench, s: Settings, subject: Subject) -> None:
     """Trains and measures what is missing, and writes the pages of a model."""
-    # The weights with one seed, and the other seeds of the two that the cards compare.
-    wanted = [(w, s.seeds[0]) for w in s.weights] + [(w, seed) for seed in s.seeds[1:] for w in (0, 1)]
+    # The weights with one seed, and the other seeds of the two that the card compares.
+    compared = (0, subject.weight)
+    wanted = [(w, s.seeds[0]) for w in s.weights] + [(w, seed) for seed in s.seeds[1:] for w in compared]
     names = {(w, seed): f"λ = {w:g}, seed {seed}" for w, seed in wanted}
     trained = bench.train({names[key]: training(*key, bench.data_dir, s, subject) for key in wanted})
     found = measured(bench, s, subject, {"base": None, **dict(subject.included), **trained})
@@ -196,7 +199,10 @@ def write(bench: Bench, s: Settings, subject: Subject) -> None:
         f"{subject.name}_seeds.md",
         f"As in {subject.name}.md, by training seed:",
         training_seeds(
-            statistics, s, {names[w, seed]: found[names[w, seed]] for seed in s.seeds for w in (0, 1)}
+            statistics,
+            s,
+            {names[w, seed]: found[names[w, seed]] for seed in s.seeds for w in compared},
+            f"λ = {subject.weight:g}",
         ),
     )
     picture(bench.path(f"{subject.name}.png"), statistics, first, guided)

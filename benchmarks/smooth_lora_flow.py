@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .flow_runs import SHORT, flow_reads, included, model_folder
+from .flow_runs import SHORT, flow_reads, model_folder
 from .framework.bench import Bench
-from .smooth_lora import INCLUDED, Settings, Subject, write
+from .smooth_lora import Settings, Subject, write
 
 WRITES = ("smooth_lora_flow.md", "smooth_lora_flow_seeds.md", "smooth_lora_flow.png")
-CARD = "smooth-lora-fashion-flow"
-# As on the card. Levels are drawn evenly, since the noise decides on the image at the high ones.
+# As on the card of smooth-lora-fashion-flow, which is the row λ = 10. Levels are drawn evenly, since the noise decides
+# on the image at the high ones.
 OPTIONS: dict[str, Any] = {"weighting_scheme": "none", "running_mean": "per_timestep", **SHORT}
 
 
@@ -21,7 +21,6 @@ def main(bench: Bench) -> None:
         Settings((0, 1), (0,), 2, 4, 2, 1, 4, 16, (3.0,)),
     )
     base = model_folder(bench)
-    how = "training/train_smooth_lora.py, as for smooth-lora-fashion-scenes"
-    cards = () if bench.quick else ((INCLUDED, included(CARD, how)),)
-    reads = flow_reads(base)
-    write(bench, s, Subject("smooth_lora_flow", "Euler", reads, tuple(OPTIONS.items()), (base,), cards))
+    weight = max(s.weights)
+    options = tuple(OPTIONS.items())
+    write(bench, s, Subject("smooth_lora_flow", "Euler", flow_reads(base), options, (base,), weight=weight))

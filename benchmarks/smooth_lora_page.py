@@ -141,8 +141,8 @@ def reconstruction(statistics: Statistics, guidance: float) -> list[Measure]:
     ]
 
 
-def training_seeds(statistics: Statistics, s: Settings, models: dict[str, Model]) -> str:
-    """Every seed's figures, and the mean and spread of what λ = 1 does to λ = 0."""
+def training_seeds(statistics: Statistics, s: Settings, models: dict[str, Model], ours: str) -> str:
+    """Every seed's figures, and the mean and spread of what the weight `ours` does to λ = 0."""
 
     def figures(model: Model) -> list[float]:
         deviations, distances = model.paths["deviations"], model.paths["distances"]
@@ -157,11 +157,13 @@ def training_seeds(statistics: Statistics, s: Settings, models: dict[str, Model]
     digits = (3, 3, 1, 2, *[4] * len(RECONSTRUCTION_GUIDANCES))
     values = {name: figures(model) for name, model in models.items()}
     rows = [[name, *(f"{x:.{d}f}" for x, d in zip(row, digits))] for name, row in values.items()]
-    changes = np.array([np.subtract(values[f"λ = 1, seed {n}"], values[f"λ = 0, seed {n}"]) for n in s.seeds])
+    changes = np.array(
+        [np.subtract(values[f"{ours}, seed {n}"], values[f"λ = 0, seed {n}"]) for n in s.seeds]
+    )
     if len(s.seeds) > 1:
         spread = changes.std(0, ddof=1)
         cells = [f"{m:.{d}f} ± {v:.{d}f}" for m, v, d in zip(changes.mean(0), spread, digits)]
-        rows.append(["λ = 1 less λ = 0, mean ± std", *cells])
+        rows.append([f"{ours} less λ = 0, mean ± std", *cells])
     scales = [f"squared error, guidance {g:g}" for g in RECONSTRUCTION_GUIDANCES]
     return markdown_table(["model", "ISTD", "std/mean", "prompt accuracy, %", "FD∞", *scales], rows)
 
