@@ -7,8 +7,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "This pipeline is a SIGNPipeline of the package diffusers-ext, which is not installed or too"
-        " old. Install it from https://github.com/diffusers-ext/diffusers-ext and try again."
+        "This is a SIGNPipeline of the package diffusers-ext, which is not installed or too old."
+        " Install it from https://github.com/diffusers-ext/diffusers-ext and try again."
     ) from error
 
 __all__ = ["Pipeline"]

@@ -56,8 +56,8 @@ class Artefact:
 
     @property
     def with_package(self) -> str:
-        """`ours` with its import, which has to be there before a pipeline is loaded."""
-        return f"import diffusers_ext as dx\n{self.ours}"
+        """`ours` with the import of the package, which only pipelines of its own classes do not need."""
+        return self.ours if self.ours.startswith(_TRUSTED) else f"import diffusers_ext as dx\n{self.ours}"
 
 
 def draw(pipe: Any, **call: Any) -> Tensor:
@@ -235,8 +235,8 @@ _FLOW = "made = draw(DiffusionPipeline.from_pretrained(repo), **one_step)"
 
 def _custom(folder: str, room: str, kind: str) -> Artefact:
     # The class itself needs no trust in the code of the repository.
-    both = f"""from diffusers_ext.{room}.pipelines import {kind}
-{_TRUSTED}
+    both = f"""{_TRUSTED}
+from diffusers_ext.{room}.pipelines import {kind}
 assert torch.equal(made, draw({kind}.from_pretrained(repo)))"""
     return Artefact(f"`{kind}`", _class(folder), "`pipe.push_to_hub`", both, _TRUSTED)
 
@@ -380,7 +380,9 @@ def process(role: str, folder: str) -> None:
     if role == "plain":
         sys.meta_path.insert(0, _Absent())
     found: dict[str, Tensor | str] = {}
-    for name, artefact in ARTEFACTS.items():
+    # Those that do not need the import go first, so that nothing else has imported it.
+    for name, artefact in sorted(ARTEFACTS.items(), key=lambda item: not item[1].ours.startswith(_TRUSTED)):
+        assert role == "push" or found or "diffusers_ext" not in sys.modules
         repo = f"{USER}/{name}"
         if role == "push":
             try:
