@@ -179,7 +179,8 @@ def main() -> None:
     record, save = TRAINERS[args.model](accelerator, args)
     if accelerator.is_main_process:
         title, about, tags = CARDS[args.model]
-        publish(args, sys.argv, record, save, f"# {title}\n\n{about}", tags, repo_id)
+        task = None if args.model == "vae" else tags[0]  # the Hub has no task for an autoencoder
+        publish(args, sys.argv, record, save, f"# {title}\n\n{about}", tags, repo_id, task)
         print(json.dumps(record, indent=1))
 
 

@@ -260,9 +260,11 @@ ARTEFACTS: dict[str, Artefact] = {
         "`pipe.save_pretrained(…, push_to_hub=True)`",
         "made = draw(dx.remove_teleport(dx.apply_teleport(DiffusionPipeline.from_pretrained(repo))))",
         """from diffusers import EulerDiscreteScheduler
-scheduler = EulerDiscreteScheduler.from_pretrained(repo, subfolder="scheduler")
-made = draw(DiffusionPipeline.from_pretrained(repo, scheduler=scheduler))""",
-        note='with its scheduler given: `scheduler=…from_pretrained(repo, subfolder="scheduler")`',
+from huggingface_hub import snapshot_download
+folder = snapshot_download(repo)
+scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+made = draw(DiffusionPipeline.from_pretrained(folder, scheduler=scheduler))""",
+        note="from `snapshot_download(repo)`, with the class of its scheduler given",
     ),
     "with-lora": Artefact("Pipeline with a Smooth-LoRA on", _with_lora, "`pipe.push_to_hub`", _PLAIN, _PLAIN),
     "teleport-class": _custom("teleport_sd", "teleport", "TeleportStableDiffusionPipeline"),
