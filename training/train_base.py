@@ -114,10 +114,11 @@ An unconditional pixel-space model of 32 × 32 grey garments. It is a testbed fo
 other uses.
 
 ```python
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("FOLDER")
-images = pipe(batch_size=16).images
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=20).images
 ```""",
         ["unconditional-image-generation"],
     ),
