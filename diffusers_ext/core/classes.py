@@ -56,8 +56,8 @@ def named_arguments(
 # The entry of model_index.json by which diffusers finds the class: the file beside it, and the name in this file.
 SAVED_CLASS = ["pipeline", "Pipeline"]
 # The package, and the name by which its pipeline classes find their components, see `components`.
-_PACKAGE = __package__.partition(".")[0]
-_COMPONENTS = f"{__package__}.components"
+_PACKAGE = __name__.partition(".")[0]
+_COMPONENTS = f"{_PACKAGE}.core.components"
 _CODE = """\
 # Written by diffusers-ext. Diffusers runs this file with trust_remote_code=True.{reason}
 try:
@@ -66,7 +66,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "This is a {kind} of the package diffusers-ext, which is not installed or too old."
+        "{kind} is a class of the package diffusers-ext, which is not installed or too old."
         " Install it from https://github.com/diffusers-ext/diffusers-ext and try again."
     ) from error
 

@@ -7,7 +7,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "This is a SmoothDiffusionStableDiffusionXLPipeline of the package diffusers-ext, which is not installed or too old."
+        "SmoothDiffusionStableDiffusionXLPipeline is a class of the package diffusers-ext, which is not installed or too old."
         " Install it from https://github.com/diffusers-ext/diffusers-ext and try again."
     ) from error
 

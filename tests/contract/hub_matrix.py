@@ -95,13 +95,6 @@ def _teleport(repo: str) -> Tensor:
     return draw(pipe)
 
 
-def _teleport_without(repo: str) -> Tensor:
-    from tests import tiny
-
-    _teleport(repo)
-    return draw(tiny.build("sd"))
-
-
 def _class(name: str) -> Callable[[str], Tensor]:
     def push(repo: str) -> Tensor:
         from tests.contract.test_saved_pipelines import MADE
@@ -253,18 +246,6 @@ ARTEFACTS: dict[str, Artefact] = {
         "`pipe.save_pretrained(…, push_to_hub=True)`",
         "made = draw(dx.apply_teleport(DiffusionPipeline.from_pretrained(repo)))",
         _PLAIN,
-    ),
-    "teleport-off": Artefact(
-        "The same, without teleportation",
-        _teleport_without,
-        "`pipe.save_pretrained(…, push_to_hub=True)`",
-        "made = draw(dx.remove_teleport(dx.apply_teleport(DiffusionPipeline.from_pretrained(repo))))",
-        """from diffusers import EulerDiscreteScheduler
-from huggingface_hub import snapshot_download
-folder = snapshot_download(repo)
-scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-made = draw(DiffusionPipeline.from_pretrained(folder, scheduler=scheduler))""",
-        note="from `snapshot_download(repo)`, with the class of its scheduler given",
     ),
     "with-lora": Artefact("Pipeline with a Smooth-LoRA on", _with_lora, "`pipe.push_to_hub`", _PLAIN, _PLAIN),
     "teleport-class": _custom("teleport_sd", "teleport", "TeleportStableDiffusionPipeline"),

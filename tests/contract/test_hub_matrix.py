@@ -54,7 +54,9 @@ def test_the_page_has_the_outcome(tmp_path: Path) -> None:
     classes = {name for name in ARTEFACTS if name.endswith("-class")}
     assert without == {*classes, "teleport", "code", "npnet", "asdm-unet"}
     for name in (*classes, "code"):
-        assert "of the package diffusers-ext, which is not installed" in outcome[name]["plain"], name
+        assert "is a class of the package diffusers-ext, which is not installed" in outcome[name]["plain"], (
+            name
+        )
     for name in ("teleport", "asdm-unet"):  # diffusers' own words, as no code of ours runs
         assert "diffusers_ext" in outcome[name]["plain"], name
     page = PAGE.read_text(encoding="utf-8")

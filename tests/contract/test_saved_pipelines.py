@@ -75,7 +75,7 @@ def test_without_the_package_the_file_says_what_is_missing(
     kind = scope["Pipeline"]
     monkeypatch.setitem(sys.modules, kind.__module__, None)
     with pytest.raises(
-        ImportError, match=rf"This is a {kind.__name__} of the package diffusers-ext, which is not"
+        ImportError, match=rf"{kind.__name__} is a class of the package diffusers-ext, which is not"
     ):
         exec(code, {})
 
