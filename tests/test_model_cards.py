@@ -23,8 +23,8 @@ TASKS = {
     "unconditional-image-generation",
     "image-classification",
 }  # of those that the Hub has
-# Their benchmarks have not run: benchmarks/results has a page that says so.
-NOT_MEASURED = {"asdm-fashion-flow": "asdm_flow", "smooth-lora-fashion-flow": "smooth_lora_flow"}
+# Its benchmark has not run: benchmarks/results has a page that says so.
+NOT_MEASURED = {"smooth-lora-fashion-flow": "smooth_lora_flow"}
 # A value with its 95% interval, as the pages write it.
 FIGURE = re.compile(r"[+-]?[\d.]+ \[-?[\d.]+, -?[\d.]+\]")
 # For SDXL there are no embedded models, so their code cannot run here.
