@@ -23,8 +23,6 @@ TASKS = {
     "unconditional-image-generation",
     "image-classification",
 }  # of those that the Hub has
-# Its benchmark has not run: benchmarks/results has a page that says so.
-NOT_MEASURED = {"smooth-lora-fashion-flow": "smooth_lora_flow"}
 # A value with its 95% interval, as the pages write it.
 FIGURE = re.compile(r"[+-]?[\d.]+ \[-?[\d.]+, -?[\d.]+\]")
 # For SDXL there are no embedded models, so their code cannot run here.
@@ -66,10 +64,6 @@ def test_the_header_of_a_model_has_its_origin_and_figures(folder: Path) -> None:
     assert card.data.datasets == ["zalando-datasets/fashion_mnist"]
     bases = [path.name for path in MODELS if name.endswith(f"-{path.name}")]
     assert card.data.base_model == (f"{OWNER}/{bases[0]}" if bases else None)
-    if name in NOT_MEASURED:
-        page = ROOT / "benchmarks" / "results" / f"{NOT_MEASURED[name]}.md"
-        if page.read_text(encoding="utf-8").startswith("Not measured yet"):
-            pytest.skip("not measured yet")
     assert card.data.model_name == name
     assert card.data.eval_results
     for result in card.data.eval_results:
