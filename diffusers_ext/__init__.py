@@ -19,7 +19,8 @@ __version__ = "0.2.0"
 
 _REPORTS = ("summary", "support")
 _BASES = ("ModelMixin", "SchedulerMixin")
-_register_components(__name__, {base: ["save_pretrained", "from_pretrained"] for base in _BASES})
+for _name in (__name__, f"{__name__}.core.components"):
+    _register_components(_name, {base: ["save_pretrained", "from_pretrained"] for base in _BASES})
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,10 @@
     with hub_server(folder) as hub:
         subprocess.run([sys.executable, "push.py"], env=hub.environment())
 
-huggingface_hub reads where its Hub and its cache are when it is imported, so whatever shall talk to this one is a
-process of its own. There are models and data sets with one branch, and Git LFS for weights; there is no Xet, there are
-no pull requests, and everything is public to read.
+huggingface_hub reads where its Hub and its cache are when it is imported, so what a user does is tried in a process of
+its own. `connected` leads the present process to the Hub, for tests that have no time to start one. There are models and
+data sets with one branch, and Git LFS for weights; there is no Xet, there are no pull requests, and everything is public
+to read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 USER = "user"
 TOKEN = "dummy"
@@ -33,6 +37,7 @@ _REPOSITORY = r"/api/(model|dataset)s/([^/]+/[^/]+)"
 _ROUTES = [
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
+    ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", rf"{_REPOSITORY}/preupload/([^/]+)", "preupload"),
     ("POST", r"/.+\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/lfs/([0-9a-f]{64})", "lfs_upload"),
@@ -140,6 +145,9 @@ class Hub:
     def validate_yaml(self, _: bytes) -> Any:
         return {"errors": [], "warnings": []}
 
+    def whoami(self, _: bytes) -> Any:
+        return {"type": "user", "name": USER, "orgs": []}
+
     def create(self, body: bytes) -> Any:
         wanted = json.loads(body)
         kind, name = wanted.get("type") or "model", f"{wanted.get('organization') or USER}/{wanted['name']}"
@@ -217,7 +225,10 @@ class Hub:
         commit, files = self.find(kind, name, revision)
         if path not in files:
             raise HubError(404, "EntryNotFound", "Entry not found")
-        headers = {"ETag": f'"{files[path].etag}"', "X-Repo-Commit": commit}
+        file = files[path]
+        headers = {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit}
+        if file.lfs:
+            headers |= {"X-Linked-ETag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
         return Answer(200, self.content(files[path].sha256).read_bytes(), headers)
 
 
@@ -229,9 +240,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path if "/tree/" in self.path else urlsplit(self.path).path
-        writes = self.command == "POST" and path != "/api/validate-yaml"
+        needs_token = self.command == "POST" or path == "/api/whoami-v2"
         try:
-            if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            if (
+                needs_token
+                and path != "/api/validate-yaml"
+                and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+            ):
                 raise HubError(401, "Unauthorized", "Invalid username or password.")
             with self.server.lock:
                 answer = self.server.hub.answer(self.command.replace("HEAD", "GET"), path, body)
@@ -267,3 +282,28 @@ def hub_server(folder: Path) -> Iterator[Hub]:
             yield server.hub
         finally:
             server.shutdown()
+
+
+@contextmanager
+def connected(hub: Hub, home: str = "connected") -> Iterator[None]:
+    """Within the block this process uses the Hub, with a cache of its own for every `home`, see `Hub.environment`."""
+    from diffusers.utils import dynamic_modules_utils
+    from huggingface_hub import constants, hf_api
+
+    folder = hub.folder / home
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setattr(sys, "path", [*sys.path])  # to which diffusers adds the folder below
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+        patch.setattr(hf_api.api, "endpoint", hub.url)
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        yield

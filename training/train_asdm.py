@@ -178,7 +178,7 @@ def main() -> None:
             save_pipeline(pipe, folder, args, accelerator)
             plan.save(folder / "plan.json")
 
-        publish(args, sys.argv, record, save, about, ["asdm", "pruning"], repo_id)
+        publish(args, sys.argv, record, save, about, ["asdm", "pruning"], repo_id, "text-to-image")
         print(json.dumps(record, indent=1))
 
 

@@ -114,10 +114,11 @@ An unconditional pixel-space model of 32 × 32 grey garments. It is a testbed fo
 other uses.
 
 ```python
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("FOLDER")
-images = pipe(batch_size=16).images
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=20).images
 ```""",
         ["unconditional-image-generation"],
     ),
@@ -179,7 +180,8 @@ def main() -> None:
     record, save = TRAINERS[args.model](accelerator, args)
     if accelerator.is_main_process:
         title, about, tags = CARDS[args.model]
-        publish(args, sys.argv, record, save, f"# {title}\n\n{about}", tags, repo_id)
+        task = None if args.model == "vae" else tags[0]  # the Hub has no task for an autoencoder
+        publish(args, sys.argv, record, save, f"# {title}\n\n{about}", tags, repo_id, task)
         print(json.dumps(record, indent=1))
 
 

@@ -59,7 +59,9 @@ better. Trained on {pairs} pairs of {prompts} prompts.
 
 ```python
 import diffusers_ext as dx
+from diffusers import DiffusionPipeline
 
+pipe = DiffusionPipeline.from_pretrained("BASE")
 npnet = dx.NPNetModel.from_pretrained("FOLDER")
 dx.apply_golden_noise(pipe, npnet)
 ```
@@ -163,6 +165,7 @@ def main() -> None:
             about,
             ["golden-noise", "npnet"],
             repo_id,
+            "text-to-image",
         )
         print(json.dumps(record, indent=1))
 

@@ -72,7 +72,6 @@ steps and projects corrupted images onto the data.
 
 ```python
 import diffusers_ext as dx
-
 {load}
 images = sign({prompt}batch_size=8, num_inference_steps=1).images
 cleaned = sign.project(images, {prompt}strength=0.2).images
@@ -83,8 +82,13 @@ identity), `variance` is the variance of the samples relative to that of the dat
 mean |f(x) − x| on data, in the space of the network."""
 
 
-WHOLE = 'sign = dx.SIGNPipeline.from_pretrained("FOLDER")'
-LORA = 'sign = dx.load_sign_lora(pipe, "FOLDER")  # pipe is the teacher'
+WHOLE = """
+sign = dx.SIGNPipeline.from_pretrained("FOLDER")"""
+LORA = """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("BASE")
+sign = dx.load_sign_lora(pipe, "FOLDER")"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -172,11 +176,13 @@ def main() -> None:
     if accelerator.is_main_process:
         record["parameters"] = pipe.network.num_parameters()
         name = Path(args.pretrained_model_name_or_path).name
-        prompt = "" if pipe.text_encoder is None else "prompt, "
+        prompt = "" if pipe.text_encoder is None else '"a red bag", '
         load = LORA if args.rank else WHOLE
         about = ABOUT.format(model=name, prompt=prompt, load=load)
         save = partial(save_projector, args, accelerator, pipe, stock)
-        publish(args, sys.argv, record, save, about, ["sign", "lora"] if args.rank else ["sign"], repo_id)
+        tags = ["sign", "lora"] if args.rank else ["sign"]
+        task = "text-to-image" if prompt else "unconditional-image-generation"
+        publish(args, sys.argv, record, save, about, tags, repo_id, task)
         print(json.dumps(record, indent=1))
 
 

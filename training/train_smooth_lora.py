@@ -73,7 +73,9 @@ arXiv:2312.04410), weight {weight:g}. Images change more evenly with the initial
 
 ```python
 import diffusers_ext as dx
+from diffusers import DiffusionPipeline
 
+pipe = DiffusionPipeline.from_pretrained("BASE")
 dx.apply_smooth_lora(pipe, "FOLDER")
 ```
 
@@ -176,7 +178,8 @@ def main() -> None:
         def save(folder: Path) -> None:
             save_lora(pipe, state, folder)
 
-        publish(args, sys.argv, record, save, about, ["smooth-diffusion", "lora"], repo_id)
+        tags = ["smooth-diffusion", "lora"]
+        publish(args, sys.argv, record, save, about, tags, repo_id, "text-to-image")
         print(json.dumps(record, indent=1))
 
 

@@ -3,14 +3,14 @@
 The folder `pipelines/asdm_sd` imports the class for `custom_pipeline=`:
 
     pipe = DiffusionPipeline.from_pretrained(
-        "path/or/repo", custom_pipeline="pipelines/asdm_sd", trust_remote_code=True
+        "path/or/repo", custom_pipeline=dx.pipeline_path("asdm_sd"), trust_remote_code=True
     )
 
 Importing this module registers `ASDMUNet2DConditionModel` with diffusers.
 
-What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`ASDMStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
-`DiffusionPipeline.from_pretrained` alone does not find the class.
+What `save_pretrained` and `push_to_hub` write holds `pipeline.py`, which imports the class from here:
+`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it, and so does
+`ASDMStableDiffusionPipeline.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 from diffusers import StableDiffusionPipeline
 
-from ..core.classes import FromPipeMixin
+from ..core.classes import CustomPipelineMixin
 from .apply import apply_gri_attention, remove_gri_attention
 from .unet import ASDMUNet2DConditionModel
 
 __all__ = ["ASDMStableDiffusionPipeline", "ASDMUNet2DConditionModel"]
 
 
-class ASDMStableDiffusionPipeline(FromPipeMixin, StableDiffusionPipeline):
+class ASDMStableDiffusionPipeline(CustomPipelineMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that loads pruned UNets and can add GRI attention to any UNet.
 
     A call of the pipeline is that of the base class.

@@ -4,16 +4,16 @@ The folders `pipelines/golden_noise_*` import these classes, for use with `custo
 
     npnet = NPNetModel.from_pretrained("path/or/repo")
     pipe = DiffusionPipeline.from_pretrained(
-        base, custom_pipeline="pipelines/golden_noise_sd", npnet=npnet, trust_remote_code=True
+        base, custom_pipeline=dx.pipeline_path("golden_noise_sd"), npnet=npnet, trust_remote_code=True
     )
     pipe("a red bag").images[0]
 
 `npnet` is an optional component, which is saved and loaded with the pipeline. Without it, the results are
 bit-identical to those of the base class.
 
-What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`GoldenNoiseStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
-`DiffusionPipeline.from_pretrained` alone does not find the class.
+What `save_pretrained` and `push_to_hub` write holds `pipeline.py`, which imports the class from here:
+`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it, and so does
+`GoldenNoiseStableDiffusionPipeline.from_pretrained`.
 """
 
 import functools
@@ -35,7 +35,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..core.classes import FromPipeMixin, adds_argument, named_arguments
+from ..core.classes import CustomPipelineMixin, adds_argument, named_arguments
 from .apply import GoldenNoise
 from .npnet import NPNetModel
 
@@ -43,7 +43,7 @@ _DOC = """golden_strength (`float`, defaults to 1.0): 0 starts from the random n
         noise; other values interpolate or extrapolate linearly. `latents` are used as given."""
 
 
-class GoldenNoiseMixin(FromPipeMixin):
+class GoldenNoiseMixin(CustomPipelineMixin):
     """Replaces the noise with golden noise after a pipeline's own `prepare_latents`."""
 
     npnet: NPNetModel | None

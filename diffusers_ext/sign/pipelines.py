@@ -7,10 +7,10 @@
 
 The folder `pipelines/sign` imports the class for `custom_pipeline=`.
 
-What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`SIGNPipeline.from_pretrained`, or with `custom_pipeline=`. `DiffusionPipeline.from_pretrained` alone does not
-find the class. The folder of a flow's projector also loads with the class of its teacher, see
-`SIGNPipeline.stock_pipeline`.
+What `save_pretrained` and `push_to_hub` write holds `pipeline.py`, which imports the class from here:
+`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it, and so does
+`SIGNPipeline.from_pretrained`.
+`SIGNPipeline.stock_pipeline` of a flow's projector is saved under the class of its teacher, without this package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..core.autoencoders import decode_latents, downsampling_of
 from ..core.checks import check_counts
-from ..core.classes import FromPipeMixin
+from ..core.classes import CustomPipelineMixin
 from ..training.transformers import FLOWS, Flow
 from .conditions import FLOW_CONDITIONS, conditions_for, encode_texts, sdxl_of, start_means, takes_sizes
 from .flows import TEXTS, FlowProjector, stock_pipeline
@@ -45,7 +45,7 @@ from .source import MixtureSource, PromptSource
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class SIGNPipeline(FromPipeMixin, DiffusionPipeline):
+class SIGNPipeline(CustomPipelineMixin, DiffusionPipeline):
     """A one- or few-step generator that is also a projector onto the data (Zaman et al., arXiv:2509.21470).
 
     Args:

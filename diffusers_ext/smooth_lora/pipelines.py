@@ -3,7 +3,7 @@
 The folders `pipelines/smooth_diffusion_*` import these classes for `custom_pipeline=`:
 
     pipe = DiffusionPipeline.from_pretrained(
-        base, custom_pipeline="pipelines/smooth_diffusion_sd", trust_remote_code=True
+        base, custom_pipeline=dx.pipeline_path("smooth_diffusion_sd"), trust_remote_code=True
     )
     pipe.load_smooth_lora("path/or/repo")
     frames = pipe.interpolate(["a red bag", "a blue boot"], num_frames=24)
@@ -13,9 +13,9 @@ The folders `pipelines/smooth_diffusion_*` import these classes for `custom_pipe
 A call of the pipeline gives the same result as its base class, bit for bit. The package has every method as a
 function too, for any other pipeline.
 
-What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`SmoothDiffusionStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
-`DiffusionPipeline.from_pretrained` alone does not find the class.
+What `save_pretrained` and `push_to_hub` write holds `pipeline.py`, which imports the class from here:
+`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it, and so does
+`SmoothDiffusionStableDiffusionPipeline.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import PIL.Image
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..core.classes import FromPipeMixin
+from ..core.classes import CustomPipelineMixin
 from ..core.images import encode_images
 from .apply import apply_smooth_lora, remove_smooth_lora
 from .editing import edit
@@ -38,7 +38,7 @@ from .inversion import ddim_invert
 from .null_text import NullTextInversion, null_text_invert, reconstruct
 
 
-class SmoothDiffusionMixin(FromPipeMixin):
+class SmoothDiffusionMixin(CustomPipelineMixin):
     """Methods for loading a Smooth-LoRA, interpolation, inversion and editing."""
 
     def load_smooth_lora(

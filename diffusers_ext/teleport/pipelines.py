@@ -3,16 +3,16 @@
 The folders `pipelines/teleport_*` import these classes, for use with `custom_pipeline=`:
 
     pipe = DiffusionPipeline.from_pretrained(
-        base, custom_pipeline="pipelines/teleport_sd", trust_remote_code=True
+        base, custom_pipeline=dx.pipeline_path("teleport_sd"), trust_remote_code=True
     )
     pipe.load_teleport("path/or/repo")
     pipe("a red bag").images[0]
 
 Without statistics, their results are bit-identical to those of their base classes.
 
-What `save_pretrained` and `push_to_hub` write holds the weights but not this code: load it with
-`TeleportStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
-`DiffusionPipeline.from_pretrained` alone does not find the class.
+What `save_pretrained` and `push_to_hub` write holds `pipeline.py`, which imports the class from here:
+`DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads it, and so does
+`TeleportStableDiffusionPipeline.from_pretrained`.
 """
 
 import copy
@@ -31,7 +31,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..core.classes import FromPipeMixin, adds_argument, named_arguments
+from ..core.classes import CustomPipelineMixin, adds_argument, named_arguments
 from ..core.families import guidance_of
 from ..core.hooks import parameters_of
 from .apply import apply_teleport, remove_teleport, teleport_is_on
@@ -57,7 +57,7 @@ _CONDITIONS = (
 _BEYOND_TEXT = ("prompt_embeds", "ip_adapter_image", "ip_adapter_image_embeds")
 
 
-class TeleportMixin(FromPipeMixin):
+class TeleportMixin(CustomPipelineMixin):
     """`load_teleport`, `fit_teleport` and `unload_teleport` for a pipeline class."""
 
     scheduler: Any

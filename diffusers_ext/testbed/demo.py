@@ -17,9 +17,10 @@ from rich.table import Table
 
 import diffusers_ext as dx
 
+from ..core.shipped import pipeline_path
 from ..metrics.comparison import proportion
 from ..metrics.frechet import FeatureStats, frechet_distance
-from .embedded import REPOSITORY, card_dir, has_card, pipeline_dir
+from .embedded import REPOSITORY, card_dir, has_card
 from .fashion_scenes import SAMPLE_DIR, load_garments
 from .runs import Run, held_out_prompts, load_reference, run_garments, run_scenes
 
@@ -104,7 +105,7 @@ def _teleport(
     pipe: Any = DiffusionPipeline.from_pretrained(
         folder,
         dtype=torch.float32,
-        custom_pipeline=str(pipeline_dir(pipeline)),
+        custom_pipeline=pipeline_path(pipeline),
         trust_remote_code=True,
     )
     pipe.set_progress_bar_config(disable=True)

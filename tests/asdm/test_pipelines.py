@@ -21,13 +21,12 @@ from diffusers_ext.asdm.unet import ASDMUNet2DConditionModel
 from diffusers_ext.golden_noise.pipelines import GoldenNoiseStableDiffusionPipeline
 from diffusers_ext.smooth_lora.pipelines import SmoothDiffusionStableDiffusionPipeline
 from diffusers_ext.teleport.pipelines import TeleportStableDiffusionPipeline
-from diffusers_ext.testbed.embedded import pipeline_dir
 from tests import families, tiny
 from tests.training.launching import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FOLDER = str(pipeline_dir("asdm_sd"))
+FOLDER = dx.pipeline_path("asdm_sd")
 LOADS = """
 import sys, torch
 from diffusers import DiffusionPipeline

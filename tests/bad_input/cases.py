@@ -28,6 +28,7 @@ SECTIONS: dict[str, list[str]] = {
         "dx.apply_teleport(pipe, stats, skip=0.3); dx.apply_teleport(pipe, stats, skip=0.3)",
         "dx.apply_golden_noise(pipe, npnet); dx.apply_golden_noise(pipe, npnet)",
         "dx.apply_gri_attention(pipe); dx.apply_gri_attention(pipe)",
+        'dx.pipeline_path("teleport-sd")',
     ],
     "Teleportation": [
         "dx.apply_teleport(pipe)",

@@ -1,26 +1,15 @@
 import pytest
 
-from diffusers_ext.testbed import embedded
-from diffusers_ext.testbed.embedded import card_dir, has_card, pipeline_dir
+from diffusers_ext.core import shipped
+from diffusers_ext.testbed.embedded import card_dir, has_card
 
 
-def test_the_checkout_has_every_model_and_pipeline():
+def test_the_checkout_has_every_model():
     bases = "fashion-scenes", "fashion-flow"
     methods = [f"{method}-{base}" for method in ("npnet", "smooth-lora", "asdm") for base in bases]
     for name in ("fashion-ddpm", "fashion-grader", "fashion-judge", "sign-fashion-ddpm", *bases, *methods):
         assert (card_dir(name) / "README.md").is_file()
         assert has_card(name)
-    assert (pipeline_dir("teleport_sd") / "pipeline.py").is_file()
-
-
-def test_the_wheel_goes_before_the_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "diffusers_ext")
-    checkout = tmp_path / "pipelines" / "one"
-    checkout.mkdir(parents=True)
-    assert pipeline_dir("one") == checkout
-    wheel = tmp_path / "diffusers_ext" / "_share" / "pipelines" / "one"
-    wheel.mkdir(parents=True)
-    assert pipeline_dir("one") == wheel
 
 
 def test_what_is_not_there_is_named_with_what_to_do(tmp_path, monkeypatch):
@@ -29,6 +18,6 @@ def test_what_is_not_there_is_named_with_what_to_do(tmp_path, monkeypatch):
         FileNotFoundError, match=r"model_cards/fashion-shoes is not installed; there are: .*fashion-ddpm"
     ):
         card_dir("fashion-shoes")
-    monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "diffusers_ext")
+    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "diffusers_ext")
     with pytest.raises(FileNotFoundError, match=r"there are: none\. .* pip install -e"):
-        pipeline_dir("teleport_sd")
+        card_dir("fashion-ddpm")
