@@ -54,7 +54,7 @@ def publish(
     folder = Path(args.output_dir) / "model"
     with whole_folder(folder) as partial:
         save(partial)
-        arguments = {name: _portable(value) for name, value in vars(args).items()}
+        arguments = {name: portable(value) for name, value in vars(args).items()}
         write_json(partial / "training.json", {**arguments, **record})
         make_model_card(args, argv, record, description, tags).save(partial / "README.md")
     if repo_id is not None:
@@ -70,7 +70,7 @@ def make_model_card(
     tags: Sequence[str],
 ) -> ModelCard:
     """The model card of a training run: description, command, seed, cost and results. Needs no network."""
-    command = shlex.join(["accelerate", "launch", *map(str, map(_portable, argv))])
+    command = shlex.join(["accelerate", "launch", *map(str, map(portable, argv))])
     results = {name: value for name, value in record.items() if name not in _NOT_RESULTS}
     changes = "".join(f"\n\n{_resumption(entry)}" for entry in record.get("resumptions", []))
     data = ModelCardData(license="apache-2.0")
@@ -109,8 +109,11 @@ def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _portable(value: Any) -> Any:
-    # Local paths are useless to readers of the card and should not be published.
+def portable(value: Any) -> Any:
+    """An absolute path without its folders, also after an option; any other value itself.
+
+    Local paths are useless to readers of a card and should not be published.
+    """
     if isinstance(value, str):
         option, equals, path = value.rpartition("=") if value.startswith("-") else ("", "", value)
         return f"{option}{equals}{Path(path).name}" if os.path.isabs(path) else value
