@@ -70,6 +70,8 @@ class Front(list[Point]):
         figure = Figure(figsize=(8, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
+        times = [point.seconds for point in (*self, *self.others)]
+        middle = (min(times) * max(times)) ** 0.5
         for points, color, name in ((self, "tab:blue", "front"), (self.others, "gray", "others")):
             scores = [point.score for point in points]
             ends = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
@@ -78,10 +80,19 @@ class Front(list[Point]):
                 seconds, [s.value for s in scores], ends, fmt="o", color=color, capsize=3, label=name
             )
             for point in points:
-                place = (point.seconds, point.score.value)
-                axes.annotate(label(point), place, fontsize=7, xytext=(5, -9), textcoords="offset points")
+                place, right = (point.seconds, point.score.value), point.seconds > middle
+                axes.annotate(
+                    label(point),
+                    place,
+                    fontsize=7,
+                    xytext=(-5 if right else 5, -9),
+                    textcoords="offset points",
+                    horizontalalignment="right" if right else "left",
+                )
         axes.plot([p.seconds for p in self], [p.score.value for p in self], color="tab:blue", linewidth=1)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("seconds of an image")
         axes.set_ylabel("score, with 95% interval")
         axes.legend()

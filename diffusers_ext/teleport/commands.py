@@ -137,7 +137,9 @@ def apply_options(
         share: float | str = skip if skip == "auto" else float(skip)
     except ValueError as error:
         raise ValueError(f'--skip must be a number in [0, 1) or "auto", got {skip!r}.') from error
-    apply_teleport(pipe, GaussianStats.from_pretrained(find_path(teleport)), share)
+    stats = GaussianStats.from_pretrained(find_path(teleport))
+    stats._note_source(teleport)
+    apply_teleport(pipe, stats, share)
     return True
 
 
