@@ -30,7 +30,8 @@ def read(pipe: Any) -> Part | None:
         return None
     strength = applied.strength if applied else 1.0
     options = {"strength": strength, "dtype": str(npnet.dtype).removeprefix("torch.")}
-    return Part(options, npnet, npnet.config.get("_name_or_path") or None)
+    source = npnet.config.get("_name_or_path")
+    return Part(options, npnet, str(source) if source else None)
 
 
 def is_on(pipe: Any, part: Part) -> bool:

@@ -10,9 +10,9 @@ The folders `pipelines/recipe` and `pipelines/recipe_sdxl` import these classes 
 Without a recipe, the results are bit-identical to those of the base class. `Recipe.apply` does the same on any
 pipeline.
 
-What `save_pretrained` and `push_to_hub` write holds the weights of the model and the name of the recipe, but neither the
-recipe's own weights nor this code: load it with `RecipeStableDiffusionPipeline.from_pretrained`, or with
-`custom_pipeline=` as above. `DiffusionPipeline.from_pretrained` alone does not find the class.
+A recipe and the model are saved apart. What `save_pretrained` and `push_to_hub` write holds the weights of the model but
+not this code: load it with `RecipeStableDiffusionPipeline.from_pretrained`, or with `custom_pipeline=` as above.
+`DiffusionPipeline.from_pretrained` alone does not find the class.
 """
 
 from __future__ import annotations
@@ -49,11 +49,9 @@ class RecipeMixin(FromPipeMixin):
         """
         if self.loaded_recipe is not None:
             raise ValueError("A recipe is on this pipeline already: call unload_recipe() first.")
-        name = None if isinstance(recipe, Recipe) else str(recipe)
         found = recipe if isinstance(recipe, Recipe) else Recipe.from_pretrained(recipe, **hub_kwargs)
         found.apply(self)
         self.loaded_recipe = found
-        self._note(name)
         return self
 
     def unload_recipe(self) -> Any:
@@ -61,34 +59,22 @@ class RecipeMixin(FromPipeMixin):
         if self.loaded_recipe is not None:
             self.loaded_recipe.remove(self)
             del self.loaded_recipe
-            self._note(None)
         return self
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Saves the model without the methods of the recipe, and the name of the recipe.
+        """Same as in the base class.
 
         Raises:
-            ValueError: the recipe has no name, because it was given as an object.
+            ValueError: a recipe is loaded.
         """
-        recipe: Any = self.loaded_recipe
-        if recipe is not None and self.config["recipe"] is None:  # type: ignore[attr-defined]
+        if self.loaded_recipe is not None:
             raise ValueError(
-                "The recipe on this pipeline has no name to save: save it with pipe.loaded_recipe.save_pretrained(folder),"
-                " and load it with pipe.load_recipe(folder), or call unload_recipe() first."
+                "A recipe is on this pipeline, and it is saved by itself: pipe.loaded_recipe.save_pretrained(folder). Call"
+                " pipe.unload_recipe() first to save the model."
             )
-        if recipe is not None:
-            recipe.remove(self)
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            if recipe is not None:
-                recipe.apply(self)
-
-    def _note(self, name: str | None) -> None:
-        self.register_to_config(recipe=name)  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _take(self, recipe: str | None) -> None:
-        self._note(None)
         if recipe is not None:
             self.load_recipe(recipe)
 
