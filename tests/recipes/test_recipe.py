@@ -20,13 +20,18 @@ from tests.contract.test_contract import METHODS, traces
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+# The stacks have all methods.
+QUICK = (("sd", "golden-noise"), ("sd", "smooth-lora"), ("ddpm", "teleport"))
 ALONE = [
-    pytest.param(name, key, marks=() if name in ("sd", "ddpm") else pytest.mark.slow)
+    pytest.param(name, key, marks=() if (name, key) in QUICK else pytest.mark.slow)
     for key, method in METHODS.items()
     for name in method.pipelines
 ]
 STACK = ("teleport", "golden-noise", "smooth-lora", "gri-attention")
-STACKS = [(name, "+".join(STACK)) for name in ("sd", "sdxl", "sd3", "flux")]
+STACKS = [
+    pytest.param(name, "+".join(STACK), marks=() if name in ("sd", "flux") else pytest.mark.slow)
+    for name in ("sd", "sdxl", "sd3", "flux")
+]
 
 
 def put_on(pipe: Any, name: str, keys: str) -> Any:
@@ -271,7 +276,7 @@ def test_another_denoiser_or_other_latents_are_named(recipe: dx.Recipe) -> None:
     recipe.apply(pipe)
 
 
-@pytest.mark.parametrize("wrong", ["key", "shape"])
+@pytest.mark.parametrize("wrong", [pytest.param("key", marks=pytest.mark.slow), "shape"])
 def test_a_method_that_fails_takes_the_ones_before_it_off(wrong: str, recipe: dx.Recipe) -> None:
     pipe = tiny.build("sd")
     images, before, scheduler = tiny.images(pipe, "sd"), traces(pipe), pipe.scheduler
