@@ -167,14 +167,14 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
     import diffusers
 
     full = name.removesuffix("Scheduler") + "Scheduler"
-    kind: Any = getattr(diffusers, full, None)
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+    kind = getattr(diffusers, full, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         from .schedules import SUPPORTED
 
         raise ValueError(
             f"--scheduler {name}: Diffusers has no {full}. Known schedulers: {', '.join(SUPPORTED)}."
         )
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    pipe.scheduler = getattr(diffusers, full).from_config(pipe.scheduler.config)
 
 
 def call_options(
