@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .registry import methods
+from .registry import ROOMS
 from .testbed.commands import add_commands as add_testbed_commands
 
 app = typer.Typer(
@@ -34,9 +34,9 @@ def main(
     """Published sampling, noise, smoothness, distillation and pruning methods as plug-ins for Diffusers."""
 
 
-for method in methods():
-    if method.commands is not None:
-        method.load(method.commands)(app)
+for room in ROOMS:
+    if room.commands is not None:
+        room.load(room.commands)(app)
 add_testbed_commands(app)
 
 

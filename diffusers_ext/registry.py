@@ -23,6 +23,9 @@ from .smooth_lora import *  # isort: skip
 from .sign import *  # isort: skip
 from .asdm import *  # isort: skip
 
+# What combines them:
+from .recipes import *  # isort: skip
+
 
 def exports() -> dict[str, Room]:
     """Every public name with the room that has it."""

@@ -85,6 +85,11 @@ def test_every_command_and_option_has_help() -> None:
     found = dict(_commands(typer.main.get_command(cli.app)))
     expected = {
         ("fit-gaussian",),
+        ("generate",),
+        ("interpolate",),
+        ("invert",),
+        ("edit",),
+        ("project",),
         ("istd",),
         ("convert", "npnet"),
         ("asdm", "plan"),

@@ -17,4 +17,5 @@ __getattr__, __dir__ = register(
         "A-SDM": "networks:check_pipeline",
         "GRI attention": "apply:check_gri_attention",
     },
+    recipe="recipe",
 )

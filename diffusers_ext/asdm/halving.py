@@ -1,7 +1,4 @@
-"""Successive halving: trains many candidates a little and the best of them longer.
-
-Jamieson and Talwalkar 2016, arXiv:1502.07943; the inner loop of Hyperband (Li et al. 2018, arXiv:1603.06560).
-"""
+"""Successive halving of trainings: trains many candidates a little and the best of them longer; see `core.halving`."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..core.checks import check_counts
+from ..core.halving import halve, rung_sizes
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,7 @@ class Halving:
         Raises:
             ValueError: no candidate is left for the last rung.
         """
-        sizes = [num_candidates // self.eta**rung for rung in range(self.rungs)]
-        if sizes[-1] < 1:
-            raise ValueError(
-                f"{self.rungs} rungs, of which each keeps 1/{self.eta} of the candidates, need"
-                f" {self.eta ** (self.rungs - 1)} candidates or more, got {num_candidates}: use fewer rungs, or"
-                " find more candidates."
-            )
-        return sizes
+        return rung_sizes(num_candidates, self.rungs, self.eta)
 
 
 @dataclass(frozen=True)
@@ -92,20 +83,20 @@ def successive_halving(
     """
     if control not in names:
         raise ValueError(f"The control {control!r} is not one of the candidates {', '.join(names)}.")
-    sizes = [*halving.sizes(len(names)), 0]
-    running = list(names)
-    for rung, steps in enumerate(halving.steps_of_rungs):
-        losses = {name: evaluate(name, rung) for name in running}
+    steps, losses = halving.steps_of_rungs, dict[str, float]()
+
+    def rank(running: list[str], rung: int) -> list[str]:
+        losses.clear()
+        losses.update({name: evaluate(name, rung) for name in running})
         bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
         if bad:
             raise ValueError(
-                f"The loss of {', '.join(bad)} is not finite after {steps} steps: lower the learning rate."
+                f"The loss of {', '.join(bad)} is not finite after {steps[rung]} steps: lower the learning rate."
             )
-        best = sorted(losses, key=lambda name: losses[name])
-        running = best[: sizes[rung + 1]]
-        if running and control not in running:
-            running.append(control)
-        yield Rung(steps, losses, tuple(running))
+        return sorted(losses, key=lambda name: losses[name])
+
+    for rung, kept in enumerate(halve(names, halving.sizes(len(names)), rank, control)):
+        yield Rung(steps[rung], dict(losses), kept)
 
 
 def ranking(rungs: Sequence[Rung]) -> list[str]:

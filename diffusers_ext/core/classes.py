@@ -14,18 +14,20 @@ from typing import Any
 
 
 def adds_argument(
-    base: type, name: str, default: Any, doc: str
+    base: type, name: str, default: Any, doc: str, method: str = "__call__"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a `__call__` the signature and docstring of `base`'s, plus the keyword argument `name`.
 
-    diffusers and this package inspect the signature of `pipe.__call__` to find out what a pipeline supports.
+    diffusers and this package inspect the signature of `pipe.__call__` to find out what a pipeline supports, and
+    diffusers that of `__init__` to find the components and settings to load.
 
     Args:
         base: the pipeline class that is extended.
         name, default: name and default value of the new argument.
         doc: its line in the docstring.
+        method: name of the method, `__call__` or `__init__`.
     """
-    original: Any = base.__call__
+    original: Any = getattr(base, method)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         wrapper = functools.wraps(original)(function)

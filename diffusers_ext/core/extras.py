@@ -43,6 +43,23 @@ SHORT_NAMES = {
 }
 
 
+# The folder of an embedded model by its name, and whether there is one.
+CARD_DIR, HAS_CARD = "diffusers_ext.testbed.embedded:card_dir", "diffusers_ext.testbed.embedded:has_card"
+
+
+def find_path(name: str) -> str:
+    """The path of an embedded model, or of a folder in it, such as "fashion-scenes" or "fashion-scenes/gaussian".
+
+    The name of a local file or folder, and any other name, such as that of a Hub repository, is returned as it is.
+    """
+    model, _, inner = name.partition("/")
+    if not model or model.startswith((".", "~")) or Path(name).exists():
+        return name
+    if not load_function(HAS_CARD, "embedded model")(model):
+        return name
+    return str(Path(load_function(CARD_DIR, "embedded model")(model)) / inner)
+
+
 def load_function(reference: str, what: str) -> Callable[..., Any]:
     """Loads the function that "package.module:function" or "path/to/file.py:function" names.
 

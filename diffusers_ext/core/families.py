@@ -261,6 +261,11 @@ class Guidance:
     embedded: str | None = None
     rescaled: bool = False
 
+    @property
+    def scale(self) -> str | None:
+        """The argument of the call that is a guidance scale of either kind; None if there is none."""
+        return self.argument or self.embedded
+
     def weight(self, call: Mapping[str, Any]) -> float:
         """w of u + w(c − u) in this call; 1 without classifier-free guidance."""
         value = None if self.argument is None else call.get(self.argument)

@@ -5,8 +5,9 @@ Image tensors are (n, C, h, w) float32. They are in [0, 1] for users and in [−
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .autoencoders import channels_of, encode_pixels, side_of, vae_of
@@ -127,6 +129,24 @@ def save_grid(images: Tensor, columns: int, path: str | Path, scale: int = 2) ->
     array = (grid.movedim(0, 2).numpy() * 255).round().astype(np.uint8)
     size = (array.shape[1] * scale, array.shape[0] * scale)
     Image.fromarray(array.squeeze()).resize(size).save(path)
+
+
+def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, Any]) -> None:
+    """Saves an image with text chunks: texts as they are, any other value as JSON."""
+    chunks = PngInfo()
+    for name, value in texts.items():
+        chunks.add_text(name, value if isinstance(value, str) else json.dumps(value))
+    image.save(path, pnginfo=chunks)
+
+
+def side_by_side(left: Sequence[Image.Image], right: Sequence[Image.Image]) -> Image.Image:
+    """One image with a row for each pair of images of one size."""
+    width, height = left[0].size
+    page = Image.new("RGB", (2 * width, height * len(left)))
+    for row, pair in enumerate(zip(left, right)):
+        for column, image in enumerate(pair):
+            page.paste(image, (column * width, row * height))
+    return page
 
 
 # --- latents ---

@@ -24,7 +24,7 @@ def pipeline_record(pipe: Any) -> dict[str, Any]:
     settings = {name: value for name, value in config.items() if name not in pipe.components}
     return {
         "class": type(pipe).__name__,
-        "settings": _settings(settings),
+        "settings": json_settings(settings),
         **{name: part_record(part) for name, part in parts.items()},
     }
 
@@ -35,7 +35,7 @@ def part_record(part: Any) -> dict[str, Any]:
     config: Any = getattr(part, "config", None)
     if config is not None:
         # Of transformers only what differs from the defaults, to which new versions add.
-        record["config"] = _settings(config.to_diff_dict() if hasattr(config, "to_diff_dict") else config)
+        record["config"] = json_settings(config.to_diff_dict() if hasattr(config, "to_diff_dict") else config)
     if isinstance(part, nn.Module):
         record["weights"] = weights_digest(part)
     elif hasattr(part, "get_vocab"):
@@ -43,7 +43,8 @@ def part_record(part: Any) -> dict[str, Any]:
     return record
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def json_settings(config: Any) -> dict[str, Any]:
+    """The entries of a config that act on the output of a part, as values of JSON."""
     wanted = {k: v for k, v in dict(config).items() if not k.startswith("_") and k not in _NO_SETTINGS}
     return json.loads(json.dumps(wanted, default=_listed))
 

@@ -15,4 +15,6 @@ __getattr__, __dir__ = register(
     checks={
         "golden noise": "apply:check_pipeline",
     },
+    recipe="recipe",
+    options="commands:apply_options",
 )

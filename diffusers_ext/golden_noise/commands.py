@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..core.commands import Push, one_line_errors, say
+from ..core.extras import find_path
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -17,6 +18,29 @@ def add_commands(app: typer.Typer) -> None:
     )
     convert.command("npnet")(one_line_errors(npnet))
     app.add_typer(convert, name="convert")
+
+
+def apply_options(
+    pipe: Any,
+    golden_noise: Annotated[
+        str | None,
+        typer.Option(metavar="NPNET", help="Golden noise of this network: a folder or a Hub repository."),
+    ] = None,
+    golden_strength: Annotated[
+        float, typer.Option(help="With --golden-noise: 0 for random noise, 1 for golden noise.")
+    ] = 1.0,
+) -> bool:
+    """Applies golden noise as the options of the command line say, and returns whether they ask for it."""
+    if golden_noise is None:
+        if golden_strength != 1:
+            raise ValueError("--golden-strength goes with --golden-noise NPNET.")
+        return False
+    from .apply import apply_golden_noise
+    from .npnet import NPNetModel
+
+    loaded: Any = NPNetModel.from_pretrained(find_path(golden_noise))
+    apply_golden_noise(pipe, loaded.to(pipe.device), golden_strength)
+    return True
 
 
 def npnet(

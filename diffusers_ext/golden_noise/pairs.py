@@ -26,11 +26,12 @@ from tqdm.auto import tqdm
 from ..core.families import denoisers_of, family_of, to_grid
 from ..core.pipeline import call_pipeline, given_latents, initial_grid, quiet
 from ..core.records import pipeline_record
+from ..core.scores import Scorer, checked_scores
 from ..core.storage import ShardStore, digest, open_tensors, read_tensors, require_finite, tensors_digest
 from .apply import check_pipeline
 from .gaps import Gap, guided_call, sampling_weight
 from .redenoising import redenoise, settle
-from .scorers import Scorer, checked_scores, scorer_record
+from .scorers import scorer_record
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,9 @@
-"""Scorers of images for their prompts, which decide whether a pair of noises is kept.
-
-A scorer is any callable `scorer(images, prompts)` that takes float32 images (n, h, w, 3) in [0, 1] and n
-texts and returns n numbers. Higher is better.
-"""
+"""Scorers of images for their prompts, which decide whether a pair of noises is kept; see `core.scores`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,8 @@ from PIL import Image
 
 from ..core.extras import SHORT_NAMES, load_function
 from ..core.records import part_record
+from ..core.scores import Scorer
 from ..core.storage import digest
-
-Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 
 _GONE = ("hpsv2", "imagereward")
 CLIP_SCORE, PICK_SCORE = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
@@ -53,22 +48,6 @@ def load_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
         f"No scorer is called {name!r}: expected clip[:MODEL], pickscore, package.module:function or"
         " file.py:function."
     )
-
-
-def checked_scores(scorer: Scorer, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """float64 scores (n,) of n images.
-
-    Raises:
-        ValueError: another number of scores, or a score that is not finite.
-    """
-    scores = np.asarray(scorer(images, list(prompts)), dtype=np.float64).reshape(-1)
-    if len(scores) != len(prompts) or not np.isfinite(scores).all():
-        bad = [prompt for prompt, score in zip(prompts, scores) if not np.isfinite(score)][:3]
-        raise ValueError(
-            f"The scorer returned {len(scores)} scores for {len(prompts)} images; the first prompts with"
-            f" scores that are not finite {bad}: it must return one finite number per image."
-        )
-    return scores
 
 
 def scorer_record(scorer: Scorer | None, name: str | None) -> dict[str, Any] | None:

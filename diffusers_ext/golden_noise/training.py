@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from ..core.pipeline import call_pipeline, given_latents, quiet
 from ..core.prompts import PromptEmbeds, prompt_embeddings
+from ..core.scores import Scorer, checked_scores
 from ..training.rows import Rows
 from .apply import predict
 from .gaps import guided_call, sampling_weight
 from .npnet import NPNetModel
 from .pairs import NoisePairs
-from .scorers import Scorer, checked_scores
 
 
 class NPNetObjective(nn.Module):

@@ -11,6 +11,7 @@ __getattr__, __dir__ = register(
     __file__,
     title="SIGN",
     describe="pipelines:describe",
+    commands="commands:add_commands",
     checks={
         "SIGN, as the teacher": "teacher:check_pipeline",
     },

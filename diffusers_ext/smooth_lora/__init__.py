@@ -19,4 +19,6 @@ __getattr__, __dir__ = register(
         "editing": "editing:check_pipeline",
         "null-text inversion": "null_text:check_pipeline",
     },
+    recipe="recipe",
+    options="commands:apply_options",
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.families import denoiser_of, uncompiled
 from ..core.hooks import InstanceMethod
-from .weights import WEIGHT_NAME, Weights, convert_lora, from_kohya, read_lora
+from .weights import WEIGHT_NAME, Config, Weights, convert_lora, from_kohya, read_lora
 
 __all__ = ["WEIGHT_NAME", "apply_smooth_lora", "remove_smooth_lora"]
 
@@ -20,9 +20,13 @@ class _State(NamedTuple):
     """What `apply_smooth_lora` notes on a denoiser, where deep copies take it along.
 
     PEFT freezes the model when an adapter is added, and does not unfreeze it when the adapter is removed.
+
+    Attributes:
+        names: the adapters, each with the file, folder or repository that it came from.
+        trainable: which parameters were trainable before the first one.
     """
 
-    names: set[str]
+    names: dict[str, str | None]
     trainable: dict[str, bool]
 
 
@@ -31,7 +35,7 @@ _STATE = "_smooth_lora"
 
 def check_pipeline(pipe: Any) -> None:
     """Raises a ValueError if `apply_smooth_lora` does not work on the pipeline."""
-    _denoiser(pipe)
+    lora_denoiser(pipe)
     _check_only_denoiser(pipe)
 
 
@@ -71,25 +75,43 @@ def apply_smooth_lora(
             pipeline has two denoisers. The message names the keys.
         OSError: the file or repository does not exist.
     """
+    source = str(path_or_repo)
     check_pipeline(pipe)
-    denoiser = _denoiser(pipe)
-    taken = list(getattr(denoiser, "peft_config", {}))
-    if adapter_name in taken:
+    _check_free(pipe, adapter_name)
+    given, config = read_lora(path_or_repo, weight_name, hub_kwargs)
+    return add_weights(pipe, given, adapter_name, source, config)
+
+
+def _check_free(pipe: Any, adapter_name: str) -> None:
+    if adapter_name in adapters_of(pipe):
         raise ValueError(
             f"An adapter called {adapter_name!r} is on this pipeline already: use another adapter_name or"
             f" call dx.remove_smooth_lora(pipe, {adapter_name!r}) first."
         )
-    source = str(path_or_repo)
-    given, config = read_lora(path_or_repo, weight_name, hub_kwargs)
-    weights = convert_lora(from_kohya(given, pipe, source), denoiser, source, config)
+
+
+def add_weights(
+    pipe: Any, given: Weights, adapter_name: str, source: str | None, config: Config | None = None
+) -> Any:
+    """`apply_smooth_lora` of weights in memory, `source` of which is noted.
+
+    Raises:
+        ValueError: see `apply_smooth_lora`.
+    """
+    check_pipeline(pipe)
+    _check_free(pipe, adapter_name)
+    denoiser = lora_denoiser(pipe)
+    taken = list(getattr(denoiser, "peft_config", {}))
+    name = source or "the weights"
+    weights = convert_lora(from_kohya(given, pipe, name), denoiser, name, config)
     if not taken or _STATE not in vars(denoiser):
         trainable = {name: p.requires_grad for name, p in denoiser.named_parameters()} if not taken else {}
-        vars(denoiser)[_STATE] = _State(set(), trainable)
+        vars(denoiser)[_STATE] = _State({}, trainable)
     denoiser.load_lora_adapter(
         weights, prefix=None, adapter_name=adapter_name, metadata=_peft_config(weights), _pipeline=pipe
     )
     _undo_casting(denoiser, adapter_name, weights)
-    vars(denoiser)[_STATE].names.add(adapter_name)
+    vars(denoiser)[_STATE].names[adapter_name] = source
     for owner, method in _guarded(pipe):
         if not isinstance(vars(owner).get(method), _Guard):
             _Guard(owner, method)
@@ -108,7 +130,7 @@ def remove_smooth_lora(pipe: Any, adapter_name: str = "smooth") -> Any:
     Raises:
         ValueError: the adapter is fused into the weights.
     """
-    denoiser = _denoiser(pipe)
+    denoiser = lora_denoiser(pipe)
     names = list(getattr(denoiser, "peft_config", {}))
     if adapter_name in names:
         if any(adapter_name in getattr(part, "merged_adapters", ()) for part in denoiser.modules()):
@@ -163,6 +185,11 @@ def describe(pipe: Any) -> str | None:
     return ", ".join(parts) or None
 
 
+def adapters_of(pipe: Any) -> list[str]:
+    """The names of all adapters on the denoiser, whoever has added them."""
+    return list(getattr(lora_denoiser(pipe), "peft_config", {}))
+
+
 def smooth_loras_of(pipe: Any) -> dict[str, tuple[int, bool]]:
     """The adapters that `apply_smooth_lora` added to the denoiser: {name: (rank, whether it is active)}."""
     denoiser = uncompiled(denoiser_of(pipe))
@@ -194,7 +221,12 @@ def _peft_config(weights: Weights) -> dict[str, Any]:
 # --- the denoiser ---
 
 
-def _denoiser(pipe: Any) -> Any:
+def sources_of(pipe: Any) -> dict[str, str | None]:
+    """Where the adapters that `apply_smooth_lora` added came from, by their names."""
+    return dict(vars(lora_denoiser(pipe))[_STATE].names)
+
+
+def lora_denoiser(pipe: Any) -> Any:
     denoiser = uncompiled(denoiser_of(pipe))
     if denoiser is None:
         raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to add a LoRA to.")
@@ -230,7 +262,7 @@ _WHY = {
 
 
 def _guarded(pipe: Any) -> list[tuple[Any, str]]:
-    denoiser = _denoiser(pipe)
+    denoiser = lora_denoiser(pipe)
     methods = [(pipe, "save_pretrained"), (denoiser, "save_pretrained"), (denoiser, "fuse_qkv_projections")]
     return [(owner, method) for owner, method in methods if hasattr(owner, method)]
 
@@ -239,7 +271,7 @@ class _Guard(InstanceMethod):
     """Refuses a method while the denoiser of its owner has adapters."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        denoiser = self.owner if isinstance(self.owner, nn.Module) else _denoiser(self.owner)
+        denoiser = self.owner if isinstance(self.owner, nn.Module) else lora_denoiser(self.owner)
         names = list(getattr(denoiser, "peft_config", {}))
         if names:
             raise ValueError(

@@ -16,4 +16,6 @@ __getattr__, __dir__ = register(
         "teleportation": "apply:check_pipeline",
         "teleportation with a prompt map": "apply:check_prompt_map",
     },
+    recipe="recipe",
+    options="commands:apply_options",
 )

@@ -21,7 +21,7 @@ from ..core.commands import (
     read_prompts,
     say,
 )
-from ..core.extras import require
+from ..core.extras import find_path, require
 
 if TYPE_CHECKING:
     from .gaussian import GaussianStats
@@ -111,6 +111,36 @@ def fit_gaussian(
     say(f"Written to {output}")
     if push_to_hub is not None:
         say(f"Uploaded to {stats.push_to_hub(push_to_hub)}")
+
+
+def apply_options(
+    pipe: Any,
+    teleport: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STATS", help="Teleportation with these statistics: a folder or a Hub repository."
+        ),
+    ] = None,
+    skip: Annotated[
+        str, typer.Option(help='With --teleport: share of the steps to skip, or "auto" as calibrated.')
+    ] = "auto",
+) -> bool:
+    """Applies teleportation as the options of the command line say, and returns whether they ask for it."""
+    if teleport is None:
+        if skip != "auto":
+            raise ValueError("--skip goes with --teleport STATS.")
+        return False
+    from .apply import apply_teleport
+    from .gaussian import GaussianStats
+
+    try:
+        share: float | str = skip if skip == "auto" else float(skip)
+    except ValueError as error:
+        raise ValueError(f'--skip must be a number in [0, 1) or "auto", got {skip!r}.') from error
+    stats = GaussianStats.from_pretrained(find_path(teleport))
+    stats._note_source(teleport)
+    apply_teleport(pipe, stats, share)
+    return True
 
 
 def _find_images(dataset: str, split: str) -> Any:

@@ -75,6 +75,7 @@ class GaussianStats(PushToHubMixin):
     unconditional: "GaussianStats | None" = None
     calibration: dict[str, Any] = field(default_factory=dict)
     _cache: dict[str, Any] = field(default_factory=dict, init=False)
+    _source: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -112,6 +113,11 @@ class GaussianStats(PushToHubMixin):
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return tuple(self.mean.shape)
+
+    @property
+    def source(self) -> str | None:
+        """The folder or repository that `from_pretrained` has loaded these statistics from; None for others."""
+        return self._source
 
     @property
     def rank(self) -> int:
@@ -352,7 +358,12 @@ class GaussianStats(PushToHubMixin):
         hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
         config_path, weights_path = saving.find_folder(pretrained_model_name_or_path, subfolder, hub)
-        return cls._assemble(*saving.read_folder(config_path, weights_path), str(weights_path))
+        stats = cls._assemble(*saving.read_folder(config_path, weights_path), str(weights_path))
+        stats._note_source("/".join(filter(None, (str(pretrained_model_name_or_path), subfolder))))
+        return stats
+
+    def _note_source(self, source: str | None) -> None:
+        object.__setattr__(self, "_source", source)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}

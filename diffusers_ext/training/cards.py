@@ -62,15 +62,15 @@ def publish(
     folder = Path(args.output_dir) / "model"
     with whole_folder(folder) as partial:
         save(partial)
-        arguments = {name: _portable(value) for name, value in vars(args).items()}
+        arguments = {name: portable(value) for name, value in vars(args).items()}
         write_json(partial / "training.json", {**arguments, **record})
         drawn = list(Path(args.output_dir).rglob("validation-*.png"))
         if drawn:
             shutil.copyfile(max(drawn, key=os.path.getmtime), partial / PICTURE)
             description = f"{description}\n\n![Images of the last validation]({PICTURE})"
         places = {
-            "FOLDER": repo_id or os.path.join(_portable(args.output_dir), folder.name),
-            "BASE": str(_portable(_base_of(args))),
+            "FOLDER": repo_id or os.path.join(portable(args.output_dir), folder.name),
+            "BASE": str(portable(_base_of(args))),
         }
         text = re.sub(r"\b(FOLDER|BASE)\b", lambda found: places[found[1]], description)
         make_model_card(args, argv, record, text, tags, pipeline_tag).save(partial / "README.md")
@@ -88,7 +88,7 @@ def make_model_card(
     pipeline_tag: str | None = None,
 ) -> ModelCard:
     """The model card of a training run: description, command, seed, cost and results. Needs no network."""
-    command = shlex.join(["accelerate", "launch", *map(str, map(_portable, argv))])
+    command = shlex.join(["accelerate", "launch", *map(str, map(portable, argv))])
     results = {name: value for name, value in record.items() if name not in _NOT_RESULTS}
     changes = "".join(f"\n\n{_resumption(entry)}" for entry in record.get("resumptions", []))
     data = _card_data(args, results, pipeline_tag)
@@ -128,7 +128,7 @@ def _card_data(args: argparse.Namespace, results: dict[str, Any], pipeline_tag: 
         EvalResult(
             task_type=pipeline_tag,
             dataset_type=dataset or "custom",
-            dataset_name=str(_portable(source)),
+            dataset_name=str(portable(source)),
             metric_type=re.sub(r"\W+", "-", name.lower()).strip("-"),
             metric_name=name,
             metric_value=float(_figure(value)),
@@ -171,8 +171,11 @@ def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _portable(value: Any) -> Any:
-    # Local paths are useless to readers of the card and should not be published.
+def portable(value: Any) -> Any:
+    """An absolute path without its folders, also after an option; any other value itself.
+
+    Local paths are useless to readers of a card and should not be published.
+    """
     if isinstance(value, str):
         option, equals, path = value.rpartition("=") if value.startswith("-") else ("", "", value)
         return f"{option}{equals}{Path(path).name}" if os.path.isabs(path) else value

@@ -30,6 +30,18 @@ SECTIONS: dict[str, list[str]] = {
         "dx.apply_gri_attention(pipe); dx.apply_gri_attention(pipe)",
         'dx.pipeline_path("teleport-sd")',
     ],
+    "Recipes": [
+        "dx.Recipe.from_pipe(pipe)",
+        "dx.Recipe.from_pretrained(folder)",
+        "recipe.apply(ddpm)",
+        "recipe.apply(pipe); recipe.apply(pipe)",
+        'dx.Recipe({"my method": recipe.methods["teleport"]}, recipe.base)',
+        'dx.tune(ddpm, ["a"], scorer)',
+        'dx.tune(pipe, "a", scorer)',
+        'dx.tune(pipe, ["a"], scorer, budget=8)',
+        'dx.tune(pipe, ["a"], scorer, steps=())',
+        'dx.tune(recipe.apply(pipe), ["a"], scorer)',
+    ],
     "Teleportation": [
         "dx.apply_teleport(pipe)",
         'dx.apply_teleport(pipe, "stats.safetensors")',
@@ -277,6 +289,10 @@ _MADE: dict[str, Callable[[Names], Any]] = {
     "not_a_flow": lambda names: DPMSolverMultistepScheduler(use_flow_sigmas=True, use_karras_sigmas=True),
     "stats": lambda names: tiny.gaussian((4, 8, 8)),
     "npnet": lambda names: tiny.npnet("sd"),
+    "recipe": lambda names: dx.Recipe.from_pipe(
+        dx.apply_teleport(tiny.build("sd"), names["stats"], skip=0.3)
+    ),
+    "scorer": lambda names: lambda images, prompts: np.zeros(len(images)),
     "latents": lambda names: torch.zeros(1, 4, 8, 8),
     "image": lambda names: __import__("PIL.Image").Image.new("RGB", (8, 8)),
     "inputs": lambda names: dx.record_calibration_inputs(names["pipe"], ["a"], num_timesteps=1),

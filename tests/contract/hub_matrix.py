@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.abc
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,15 @@ def _code(repo: str) -> Tensor:
     _folder(dx.pipeline_path("golden_noise_sd"), repo)
     pipe: Any = MADE["golden_noise_sd"]()
     pipe.npnet.push_to_hub(f"{USER}/network-of-{repo.rpartition('/')[-1]}")
+    return draw(pipe)
+
+
+def _recipe(repo: str) -> Tensor:
+    import diffusers_ext as dx
+    from tests import tiny
+
+    pipe = dx.apply_teleport(tiny.build("sd"), tiny.gaussian((4, 8, 8), rank=6), skip=0.4)
+    dx.Recipe.from_pipe(pipe).push_to_hub(repo)
     return draw(pipe)
 
 
@@ -315,6 +325,14 @@ made = output(pipe)""",
         _PLAIN,
         _PLAIN,
     ),
+    "recipe": Artefact(
+        "`Recipe`",
+        _recipe,
+        "`recipe.push_to_hub`",
+        f"""pipe = DiffusionPipeline.from_pretrained({BASE!r})
+made = draw(dx.Recipe.from_pretrained(repo).apply(pipe))""",
+        _PLAIN,
+    ),
     "pairs": Artefact(
         "Pairs of noises, a data set",
         _pairs,
@@ -428,6 +446,8 @@ def table(outcome: dict[str, dict[str, str]]) -> str:
 
 
 def _number(messages: dict[str, int], text: str) -> int:
+    # The address and the commit are others in every run.
+    text = re.sub(r"http://[^/]+/(\S+?)/resolve/\w+/", r"https://huggingface.co/\1/resolve/main/", text)
     return messages.setdefault(" ".join(text.split()).replace("`", "'"), len(messages) + 1)
 
 

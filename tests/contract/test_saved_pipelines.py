@@ -11,6 +11,7 @@ import diffusers_ext as dx
 from diffusers_ext.asdm.pipelines import ASDMStableDiffusionPipeline
 from diffusers_ext.core.shipped import shipped
 from diffusers_ext.golden_noise import pipelines as golden
+from diffusers_ext.recipes import pipelines as recipes
 from diffusers_ext.smooth_lora import pipelines as smooth
 from diffusers_ext.teleport import pipelines as teleport
 from tests import tiny
@@ -29,6 +30,8 @@ MADE = {
         tiny.build("sd"), npnet=tiny.npnet("sd")
     ),
     "golden_noise_sdxl": lambda: golden.GoldenNoiseStableDiffusionXLPipeline.from_pipe(tiny.build("sdxl")),
+    "recipe": lambda: recipes.RecipeStableDiffusionPipeline.from_pipe(tiny.build("sd")),
+    "recipe_sdxl": lambda: recipes.RecipeStableDiffusionXLPipeline.from_pipe(tiny.build("sdxl")),
     "sign": _sign,
     "smooth_diffusion_sd": lambda: smooth.SmoothDiffusionStableDiffusionPipeline.from_pipe(tiny.build("sd")),
     "smooth_diffusion_sdxl": lambda: smooth.SmoothDiffusionStableDiffusionXLPipeline.from_pipe(
