@@ -65,8 +65,8 @@ def add_sign_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--projector",
         default=None,
-        help="a pipeline with the network that the projector starts from, such as one that train_asdm.py has pruned from the"
-        " teacher; default: the teacher's",
+        help="a pipeline with the network that the projector starts from: one that train_asdm.py has pruned from the teacher,"
+        " or a projector that was trained with another recipe; default: the teacher's",
     )
     add(
         "--rank",

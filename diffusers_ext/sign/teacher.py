@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,25 +51,35 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> tuple[An
 
 
 def load_start(args: argparse.Namespace, accelerator: Accelerator, teacher: Any) -> Any:
-    """The denoiser of the pipeline `--projector`, frozen as the teacher's, or None.
+    """The denoiser of the pipeline or of the projector `--projector`, frozen as the teacher's, or None.
 
     Raises:
-        ValueError: it takes or predicts something else than the teacher's.
+        ValueError: it takes or predicts something else than the teacher's, or is a projector held at another level.
     """
     if args.projector is None:
         return None
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        args.projector, dtype=torch.float32, cache_dir=args.cache_dir
-    )
-    check_pipeline(pipe)
+    kind: Any = DiffusionPipeline
+    # No stock pipeline has a component of this name.
+    if "source" in DiffusionPipeline.load_config(args.projector, cache_dir=args.cache_dir):
+        kind = SIGNPipeline
+    pipe: Any = kind.from_pretrained(args.projector, dtype=torch.float32, cache_dir=args.cache_dir)
     own, theirs = _signature(pipe), _signature(teacher)
+    if kind is SIGNPipeline:
+        own["class"], theirs["class"] = (type(denoiser_of(part)).__name__ for part in (pipe, teacher))
+        # A timestep is a little off the level that was asked for.
+        same = math.isclose(pipe.sigma, args.sigma, rel_tol=0.02)
+        own["noise level"], theirs["noise level"] = (
+            (None, None) if same else (round(pipe.sigma, 3), args.sigma)
+        )
+    else:
+        check_pipeline(pipe)
     differing = [
         f"{name} {own[name]} there, {theirs[name]} here" for name in own if own[name] != theirs[name]
     ]
     if differing:
         raise ValueError(
             f"The network of --projector and the teacher's differ in {'; '.join(differing)}: use a network that was pruned"
-            " from the teacher."
+            " from the teacher, or a projector of the teacher."
         )
     network = denoiser_of(pipe).requires_grad_(False).eval().to(accelerator.device)
     if args.rank:

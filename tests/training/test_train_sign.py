@@ -75,6 +75,21 @@ def test_it_leaves_a_projector_that_loads_and_a_card(trained: Path, base: Path) 
     assert {name.split(".")[0] for name in state} == {"projector", "fake"}
 
 
+def test_a_projector_is_where_another_recipe_starts(
+    trained: Path, base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    few = ("--projector", str(trained / "model"), "--max_train_steps", "4", "--learning_rate", "1e-12")
+    run("train_sign", command(base, tmp_path / "on", *few)[1:])
+    before, after = weights(trained), weights(tmp_path / "on")
+    # Steps of 1e-12 are lost in the rounding of float16.
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    with pytest.raises(ValueError, match=r"noise level 1\.\d+ there, 3\.0 here"):
+        run("train_sign", command(base, tmp_path / "other", *few, "--sigma", "3")[1:])
+    with pytest.raises(ValueError, match="differ in class UNet2DModel there, UNet2DConditionModel here"):
+        run("train_sign", command(base, tmp_path / "sd", *few, teacher="sd")[1:])
+
+
 def test_a_killed_run_resumes_to_the_same_weights(trained: Path, base: Path, tmp_path: Path) -> None:
     argv = command(base, tmp_path, "--checkpointing_steps", "1")
     kill_after(argv, lambda: list_checkpoints(tmp_path), 0.3)
