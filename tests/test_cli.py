@@ -189,7 +189,7 @@ def test_errors_are_one_line(sd: Path, tmp_path: Path) -> None:
 
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert "Give either --dataset or --from-samples N." in error(sd)
+    assert "Give either --dataset, --from-samples N or --from-score." in error(sd)
     assert "Give either" in error(sd, "--dataset", tmp_path, "--from-samples", 4)
     assert "--prompts goes with --from-samples" in error(sd, "--dataset", tmp_path, "--prompts", empty)
     assert "empty.txt holds no prompts" in error(sd, "--from-samples", 4, "--prompts", empty)

@@ -189,7 +189,9 @@ def prediction_type(scheduler: Any) -> str | None:
     return "sample" if kind == "original_sample" else kind
 
 
-def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, level: Level) -> Tensor:
+def scheduler_prediction(
+    scheduler: Any, model_output: Tensor, sample: Tensor, level: Level, *, clip: bool = True
+) -> Tensor:
     """The scheduler's x₀-prediction at `level`, in float32, clipped or thresholded as its config says.
 
     Args:
@@ -197,6 +199,7 @@ def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, l
         model_output: (B, C, ...), after guidance; a learned variance in the second half of C is dropped.
         sample: (B, C, ...), the noisy latents in the scheduler's scaling, before `scale_model_input`.
         level: (a, s) of `sample`.
+        clip: False leaves the prediction as it is.
     """
     kind, config, (a, s) = scaling(scheduler), scheduler.config, level
     x, output = sample.float(), model_output.float()
@@ -206,6 +209,8 @@ def scheduler_prediction(scheduler: Any, model_output: Tensor, sample: Tensor, l
         clean = scheduler.precondition_outputs(x, output, torch.tensor(s))
     else:
         clean = clean_prediction(output, x, a, s, str(prediction_type(scheduler)))
+    if not clip:
+        return clean
     if getattr(config, "thresholding", False):
         return scheduler._threshold_sample(clean)
     # CogVideoX's has the argument and does not use it.

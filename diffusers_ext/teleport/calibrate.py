@@ -27,13 +27,13 @@ from tqdm.auto import tqdm
 from ..core.checks import check_counts
 from ..core.families import denoisers_of, guidance_of
 from ..core.hooks import parameters_of
-from ..core.pipeline import call_pipeline, final_latents, quiet
-from ..core.predictions import Level, noise_to_signal
-from ..core.schedules import same_grid_deterministic, scheduler_prediction
+from ..core.pipeline import final_latents, quiet
+from ..core.predictions import noise_to_signal
+from ..core.schedules import same_grid_deterministic
 from .apply import apply_teleport, check_pipeline, remove_teleport
 from .gaussian import GaussianStats
-from .prompts import OneCall, prompt_features, unguided
-from .skipping import max_skip
+from .probe import denoise_at
+from .prompts import prompt_features, unguided
 from .sources import check_prompts, pipeline_samples
 
 
@@ -116,6 +116,7 @@ def calibrate_skip(
         remove_teleport(pipe)
         pipe.scheduler = original
     calibration = {
+        **{name: value for name, value in stats.calibration.items() if name == "score"},
         "sigma": {count: entry["sigma"] for count, entry in entries.items()},
         "scheduler": type(inner).__name__,
         "mean_from": mean_from,
@@ -262,36 +263,6 @@ def _squared_error(states: np.ndarray, reference: np.ndarray) -> float:
 # denoising losses, in which the unknown optimal loss cancels. It is measured in pairs, on the same noise.
 
 
-class _Probe(OneCall):
-    """Replaces the pipeline's noise with noised clean samples, and records one model prediction for them."""
-
-    clean: Tensor
-    index: int
-    level: Level
-    noisy: Tensor
-    denoised: Tensor
-
-    def __init__(self, scheduler: Any, stats: GaussianStats, clean: Tensor, index: int) -> None:
-        super().__init__(scheduler, dataclasses.replace(stats, prompt_map=None), skip=0.0)
-        self.clean, self.index = clean, index
-
-    def _steps_to_skip(self) -> int:
-        return min(self.index, max_skip(self.inner, len(self._levels)))
-
-    def _transport(self, sample: Tensor, mean: Tensor | None) -> Tensor:
-        self.level = a, s = self._levels[self._skipped]
-        noise = self._grid(sample).float() / float(getattr(self.inner, "init_noise_sigma", 1.0))
-        # Guidance may repeat the batch.
-        clean = self.clean.to(noise.device).repeat(len(noise) // len(self.clean), *[1] * (noise.ndim - 1))
-        return self._looped(a * clean + s * noise).to(sample.dtype)
-
-    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        sample = self._first_sample(sample)
-        clean = scheduler_prediction(self.inner, model_output, sample, self.level)
-        self.noisy, self.denoised = self._grid(sample).float(), self._grid(clean).float()
-        return clean
-
-
 @torch.no_grad()
 def excess_loss(
     pipe: Any,
@@ -322,31 +293,27 @@ def excess_loss(
         The noise-to-signal ratio σ of the step, and (B,) float64: E‖D_G − x₀‖² − E‖D_θ − x₀‖² per dimension
             and σ². It is negative if the Gaussian is nearer to the clean samples.
     """
-    original, count = pipe.scheduler, len(clean)
-    probe = _Probe(original, stats, clean, index)
-    first: dict[str, Any] = {"batch_size": count} if prompts is None else {"prompt": list(prompts)}
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    try:
-        pipe.scheduler = probe
-        apply_teleport(pipe)
-        with quiet(pipe):
-            call_pipeline(
-                pipe,
-                **first,
-                num_inference_steps=num_inference_steps,
-                generator=generators,
-                output_type="np" if getattr(pipe, "vae", None) is None else "latent",
-                **call_kwargs,
-            )
-    finally:
-        remove_teleport(pipe)
-        pipe.scheduler = original
-    noisy, model = probe.noisy, probe.denoised
-    gaussian = stats.denoise(noisy, probe.level, None if mean is None else mean.to(noisy))
-    truth = probe.clean.to(noisy)
-    worse = (gaussian - truth).square() - (model - truth).square()
-    sigma = noise_to_signal(probe.level)
+    count = len(clean)
+    looked = denoise_at(
+        pipe,
+        stats,
+        index,
+        lambda noise, level: level[0] * _repeated(clean, noise) + level[1] * noise,
+        rows={"batch_size": count} if prompts is None else {"prompt": list(prompts)},
+        seeds=range(seed, seed + count),
+        num_inference_steps=num_inference_steps,
+        **call_kwargs,
+    )
+    gaussian = stats.denoise(looked.noisy, looked.level, None if mean is None else mean.to(looked.noisy))
+    truth = clean.to(looked.noisy)
+    worse = (gaussian - truth).square() - (looked.clean - truth).square()
+    sigma = noise_to_signal(looked.level)
     return sigma, worse.flatten(1).double().mean(1).cpu() / sigma**2
+
+
+def _repeated(rows: Tensor, like: Tensor) -> Tensor:
+    """`rows` as often as guidance has repeated the batch `like`."""
+    return rows.to(like).repeat(len(like) // len(rows), *[1] * (like.ndim - 1))
 
 
 def trusted_sigma(

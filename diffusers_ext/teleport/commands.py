@@ -42,13 +42,27 @@ def fit_gaussian(
     from_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Fit to N samples that the pipeline generates.")
     ] = None,
+    from_score: Annotated[
+        bool, typer.Option("--from-score", help="Read them off the denoiser, without data and samples.")
+    ] = False,
+    calls: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows that --from-score shows the denoiser; default: 500.")
+    ] = None,
+    resume_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the answers for --from-score, to resume.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt per line, for --from-samples.")
+        Path | None,
+        typer.Option(help="Text file with one prompt per line, for --from-samples and --from-score."),
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Number of eigenpairs to keep.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Inference steps of the samples; default: the pipeline's.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inference steps of the samples; default: the pipeline's. Grid of --from-score; default: 50.",
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Guidance scale of the samples; default: the pipeline's.")
@@ -71,11 +85,12 @@ def fit_gaussian(
     output: Annotated[Path, typer.Option(help="Output folder.")] = Path("gaussian-stats"),
     push_to_hub: Push = None,
 ) -> None:
-    """Fits the Gaussian statistics for teleportation, to images or to a pipeline's own samples."""
-    if (dataset is None) == (from_samples is None):
-        raise ValueError("Give either --dataset or --from-samples N.")
-    if prompts is not None and from_samples is None:
-        raise ValueError("--prompts goes with --from-samples: images have no prompts.")
+    """Fits the Gaussian statistics for teleportation, to images, to a pipeline's own samples, or to its denoiser."""
+    if (dataset is not None) + (from_samples is not None) + from_score != 1:
+        raise ValueError("Give either --dataset, --from-samples N or --from-score.")
+    if prompts is not None and dataset is not None:
+        raise ValueError("--prompts goes with --from-samples and --from-score: images have no prompts.")
+    _check_from_score(from_score, calls=calls, resume_dir=resume_dir, guidance_scale=guidance_scale)
     if prompt_map and prompts is None and label_column is None:
         raise ValueError("--prompt-map needs prompts: give --prompts FILE, or a --label-column of captions.")
     texts = None if prompts is None else read_prompts(prompts)
@@ -84,10 +99,13 @@ def fit_gaussian(
     from .prompts import fit_prompt_map
     from .sources import check_rank, encoded_images, pipeline_samples
 
-    if from_samples is not None:
+    batches: Iterable[Any] = ()
+    if from_score:
+        pipe = load_pipeline(model, dtype, device)
+    elif from_samples is not None:
         check_rank(rank, from_samples, texts)
         pipe = load_pipeline(model, dtype, device)
-        batches: Iterable[Any] = pipeline_samples(
+        batches = pipeline_samples(
             pipe,
             from_samples,
             batch_size=batch_size,
@@ -103,7 +121,12 @@ def fit_gaussian(
         )
         pipe = load_pipeline(model, dtype, device)
         batches = encoded_images(pipe, images, batch_size=batch_size, resolution=resolution, seed=seed)
-    stats = GaussianStats.fit(batches, rank)
+    if from_score:
+        given = {"calls": calls, "num_inference_steps": num_inference_steps, "resume_dir": resume_dir}
+        options = {name: value for name, value in given.items() if value is not None}
+        stats = GaussianStats.from_score(pipe, texts, rank, batch_size=batch_size, seed=seed, **options)
+    else:
+        stats = GaussianStats.fit(batches, rank)
     if prompt_map:
         stats = fit_prompt_map(pipe, stats)
     stats.save_pretrained(output)
@@ -143,6 +166,17 @@ def apply_options(
     return True
 
 
+def _check_from_score(from_score: bool, *, guidance_scale: Any, **own: Any) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None]
+    if given and not from_score:
+        raise ValueError(f"{' and '.join(given)} go with --from-score.")
+    if from_score and guidance_scale is not None:
+        raise ValueError(
+            "--from-score asks for predictions without guidance: leave --guidance-scale out. Teleportation adds the"
+            " guidance of each call."
+        )
+
+
 def _find_images(dataset: str, split: str) -> Any:
     if Path(dataset).is_dir():
         return dataset
@@ -162,5 +196,9 @@ def _table(stats: GaussianStats) -> Table:
     table.add_row("rank", str(stats.rank))
     table.add_row("explained variance", f"{explained:.2%} of {total:.4g}")
     table.add_row("residual variance", f"{stats.residual:.4g} per dimension")
+    if "score" in stats.calibration:
+        score = stats.calibration["score"]
+        table.add_row("denoiser calls", f"{score['calls']}, at σ = {score['sigma']:.3g}")
+        table.add_row("error of the covariance", f"{score['error']:.0%} (standard error, from two halves)")
     table.add_row("top eigenvalues", ", ".join(f"{value:.4g}" for value in stats.eigenvalues[:_TOP].tolist()))
     return table

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,70 @@ class GaussianStats(PushToHubMixin):
         within, total = fit_moments(batches, rank, oversampling=oversampling, progress=progress)
         unconditional = None if total is None else cls(**total._asdict())
         return cls(**within._asdict(), unconditional=unconditional)
+
+    @classmethod
+    def from_score(
+        cls,
+        pipe: Any,
+        prompts: str | Sequence[str] | None = None,
+        rank: int = 64,
+        calls: int = 500,
+        *,
+        batch_size: int = 8,
+        num_inference_steps: int = 50,
+        seed: int = 0,
+        resume_dir: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+        **call_kwargs: Any,
+    ) -> "GaussianStats":
+        """Statistics read off the denoiser of a pipeline, without data and without sampling. This is our addition.
+
+        The denoiser of a Gaussian is D(x) = μ + J(x − μ) with J = Σ(Σ + σ²I)⁻¹. It is asked at pairs of opposite steps
+        μ ± σw, with random w in all directions at once: the odd part of a pair is Jw, and the even part gives μ. Σ is the
+        least-squares fit to all pairs, as a few eigenpairs plus a multiple of the identity. The level σ is the one at
+        which two halves of the pairs predict each other best.
+
+        Args:
+            pipe: a `DiffusionPipeline` that `apply_teleport` works on, without guidance distilled into it; it is not changed.
+            prompts: a sample of the prompts that the model was trained on, a few hundred if possible, as frequent as they
+                are there. Every pair has a prompt of its own. The covariance is then that *within* prompts, `class_means`
+                has the mean of every prompt that was asked, for `fit_prompt_map`, and `unconditional` adds the covariance
+                of these means. None for a pipeline without prompts, or for the empty prompt.
+            rank: largest number of eigenpairs. Only those that exceed the noise of the fit are kept, fewer than a
+                sixth of the pairs.
+            calls: number of rows that the denoiser is shown in total, 100 or more.
+            batch_size: rows of a call.
+            num_inference_steps: of the grid whose levels are used.
+            seed: seed of the steps.
+            resume_dir: folder that keeps every answer of the denoiser, so that an interrupted fit resumes: as many bytes
+                as 8 · D · calls. It may be deleted afterwards.
+            progress: show a progress bar over the calls.
+            call_kwargs: passed to the pipeline, such as `height`, `width` and `max_sequence_length`.
+
+        Returns:
+            Statistics on the CPU. `calibration["score"]` tells the calls, the level, the share of the responses that the
+            Gaussian leaves `unexplained` (the error of the network included), the relative standard `error` of the
+            covariance, and the eigenvalues and principal cosines of two halves of the pairs. Memory: O(D · calls).
+
+        Raises:
+            ValueError: a pipeline that teleportation does not work on or that takes neither prompts nor a batch size,
+                arguments out of range, a response of 1 or more, which no data have, halves that do not agree, or a
+                `resume_dir` with answers to other questions.
+        """
+        # By its name, as the calls go through a scheduler that has statistics.
+        module = import_module(".from_score", __package__)
+        return module.fit_to_score(
+            pipe,
+            prompts,
+            rank=rank,
+            calls=calls,
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            seed=seed,
+            resume_dir=resume_dir,
+            progress=progress,
+            **call_kwargs,
+        )
 
     def transport(
         self, x: Tensor, start: Level, end: Level, mean: Tensor | None = None, guidance_scale: float = 1.0

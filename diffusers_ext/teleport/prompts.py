@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from ..core.checks import check_counts
@@ -21,8 +19,8 @@ from ..core.prompts import prompt_embeddings
 from ..core.schedules import scheduler_prediction
 from .apply import check_pipeline, telling_layout
 from .gaussian import GaussianStats
+from .probe import OneCall
 from .prompt_map import PromptMap
-from .proxy import Delegated
 from .scheduler import TeleportScheduler
 from .sources import check_prompts
 
@@ -77,30 +75,6 @@ def unguided(pipe: Any) -> dict[str, Any]:
     """Arguments of a call whose predictions are those for the prompt alone."""
     perturbed = {"pag_scale": 0.0} if "pag_scale" in parameters_of(pipe) else {}
     return guidance_of(pipe).call(1.0) | perturbed
-
-
-class OneCall(TeleportScheduler):
-    """A scheduler that makes one model call only. `_look` reads its prediction and returns the result."""
-
-    def _one_step(self, *args: Any, **kwargs: Any) -> None:
-        self._set_timesteps(*args, **kwargs)
-        self._shown = self.timesteps[:1]
-        self._begin_at(self._offset)
-
-    def _read(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        clean = self._look(model_output, sample).to(sample.dtype)
-        call = inspect.signature(self.inner.step).bind(model_output, timestep, sample, *args, **kwargs)
-        if call.arguments.get("return_dict", True):
-            return DDIMSchedulerOutput(prev_sample=clean, pred_original_sample=clean)
-        return clean, clean
-
-    def _look(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    set_timesteps = Delegated(_one_step)
-    step = Delegated(_read)
 
 
 class _FirstCall(OneCall):

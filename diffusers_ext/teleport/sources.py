@@ -139,7 +139,7 @@ def _samples(
         for start in range(0, num_samples, batch_size):
             indices = range(start, min(start + batch_size, num_samples))
             names = [prompts[i % len(prompts)] if prompts else "" for i in indices]
-            call = {name: _rows_of(name, value, len(indices)) for name, value in call_kwargs.items()}
+            call = {name: rows_of(name, value, len(indices)) for name, value in call_kwargs.items()}
             if not takes_prompt:
                 call["batch_size"] = len(indices)
             elif "prompt_embeds" not in call:
@@ -154,7 +154,7 @@ def _samples(
             yield (samples, names) if prompts else samples
 
 
-def _rows_of(name: str, value: Any, rows: int) -> Any:
+def rows_of(name: str, value: Any, rows: int) -> Any:
     """Repeats the embeddings of one prompt for `rows` samples; not all pipelines do this themselves."""
     if not (name.endswith("embeds") and isinstance(value, Tensor)):
         return value
