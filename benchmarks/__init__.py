@@ -8,6 +8,7 @@ NAMES = (
     "judges",
     "teleport",
     "teleport_flow",
+    "from_score",
     "cost",
     "golden_noise",
     "golden_noise_flow",

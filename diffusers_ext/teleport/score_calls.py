@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Responses:
         self._shards = itertools.count()
         self._store = None
         if resume_dir is not None:
-            self._store = ShardStore(resume_dir, self._recipe(seed, batch_size))
+            self._store = ShardStore(Path(resume_dir), self._recipe(seed, batch_size))
 
     def noise(self, count: int) -> Tensor:
         """(count, D) white noise."""
