@@ -83,12 +83,11 @@ def load(model: str) -> Any:
     """The pipeline with the solver of its images."""
     pipe: Any = DiffusionPipeline.from_pretrained(card_dir(f"fashion-{model}"), dtype=torch.float32)
     run, config = run_of(model), pipe.scheduler.config
-    if model == "flow":
-        pipe.scheduler = make_solver(run.solver, run.shift)
-    else:
-        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    solver: Any = diffusers.DPMSolverMultistepScheduler
+    scheduler = make_solver(run.solver, run.shift) if model == "flow" else solver.from_config(config)
+    pipe.scheduler = scheduler
     if model == "ddpm":
-        pipe = PixelPipeline(pipe.unet, pipe.scheduler)
+        pipe = PixelPipeline(pipe.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -147,10 +146,13 @@ def from_samples(model: str, kept: Arrays, count: int) -> dx.GaussianStats:
 
 
 def with_map(pipe: Any, stats: dx.GaussianStats) -> dx.GaussianStats:
-    """With a prompt map, if the statistics have means of prompts."""
-    if stats.class_means is None:
+    """With a prompt map, if there are prompts; with too few of them for a map, what is left is the part of all samples."""
+    if stats.class_means is None or stats.unconditional is None:
         return stats
-    return dx.fit_prompt_map(pipe, stats, rank=min(256, len(stats.class_means) - 1), **call_options(pipe))
+    try:
+        return dx.fit_prompt_map(pipe, stats, rank=min(256, len(stats.class_means) - 1), **call_options(pipe))
+    except ValueError:
+        return stats.unconditional
 
 
 def statistics_of(bench: Bench, model: str, settings: Settings) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -269,8 +271,11 @@ def agreement(kinds: dict[str, dx.GaussianStats]) -> str:
     """Eigenvalues, principal cosines, means, and what two halves of the responses say about them."""
     lines = []
     for name in [name for name in kinds if name not in ("data", "isotropic")]:
-        for part in ("", "unconditional"):
-            data, ours = ((getattr(kinds[k], part) if part else kinds[k]) for k in ("data", name))
+        pairs = [("", kinds["data"], kinds[name])]
+        pairs += [(", all samples", kinds["data"].unconditional, kinds[name].unconditional)]
+        if kinds[name].prompt_map is None and kinds["data"].unconditional is not None:
+            pairs = [(", all samples, no map", kinds["data"].unconditional, kinds[name])]
+        for part, data, ours in pairs:
             if data is None or ours is None:
                 continue
             count = min(8, ours.rank)
@@ -278,7 +283,7 @@ def agreement(kinds: dict[str, dx.GaussianStats]) -> str:
             report = ours.calibration.get("score", {})
             lines.append(
                 [
-                    name + (", all samples" if part else ""),
+                    name + part,
                     _numbers(ours.eigenvalues[:8], 1),
                     _numbers(data.eigenvalues[:8], 1),
                     _numbers(torch.linalg.svdvals(vectors), 2) if count else "",

@@ -86,7 +86,7 @@ class NoiseUNet(ExactUNet):
 
 def pipeline(stats: Any, kind: str = "epsilon", cls: type = ExactUNet) -> Any:
     # Clipping, the default, would bend the response.
-    base = DDPMScheduler.from_config({"prediction_type": kind, "clip_sample": True})
+    base: Any = DDPMScheduler.from_config({"prediction_type": kind, "clip_sample": True})
     unet = cls(
         sample_size=8,
         in_channels=1,
