@@ -225,7 +225,7 @@ def rows_of(bench: Bench, model: str, settings: Settings, folders: dict[str, Pat
 def main(bench: Bench) -> None:
     """Makes what is missing, and writes the page."""
     settings = bench.pick(
-        Settings(("ddpm", "scenes", "flow"), 500, (25, 64, 256, 2000), 600, 80, (31, 32, 33), 100),
+        Settings(("ddpm", "scenes", "flow"), 500, (25, 64, 256, 2000), 600, 72, (31, 32, 33), 50),
         Settings(("ddpm",), 150, (8, 16), 20, 4, (31,), 8),
     )
     parts, panels, strips = [], [], {}
