@@ -110,6 +110,15 @@ def sign(name: str) -> tuple[torch.Tensor, int]:
     return as_tensor(made.images), 8
 
 
+def sign_scenes(name: str, base: str) -> tuple[torch.Tensor, int]:
+    """Images of one step of a projector that is a LoRA."""
+    pipe = dx.load_sign_lora(load(base), card_dir(name))
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    made = pipe(list(PROMPTS), num_inference_steps=1, generator=generators, output_type="np")
+    return as_tensor(made.images), 4
+
+
 def sorted_garments(name: str) -> tuple[torch.Tensor, int]:
     """Test garments, in a column for each item for which the classifier takes them."""
     pictures, _ = load_garments(SAMPLE_DIR, "test")
@@ -129,6 +138,7 @@ PICTURES: dict[str, Callable[[str], tuple[torch.Tensor, int]]] = {
     "sign-fashion-ddpm": sign,
     **{f"npnet-{base}": partial(golden_noise, base=base) for base in ("fashion-scenes", "fashion-flow")},
     **{f"smooth-lora-{base}": partial(smooth_lora, base=base) for base in ("fashion-scenes", "fashion-flow")},
+    **{f"sign-{base}": partial(sign_scenes, base=base) for base in ("fashion-scenes", "fashion-flow")},
     **{f"asdm-{base}": partial(pruned, base=base) for base in ("fashion-scenes", "fashion-flow")},
 }
 
