@@ -14,7 +14,6 @@ from diffusers_ext.testbed.judge import GarmentJudge, majority_colors, warp
 from diffusers_ext.training.rows import rows_of_step
 
 ROOT = Path(__file__).parents[2]
-# They train the judge and make its references.
 # They train it, measure its references and draw the picture of its card.
 MAY_NAME_IT = {"training/train_base.py", "training/make_reference.py", "training/make_card_pictures.py"}
 
