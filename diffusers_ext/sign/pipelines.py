@@ -85,7 +85,7 @@ class SIGNPipeline(CustomPipelineMixin, DiffusionPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         source: MixtureSource | PromptSource | None = None,
-        timestep: float | None = None,
+        timestep: int | float | None = None,
         transformer: ModelMixin | None = None,
         text_encoder_2: PreTrainedModel | None = None,
         text_encoder_3: PreTrainedModel | None = None,
