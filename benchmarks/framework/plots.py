@@ -96,11 +96,9 @@ def draw(
         handles: dict[str, Any] = {}
         for axis in axes[: len(panels)]:
             handles |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
-        columns = min(len(handles), 8)
         # Beside the axes, where it hides no point.
-        parts[1].legend(
-            handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
-        )
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(len(handles), 8)}
+        parts[1].legend(handles.values(), handles, **place, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     if small:

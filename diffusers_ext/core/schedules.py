@@ -182,7 +182,7 @@ def levels_at(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, 
 
 def prediction_type(scheduler: Any) -> str | None:
     """What a denoiser with this scheduler predicts, as in `PREDICTION_TYPES`; None if unknown."""
-    scheduler = _unwrapped(scheduler)
+    scheduler = unwrapped(scheduler)
     if "FlowMatch" in type(scheduler).__name__ or isinstance(scheduler, FlowSolverEulerScheduler):
         return "flow_prediction"
     kind = scheduler.config.get("prediction_type")
@@ -242,7 +242,7 @@ def counterpart(scheduler: Any, kind: type, **changes: Any) -> Any:
         A scheduler with the `alphas_cumprod` of `scheduler` (float32, on the CPU) if it has any, and with the
             shift of its `set_shift`.
     """
-    scheduler = _unwrapped(scheduler)
+    scheduler = unwrapped(scheduler)
     config = scheduler.config
     # A None leaves the choice to the class.
     values = {
@@ -280,7 +280,7 @@ def _arguments(kind: type) -> set[str]:
     return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {"self"}
 
 
-def _unwrapped(scheduler: Any) -> Any:
+def unwrapped(scheduler: Any) -> Any:
     """The wrapped scheduler, if `scheduler` stands in for another one."""
     return getattr(scheduler, "inner", scheduler)
 
@@ -329,7 +329,7 @@ def first_order_scheduler(scheduler: Any) -> Any:
         ValueError: the scheduler is that of a distilled model, or is neither. `set_timesteps` of Euler
             raises a ValueError if the grid of `scheduler` is not that of a flow.
     """
-    scheduler = _unwrapped(scheduler)
+    scheduler = unwrapped(scheduler)
     name, config = type(scheduler).__name__, scheduler.config
     if name in _DISTILLED:
         raise ValueError(
@@ -352,7 +352,7 @@ def first_order_scheduler(scheduler: Any) -> Any:
 def _check_alphas(scheduler: Any, flow: bool) -> None:
     missing = getattr(scheduler, "alphas_cumprod", None) is None
     if missing or prediction_type(scheduler) == "flow_prediction":
-        name = type(_unwrapped(scheduler)).__name__
+        name = type(unwrapped(scheduler)).__name__
         raise ValueError(
             f"{name} has no alphas_cumprod{' and is not a flow' if flow else ''}, so its noise levels are not known."
             f" Use a pipeline with the noise schedule of DDIM{', DPM-Solver or FlowMatchEuler' if flow else ''}."

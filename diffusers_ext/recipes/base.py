@@ -9,6 +9,7 @@ from ..core.families import denoiser_of, uncompiled
 from ..core.hooks import parameters_of
 from ..core.methods import ROOMS
 from ..core.records import json_settings
+from ..core.schedules import unwrapped
 from ..core.storage import differences, show_differences
 from ..training.cards import portable
 
@@ -31,12 +32,11 @@ def base_record(pipe: Any) -> dict[str, Any]:
         )
     written = {name for room in ROOMS if room.recipe for name in room.part_module().CONFIG}
     config = {name: value for name, value in json_settings(denoiser.config).items() if name not in written}
-    scheduler = getattr(pipe, "scheduler", None)
     return {
         "name": portable(str(getattr(pipe, "name_or_path", None) or "")) or None,
         "pipeline": type(pipe).__name__,
         "prompts": "prompt" in parameters_of(pipe),
-        "scheduler": type(getattr(scheduler, "inner", scheduler)).__name__,
+        "scheduler": type(unwrapped(getattr(pipe, "scheduler", None))).__name__,
         "denoiser": type(denoiser).__name__,
         "config": config,
         "latents": _latents(pipe, denoiser),

@@ -78,6 +78,7 @@ def generate(
     """Generates images, with methods or a recipe, and writes them with their metadata."""
     model, texts = _model_and_texts(list(words or ()), prompts)
     from ..core.images import side_by_side
+    from ..core.schedules import unwrapped
     from ..training.cards import portable
     from .recipe import Recipe
 
@@ -93,7 +94,7 @@ def generate(
     output_dir.mkdir(parents=True, exist_ok=True)
     about = {
         "model": portable(model),
-        "scheduler": _scheduler_name(pipe),
+        "scheduler": type(unwrapped(pipe.scheduler)).__name__,
         "options": call,
         "software": _software(),
     }
@@ -198,10 +199,6 @@ def _write(
         save_png(image, folder / name, found)
         records.append({"file_name": name, **found})
     return records
-
-
-def _scheduler_name(pipe: Any) -> str:
-    return type(getattr(pipe.scheduler, "inner", pipe.scheduler)).__name__
 
 
 def _software() -> str:

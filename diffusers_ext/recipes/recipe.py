@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..core.methods import ROOMS, Part, Room
+from ..core.methods import ROOMS, Part, PartModule, Room
 from ..training.cards import portable
 from .base import base_record, check_base
 from .cards import recipe_card
@@ -66,7 +66,7 @@ class Recipe:
         found = {}
         for key, part in self.methods.items():
             source = [f"from {portable(part.source)}"] if part.source else []
-            found[rooms_with_parts()[key].part_module().TITLE] = ", ".join([*_shown(part.options), *source])
+            found[_module(key).TITLE] = ", ".join([*_shown(part.options), *source])
         return found
 
     @classmethod
@@ -111,7 +111,7 @@ class Recipe:
         self._check(pipe)
         with ExitStack() as undo:
             for key, part in self.methods.items():
-                module = rooms_with_parts()[key].part_module()
+                module = _module(key)
                 # Before it is applied, since it may fail half way.
                 undo.callback(module.remove, pipe, part)
                 module.apply(pipe, part)
@@ -131,7 +131,7 @@ class Recipe:
         """
         with ExitStack() as undo:  # goes on after an error, last method first
             for key, part in self.methods.items():
-                undo.callback(rooms_with_parts()[key].part_module().remove, pipe, part)
+                undo.callback(_module(key).remove, pipe, part)
         return pipe
 
     @contextmanager
@@ -146,7 +146,7 @@ class Recipe:
     def _check(self, pipe: Any) -> None:
         wrong = []
         for key, part in self.methods.items():
-            module = rooms_with_parts()[key].part_module()
+            module = _module(key)
             try:
                 module.check(pipe, part)
             except ValueError as error:
@@ -220,6 +220,11 @@ def rooms_with_parts() -> dict[str, Room]:
     return {room.key: room for room in ROOMS if room.recipe is not None}
 
 
+def _module(key: str) -> PartModule:
+    """What puts the method of that name into recipes."""
+    return rooms_with_parts()[key].part_module()
+
+
 def parts_on(pipe: Any) -> dict[str, Part]:
     """What is on a pipeline now, by the names of the methods' packages."""
     found = {key: room.part_module().read(pipe) for key, room in rooms_with_parts().items()}
@@ -237,7 +242,7 @@ def made_by(apply: Callable[[Any], Any], pipe: Any) -> Recipe:
         return Recipe.from_pipe(pipe)
     finally:
         for key, part in parts_on(pipe).items():
-            rooms_with_parts()[key].part_module().remove(pipe, part)
+            _module(key).remove(pipe, part)
 
 
 def _portable(part: Part) -> Part:

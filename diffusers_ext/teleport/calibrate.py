@@ -32,7 +32,7 @@ from ..core.predictions import noise_to_signal
 from ..core.schedules import same_grid_deterministic
 from .apply import apply_teleport, check_pipeline, remove_teleport
 from .gaussian import GaussianStats
-from .probe import denoise_at
+from .probe import denoise_at, repeated
 from .prompts import prompt_features, unguided
 from .sources import check_prompts, pipeline_samples
 
@@ -298,7 +298,7 @@ def excess_loss(
         pipe,
         stats,
         index,
-        lambda noise, level: level[0] * _repeated(clean, noise) + level[1] * noise,
+        lambda noise, level: level[0] * repeated(clean, noise) + level[1] * noise,
         rows={"batch_size": count} if prompts is None else {"prompt": list(prompts)},
         seeds=range(seed, seed + count),
         num_inference_steps=num_inference_steps,
@@ -309,11 +309,6 @@ def excess_loss(
     worse = (gaussian - truth).square() - (looked.clean - truth).square()
     sigma = noise_to_signal(looked.level)
     return sigma, worse.flatten(1).double().mean(1).cpu() / sigma**2
-
-
-def _repeated(rows: Tensor, like: Tensor) -> Tensor:
-    """`rows` as often as guidance has repeated the batch `like`."""
-    return rows.to(like).repeat(len(like) // len(rows), *[1] * (like.ndim - 1))
 
 
 def trusted_sigma(

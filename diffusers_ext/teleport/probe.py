@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,17 @@ from .skipping import max_skip
 
 # The state (rows, *shape) that the denoiser is shown at a level, given unit-variance noise of that shape.
 State = Callable[[Tensor, Level], Tensor]
+
+
+def repeated(rows: Tensor, like: Tensor) -> Tensor:
+    """`rows` on the device and in the data type of the batch `like`, as often as guidance has repeated it."""
+    return rows.to(like).repeat(len(like) // len(rows), *[1] * (like.ndim - 1))
+
+
+def only_shape(shape: tuple[int, ...]) -> GaussianStats:
+    """Statistics of which only the shape means something, for `denoise_at`."""
+    none = torch.zeros(math.prod(shape), 0)
+    return GaussianStats(torch.zeros(shape), none, none[0], 0.0, 0)
 
 
 class OneCall(TeleportScheduler):
@@ -150,8 +162,7 @@ def grid_of(pipe: Any, call: Mapping[str, Any]) -> tuple[tuple[int, ...], list[L
 
     The levels depend on the size of the sample where a pipeline shifts them by it.
     """
-    empty = torch.zeros(1, 0)
-    probe = _Grid(pipe.scheduler, GaussianStats(torch.zeros(1), empty, empty[0], 0.0, 0), skip=0.0)
+    probe = _Grid(pipe.scheduler, only_shape((1,)), skip=0.0)
     with scheduler_of(pipe, probe), telling_layout(pipe), quiet(pipe):
         output = "np" if getattr(pipe, "vae", None) is None else "latent"
         call_pipeline(pipe, generator=torch.Generator().manual_seed(0), output_type=output, **call)

@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from ..core.hooks import parameters_of
 from ..core.predictions import noise_to_signal
 from ..core.storage import ShardStore, read_tensors, tensors_digest, weights_digest
-from .gaussian import GaussianStats
-from .probe import denoise_at, grid_of
+from .probe import denoise_at, grid_of, only_shape, repeated
 from .score_fit import Pairs
 from .sources import rows_of
 
@@ -67,8 +66,7 @@ class Responses:
                 f"The grid of {call['num_inference_steps']} steps has no level at which the denoiser can be asked: use"
                 " more num_inference_steps."
             )
-        none = torch.zeros(self.dimension, 0)
-        self._like = GaussianStats(torch.zeros(self.shape), none, none[0], 0.0, 0)
+        self._like = only_shape(self.shape)
         self._shards = itertools.count()
         self._store = None
         if resume_dir is not None:
@@ -119,10 +117,7 @@ class Responses:
             self.pipe,
             self._like,
             index,
-            # Guidance may repeat the batch.
-            lambda noise, level: (
-                level[0] * shown.to(noise).repeat(len(noise) // len(shown), *[1] * (noise.ndim - 1))
-            ),
+            lambda noise, level: level[0] * repeated(shown, noise),
             rows=self._rows(texts),
             seeds=range(len(texts)),
             # The scheduler may clip what it is given, and the denoiser of a Gaussian is linear.
