@@ -63,19 +63,18 @@ def load_start(args: argparse.Namespace, accelerator: Accelerator, teacher: Any)
     if "source" in DiffusionPipeline.load_config(args.projector, cache_dir=args.cache_dir):
         kind = SIGNPipeline
     pipe: Any = kind.from_pretrained(args.projector, dtype=torch.float32, cache_dir=args.cache_dir)
-    own, theirs = _signature(pipe), _signature(teacher)
-    if kind is SIGNPipeline:
-        own["class"], theirs["class"] = (type(denoiser_of(part)).__name__ for part in (pipe, teacher))
-        # A timestep is a little off the level that was asked for.
-        same = math.isclose(pipe.sigma, args.sigma, rel_tol=0.02)
-        own["noise level"], theirs["noise level"] = (
-            (None, None) if same else (round(pipe.sigma, 3), args.sigma)
-        )
-    else:
+    projector = kind is SIGNPipeline
+    if not projector:
         check_pipeline(pipe)
+    own, theirs = _signature(pipe), _signature(teacher)
+    if projector:
+        own["class"], theirs["class"] = (type(denoiser_of(part)).__name__ for part in (pipe, teacher))
     differing = [
         f"{name} {own[name]} there, {theirs[name]} here" for name in own if own[name] != theirs[name]
     ]
+    # A timestep is a little off the level that was asked for.
+    if projector and not math.isclose(pipe.sigma, args.sigma, rel_tol=0.02):
+        differing.append(f"noise level {round(pipe.sigma, 3)} there, {args.sigma} here")
     if differing:
         raise ValueError(
             f"The network of --projector and the teacher's differ in {'; '.join(differing)}: use a network that was pruned"
